@@ -1,0 +1,485 @@
+"""Spiking neurons, each defined once.
+
+A :class:`Dynamics` is one kind of neuron: its charge equation, written as plain arithmetic. A
+:class:`Neuron` is a population of that kind: the dynamics with everything else that decides its
+spikes, that is, parameters, comparison, reset kind and timing, and v_0. All that spikeport does with
+a neuron comes from these two: the reference in torch, training, and the lowering to each target.
+
+One step, with h the membrane potential after charging and s the spikes::
+
+    h[t] = charge(v[t-1], x[t])
+    h[t] = reset(h[t], s[t-1])               only if reset_at is "next"
+    s[t] = h[t] >= v_threshold               or >, as `fires` says
+    v[t] = reset(h[t], s[t])                 if reset_at is "now", else h[t]
+
+    reset(h, s) = v_reset where s, else h    hard
+                  h - v_threshold where s    soft
+                  h                          none
+
+A new kind takes a function and one line::
+
+    @neurons.dynamics
+    def QIF(v, x, *, tau, v_rest, v_c, a_0):
+        return v + (x + a_0 * (v - v_rest) * (v - v_c)) / tau
+
+    node = neurons.Node(QIF, tau=2.0, v_rest=0.0, v_c=0.8, a_0=1.0, v_threshold=1.0, v_reset=-0.1)
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from . import surrogates
+from .errors import UsageError
+from .surrogates import Surrogate
+
+Parameter: TypeAlias = "float | torch.Tensor"
+
+
+# What a charge equation may call besides + - * /. Each takes floats, tensors, or the symbolic values
+# of a lowering, which bring these functions as methods, as tensors do.
+def _unary(name: str, scalar: Callable[[float], float]) -> Callable[[Any], Any]:
+    def apply(a: Any) -> Any:
+        return scalar(a) if isinstance(a, (int, float)) else getattr(a, name)()
+
+    apply.__name__ = name
+    apply.__doc__ = f"``{name}(a)``, element by element."
+    return apply
+
+
+sigmoid = _unary("sigmoid", lambda a: 1 / (1 + math.exp(-a)))
+exp = _unary("exp", math.exp)
+tanh = _unary("tanh", math.tanh)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """One kind of neuron.
+
+    Attributes:
+        name: Its name in the field, unique.
+        charge: ``charge(v, x, **parameters) -> h``, plain arithmetic and the functions of this module.
+        parameters: Names of the parameters of ``charge``.
+        defaults: Values of those that have one.
+    """
+
+    name: str
+    charge: Callable[..., Any]
+    parameters: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+
+_REGISTRY: dict[str, Dynamics] = {}
+_POPULATION = ("v_threshold", "v_reset", "reset", "reset_at", "fires", "v_0")
+
+
+def dynamics(charge: Callable[..., Any]) -> Dynamics:
+    """Declare a kind of neuron from its charge equation ``charge(v, x, *, parameters...)``.
+
+    The first two arguments are the membrane potential and the input, [N, ...]; the rest are
+    keyword-only parameters: numbers, tensors that broadcast against x[t], or flags (bool), which may
+    choose between forms of the equation.
+
+    Raises:
+        UsageError: The signature is another, a name is taken, or the equation does not evaluate.
+    """
+    name = charge.__name__
+    signature = inspect.signature(charge).parameters.values()
+    state = [p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keyword = [p for p in signature if p.kind is p.KEYWORD_ONLY]
+    if state != ["v", "x"] or len(state) + len(keyword) != len(signature):
+        raise UsageError(
+            f"dynamics {name}: the signature is {inspect.signature(charge)}; write "
+            f"def {name}(v, x, *, tau, ...): membrane potential, input, then keyword-only parameters"
+        )
+    if taken := [p.name for p in keyword if p.name in _POPULATION]:
+        raise UsageError(
+            f"dynamics {name}: {', '.join(taken)} belong to the population, not to the charge "
+            "equation; a leak towards a potential is called v_rest"
+        )
+    if name in _REGISTRY and not _same_source(_REGISTRY[name].charge, charge):
+        raise UsageError(f"dynamics {name} is declared already, with another equation; rename one")
+    defaults = {p.name: p.default for p in keyword if p.default is not p.empty}
+    declared = Dynamics(name, charge, tuple(p.name for p in keyword), defaults)
+    _probe(declared)
+    _REGISTRY[name] = declared
+    return declared
+
+
+def _same_source(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
+    return a.__code__.co_code == b.__code__.co_code and a.__code__.co_consts == b.__code__.co_consts
+
+
+def _probe(declared: Dynamics) -> None:
+    """Evaluate the equation once, so that a wrong one is reported where it is declared."""
+    x = torch.full((2, 3), 0.5)
+    given = {name: declared.defaults.get(name, 2.0) for name in declared.parameters}
+    try:
+        h = declared.charge(torch.zeros(2, 3), x, **given)
+    except Exception as error:
+        raise UsageError(f"dynamics {declared.name}: the equation fails: {error}") from error
+    if not isinstance(h, torch.Tensor) or h.shape != x.shape:
+        raise UsageError(
+            f"dynamics {declared.name}: the equation gives {type(h).__name__} of shape "
+            f"{tuple(getattr(h, 'shape', ()))} for v and x of shape (2, 3); it must keep the shape"
+        )
+
+
+def named(name: str) -> Dynamics:
+    """The dynamics declared under this name."""
+    if name not in _REGISTRY:
+        raise UsageError(f"no dynamics {name!r} is declared; there are {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+@dynamics
+def IF(v: Any, x: Any) -> Any:  # noqa: N802 -- the field's name
+    """Integrate-and-fire: h = v + x."""
+    return v + x
+
+
+@dynamics
+def LIF(  # noqa: N802
+    v: Any, x: Any, *, tau: Any, v_rest: Any, decay_input: bool = True, factored: bool = False
+) -> Any:
+    """Leaky integrate-and-fire with membrane time constant tau, in time steps.
+
+    Gerstner et al., Neuronal Dynamics, eq. 1.5, by forward Euler with a step of 1; without
+    decay_input, x is a jump of the potential. ``factored`` is the same equation for v_rest = 0 in
+    the order of rounding of SpikingJelly 0.0.0.0.14.
+    """
+    if decay_input:
+        return v + (x - (v - v_rest)) / tau
+    if factored:
+        return v * (1.0 - 1.0 / tau) + x
+    return v - (v - v_rest) / tau + x
+
+
+@dynamics
+def ParametricLIF(  # noqa: N802
+    v: Any, x: Any, *, w: Any, v_rest: Any, decay_input: bool = True, factored: bool = False
+) -> Any:
+    """LIF with a learned 1 / tau = sigmoid(w), Fang et al. 2021, arXiv:2007.05785, eq. 10."""
+    if decay_input:
+        return v + (x - (v - v_rest)) * sigmoid(w)
+    if factored:
+        return v * (1.0 - sigmoid(w)) + x
+    return v - (v - v_rest) * sigmoid(w) + x
+
+
+@dataclass(frozen=True, eq=False)
+class Neuron:
+    """A population of one kind of neuron: all that decides its spikes.
+
+    Attributes:
+        dynamics: The kind.
+        params: Values of the charge's parameters: floats, flags, or tensors that broadcast against
+            x[t], [N, ...].
+        v_threshold: The threshold, scalar or tensor likewise.
+        v_reset: The potential after a spike; used by a hard reset.
+        reset: ``"hard"``, ``"soft"`` or ``"none"``.
+        reset_at: ``"now"``, or ``"next"``: after the charge of the next step.
+        fires: ``">="`` or ``">"``.
+        v_0: The membrane potential before the first step of each call.
+
+    Raises:
+        UsageError: A parameter is missing or unknown, or a value is not one of those above.
+    """
+
+    dynamics: Dynamics
+    params: Mapping[str, Any] = field(default_factory=dict)
+    v_threshold: Parameter = 1.0
+    v_reset: Parameter = 0.0
+    reset: Literal["hard", "soft", "none"] = "hard"
+    reset_at: Literal["now", "next"] = "now"
+    fires: Literal[">=", ">"] = ">="
+    v_0: Parameter = 0.0
+
+    def __post_init__(self) -> None:
+        wanted = set(self.dynamics.parameters)
+        params = {**self.dynamics.defaults, **self.params}
+        if wrong := wanted ^ set(params):
+            missing, unknown = wrong & wanted, wrong - wanted
+            raise UsageError(
+                f"{self.dynamics.name}: "
+                + (f"missing {', '.join(sorted(missing))}; " if missing else "")
+                + (f"unknown {', '.join(sorted(unknown))}; " if unknown else "")
+                + f"its parameters are {', '.join(self.dynamics.parameters) or 'none'}"
+            )
+        object.__setattr__(self, "params", params)
+        for name, value, allowed in (
+            ("reset", self.reset, ("hard", "soft", "none")),
+            ("reset_at", self.reset_at, ("now", "next")),
+            ("fires", self.fires, (">=", ">")),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+    def charge(self, v: Any, x: Any) -> Any:
+        """The membrane potential after charging."""
+        return self.dynamics.charge(v, x, **self.params)
+
+    def fired(self, h: Any) -> Any:
+        """Where h crosses the threshold, as booleans."""
+        return h >= self.v_threshold if self.fires == ">=" else h > self.v_threshold
+
+    def after(self, h: Any, fired: Any, where: Callable[[Any, Any, Any], Any]) -> Any:
+        """The membrane potential after the reset of those that fired."""
+        if self.reset == "none":
+            return h
+        return where(fired, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
+
+    def step(
+        self, v: Any, x: Any, where: Callable[[Any, Any, Any], Any], t: int = 1
+    ) -> tuple[Any, Any, Any]:
+        """One time step on values of any kind: (where it fired, v, h).
+
+        ``t`` = 0 says that v is v_0, so that there is no spike before it to reset for.
+        """
+        h = self.charge(v, x)
+        if self.reset_at == "next" and t > 0:
+            h = self.after(h, self.fired(v), where)
+        fired = self.fired(h)
+        return fired, self.after(h, fired, where) if self.reset_at == "now" else h, h
+
+    def single_step(
+        self, x: torch.Tensor, v: torch.Tensor, t: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference of one step: x, v [N, ...] -> spikes, v [N, ...]."""
+        fired, v, _ = self.step(v, x, torch.where, t)
+        return fired.to(x.dtype), v
+
+    def multi_step(self, x_seq: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from v or v_0."""
+        return self.trace(x_seq, v)[0]
+
+    def trace(
+        self, x_seq: torch.Tensor, v: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], and the last v [N, ...]."""
+        first = 0 if v is None else 1
+        v = self.initial(x_seq[0]) if v is None else v
+        fired, charged = [], []
+        for t, x in enumerate(x_seq, first):
+            s, v, h = self.step(v, x, torch.where, t)
+            fired.append(s)
+            charged.append(h)
+        return torch.stack(fired).to(x_seq.dtype), torch.stack(charged), v
+
+    def initial(self, x: torch.Tensor) -> torch.Tensor:
+        """v_0 in the shape of x [N, ...]."""
+        if isinstance(self.v_0, torch.Tensor):
+            return self.v_0.to(x).expand_as(x)
+        return torch.full_like(x, self.v_0)
+
+    def train_step(
+        self, v: torch.Tensor, x: torch.Tensor, surrogate: Surrogate, detach_reset: bool, t: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`single_step`, with gradients: through h as it is, through the step as declared.
+
+        ``detach_reset`` keeps the gradient from flowing through the reset.
+        """
+
+        def spikes(h: torch.Tensor) -> torch.Tensor:
+            return surrogates.fire(h - self.v_threshold, self.fired(h), surrogate)
+
+        def after(h: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            s = s.detach() if detach_reset else s
+            if self.reset == "none":
+                return h
+            if self.reset == "soft":
+                return h - s * self.v_threshold
+            return s * self.v_reset + (1.0 - s) * h
+
+        h = self.charge(v, x)
+        if self.reset_at == "next" and t > 0:
+            h = after(h, spikes(v))
+        s = spikes(h)
+        return s, after(h, s) if self.reset_at == "now" else h
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those parameters that are tensors, by name."""
+        values = {**self.params, **{n: getattr(self, n) for n in ("v_threshold", "v_reset", "v_0")}}
+        return {n: value for n, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def replace_tensors(self, tensors: Mapping[str, Any]) -> Neuron:
+        """The same neuron with other values in place of :meth:`tensors`, by name."""
+        params = {n: tensors.get(n, value) for n, value in self.params.items()}
+        rest: dict[str, Any] = {
+            n: tensors.get(n, getattr(self, n)) for n in ("v_threshold", "v_reset", "v_0")
+        }
+        return Neuron(
+            self.dynamics,
+            params,
+            reset=self.reset,
+            reset_at=self.reset_at,
+            fires=self.fires,
+            **rest,
+        )
+
+    def to_json(self) -> str:
+        """All but the tensors' values, as one line of JSON; the inverse of :meth:`from_json`."""
+        tensors = self.tensors()
+        scalars: dict[str, Any] = {n: v for n, v in self.params.items() if n not in tensors}
+        population = {n: getattr(self, n) for n in _POPULATION if n not in tensors}
+        return json.dumps(
+            {"dynamics": self.dynamics.name, "params": scalars, **population, "tensors": [*tensors]},
+        )
+
+    @classmethod
+    def from_json(cls, spec: str, tensors: Iterable[Any]) -> Neuron:
+        """The neuron of :meth:`to_json` with its tensors, in their order."""
+        fields: dict[str, Any] = json.loads(spec)
+        kind, params = named(fields.pop("dynamics")), fields.pop("params")
+        for name, tensor in zip(fields.pop("tensors"), tensors, strict=True):
+            (params if name in kind.parameters else fields)[name] = tensor
+        return cls(kind, params, **fields)
+
+    def describe(self) -> str:
+        """One line for people."""
+
+        def show(value: Any) -> str:
+            if isinstance(value, torch.Tensor):
+                return f"{value.item():.4g}" if value.numel() == 1 else f"{list(value.shape)}"
+            return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+        parts = [f"{n}={show(v)}" for n, v in self.params.items() if v is not False]
+        resets = {
+            "hard": f"hard reset to {show(self.v_reset)}",
+            "soft": "soft reset",
+            "none": "no reset",
+        }[self.reset]
+        late = ", at the next step" if self.reset_at == "next" and self.reset != "none" else ""
+        return (
+            f"{self.dynamics.name}({', '.join(parts)}), fires at h {self.fires} "
+            f"{show(self.v_threshold)}, {resets}{late}, v_0={show(self.v_0)}"
+        )
+
+
+class Node(nn.Module):
+    """A layer of neurons, multi-step: x_seq [T, N, ...] -> spikes [T, N, ...].
+
+    Every call starts from v_0. A parameter given as an ``nn.Parameter`` is learned, as a tensor is a
+    buffer (say [C, 1, 1] for one value a channel), as a float is a constant.
+
+    Args:
+        kind: The dynamics.
+        v_threshold: The threshold.
+        v_reset: The potential after a spike; None for a soft reset.
+        reset_at: ``"now"`` or ``"next"``.
+        fires: ``">="`` or ``">"``.
+        v_0: Potential before the first step; v_reset, or 0 for a soft reset, unless given.
+        surrogate: Surrogate gradient for training.
+        detach_reset: Whether gradients are kept from flowing through the reset.
+        **params: Parameters of the charge.
+    """
+
+    def __init__(
+        self,
+        kind: Dynamics,
+        *,
+        v_threshold: Parameter = 1.0,
+        v_reset: Parameter | None = 0.0,
+        reset_at: Literal["now", "next"] = "now",
+        fires: Literal[">=", ">"] = ">=",
+        v_0: Parameter | None = None,
+        surrogate: Surrogate | None = None,
+        detach_reset: bool = False,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        hard = v_reset is not None
+        rest: Parameter = 0.0 if v_reset is None else v_reset
+        self._declared = Neuron(
+            kind,
+            params,
+            v_threshold=v_threshold,
+            v_reset=rest,
+            reset="hard" if hard else "soft",
+            reset_at=reset_at,
+            fires=fires,
+            v_0=rest if v_0 is None else v_0,
+        )
+        for name, tensor in self._declared.tensors().items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        self.surrogate = ATan() if surrogate is None else surrogate
+        self.detach_reset = detach_reset
+
+    @property
+    def neuron(self) -> Neuron:
+        """The declaration with the present values of its parameters."""
+        names = self._declared.tensors()
+        return self._declared.replace_tensors({n: getattr(self, n) for n in names})
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        """x_seq [T, N, ...] -> spikes [T, N, ...]."""
+        neuron = self.neuron
+        if not torch.is_grad_enabled():
+            return neuron.multi_step(x_seq)
+        v, spikes = neuron.initial(x_seq[0]), []
+        for t, x in enumerate(x_seq):
+            s, v = neuron.train_step(v, x, self.surrogate, self.detach_reset, t)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+    def extra_repr(self) -> str:
+        """The declaration in one line."""
+        return self.neuron.describe()
+
+
+ATan = surrogates.ATan
+
+
+class IFNode(Node):
+    """Integrate-and-fire neurons; arguments as in :class:`Node`."""
+
+    def __init__(self, **population: Any) -> None:
+        super().__init__(IF, **population)
+
+
+class LIFNode(Node):
+    """Leaky integrate-and-fire neurons that leak towards v_reset, or 0 for a soft reset."""
+
+    def __init__(
+        self,
+        tau: Parameter = 2.0,
+        decay_input: bool = True,
+        *,
+        v_reset: Parameter | None = 0.0,
+        **population: Any,
+    ) -> None:
+        rest = 0.0 if v_reset is None else v_reset
+        super().__init__(
+            LIF, tau=tau, v_rest=rest, decay_input=decay_input, v_reset=v_reset, **population
+        )
+
+
+class ParametricLIFNode(Node):
+    """LIF neurons with a learned time constant, which starts at ``init_tau``."""
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        *,
+        v_reset: Parameter | None = 0.0,
+        **population: Any,
+    ) -> None:
+        if init_tau <= 1:
+            raise UsageError(f"init_tau is {init_tau}; it must be above 1: 1 / tau is a sigmoid")
+        rest = 0.0 if v_reset is None else v_reset
+        w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
+        super().__init__(
+            ParametricLIF, w=w, v_rest=rest, decay_input=decay_input, v_reset=v_reset, **population
+        )
