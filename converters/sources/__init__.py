@@ -1,0 +1,63 @@
+"""Where networks come from: one file a framework, each reading that framework's neurons.
+
+A source recognises a neuron by its exact class and reads it by attribute, so that the framework
+itself is not needed here. Whatever only resembles a known neuron is reported, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from ..errors import Finding
+from .base import Reading, Source
+from .native import Native
+from .spikingjelly import SpikingJelly
+
+__all__ = ["SOURCES", "Reading", "Source", "framework", "read_all", "register", "reset"]
+
+_NATIVE = Native()
+SOURCES: tuple[Source, ...] = (_NATIVE, SpikingJelly())
+
+
+def register(kind: type[nn.Module], read: Callable[[nn.Module], Reading]) -> None:
+    """Make a user's neuron class known: ``read(module)`` says what it computes."""
+    _NATIVE.readers[kind] = read
+
+
+def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Reading | list[Finding]]]:
+    """Every module of the network that a source has something to say about."""
+    for path, module in net.named_modules():
+        for source in SOURCES:
+            if (reading := source.read(module, path)) is not None:
+                yield path, module, _altered(module, path) or reading
+                break
+
+
+def _altered(module: nn.Module, path: str) -> list[Finding]:
+    """What was attached to one neuron, and would be lost with the module that it is attached to."""
+    methods = [n for n, value in vars(module).items() if callable(value) and hasattr(type(module), n)]
+    hooks = [n for n in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, n)]
+    return [
+        Finding(
+            rule="altered-neuron",
+            where=path,
+            found=f"this {type(module).__name__} has its own {', '.join(methods + hooks)}",
+            allowed="a neuron that computes what its class declares",
+            fix="remove the hook or the replaced method, or declare the dynamics that you mean",
+        )
+    ] * bool(methods or hooks)
+
+
+def reset(net: nn.Module) -> None:
+    """Put every state of a network back to its value before the first step."""
+    for module in net.modules():
+        for source in SOURCES:
+            source.reset(module)
+
+
+def framework(net: nn.Module) -> str:
+    """Name of the framework whose modules the network uses."""
+    used = {type(m).__module__.split(".")[0] for m in net.modules()}
+    return "spikingjelly" if "spikingjelly" in used else "torch"

@@ -1,0 +1,481 @@
+"""The graph that every conversion works on, and how it is run.
+
+A :class:`Program` is a ``torch.fx`` graph of plain ATen calls plus two operators of this project, one
+for each neuron layer: ``spikeport::neuron`` over all time steps and ``spikeport::neuron_step`` for
+one. Each node carries the path of the module that it came from. It is callable after every pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .errors import UsageError
+from .neurons import Neuron
+
+aten = torch.ops.aten
+Layout: TypeAlias = Literal["stepped", "flat", "static", "steps"]
+
+
+@torch.library.custom_op("spikeport::neuron", mutates_args=())
+def neuron_op(
+    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int
+) -> torch.Tensor:
+    """A layer of neurons over T steps, from v_0.
+
+    ``layout`` says what x is: ``"stepped"`` [T, N, ...], ``"flat"`` [TN, ...], or ``"static"``
+    [N, ...], the same at every step. Spikes come back as [T, N, ...], or else as [TN, ...].
+    """
+    spikes = Neuron.from_json(spec, params).multi_step(steps(x, layout, T))
+    return spikes if layout == "stepped" else spikes.flatten(0, 1)
+
+
+@neuron_op.register_fake
+def _(
+    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int
+) -> torch.Tensor:
+    if layout == "static":
+        return x.new_empty((T * x.shape[0], *x.shape[1:]))
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("spikeport::neuron_step", mutates_args=())
+def neuron_step_op(
+    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step t of a layer of neurons: x, v [N, ...] -> spikes, v [N, ...]."""
+    spikes, after = Neuron.from_json(spec, params).single_step(x, v, t)
+    return spikes, after.clone() if after is x or after is v else after
+
+
+@neuron_step_op.register_fake
+def _(
+    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+NEURON = torch.ops.spikeport.neuron.default
+NEURON_STEP = torch.ops.spikeport.neuron_step.default
+
+
+def steps(x: torch.Tensor, layout: str, T: int) -> torch.Tensor:
+    """A neuron's input in any layout as [T, N, ...]."""
+    if layout == "stepped":
+        return x
+    if layout == "static":
+        return x.unsqueeze(0).expand(T, *x.shape)
+    return x.unflatten(0, (T, -1))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output as the user sees it.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape, static.
+        dtype: Its dtype in the source network.
+        folded: Whether the graph holds it as [TN, ...] where the user's is [T, N, ...].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    folded: bool = False
+
+    @property
+    def graph_shape(self) -> tuple[int, ...]:
+        """The shape inside the graph."""
+        if not self.folded:
+            return self.shape
+        return (self.shape[0] * self.shape[1], *self.shape[2:])
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of one neuron layer in the graph.
+
+    Attributes:
+        name: Unique; the module's path, with ``#2`` and so on for a module that is used again.
+        path: Path of the source module.
+        spec: The neuron, without its tensors, as JSON.
+        tensors: Names of its tensors among the program's tensors.
+        T: Time steps.
+        layout: Layout of its input in the graph; ``"steps"`` for one node a step, each [N, ...].
+        drives: Names of the nodes that are its input.
+        spikes: Names of the nodes that are its output, [T, N, ...], [TN, ...], or one a step.
+    """
+
+    name: str
+    path: str
+    spec: str
+    tensors: tuple[str, ...]
+    T: int
+    layout: Layout
+    drives: tuple[str, ...]
+    spikes: tuple[str, ...]
+
+    def drive(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Its input [T, N, ...] out of a run's values by node name."""
+        return self._gather([values[n] for n in self.drives], self.layout)
+
+    def fired(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Its spikes [T, N, ...] out of a run's values by node name."""
+        layout = "flat" if self.layout == "static" else self.layout
+        return self._gather([values[n] for n in self.spikes], layout)
+
+    def _gather(self, parts: Sequence[torch.Tensor], layout: str) -> torch.Tensor:
+        return torch.stack(list(parts)) if layout == "steps" else steps(parts[0], layout, self.T)
+
+    def scatter(self, spikes: torch.Tensor, like: torch.Tensor, node: str) -> torch.Tensor:
+        """Spikes [T, N, ...] as one of its output nodes holds them."""
+        if self.layout == "steps":
+            return spikes[self.spikes.index(node)].to(like.dtype)
+        return spikes.reshape(like.shape).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did, and where it did not apply, why."""
+
+    name: str
+    done: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {len(self.done)} done, {len(self.skipped)} not applied"]
+        lines += [f"  + {line}" for line in self.done] + [f"  - {line}" for line in self.skipped]
+        return "\n".join(lines)
+
+
+class Executor(fx.Interpreter):
+    """Runs a program node by node, so that a run can be watched and steered.
+
+    In half precision, convolutions and matrix products accumulate in float32 and are rounded once.
+    """
+
+    _ACCUMULATE = frozenset(
+        {
+            aten.conv1d.default,
+            aten.conv2d.default,
+            aten.linear.default,
+            aten.matmul.default,
+            aten.conv_transpose2d.input,
+        }
+    )
+
+    def __init__(
+        self,
+        program: Program,
+        substitute: Mapping[str, torch.Tensor] | None = None,
+        observe: Callable[[fx.Node, Any], None] | None = None,
+    ) -> None:
+        super().__init__(program.module)
+        self._sites = {node: site for site in program.sites for node in site.spikes}
+        self._substitute = substitute
+        self._observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, or the spikes that ``substitute`` has for its site."""
+        value = super().run_node(n)
+        if self._observe is not None:
+            self._observe(n, value)
+        if self._substitute is not None and (site := self._sites.get(n.name)) is not None:
+            value = site.scatter(self._substitute[site.name], value, n.name)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's value, with float32 accumulation where it accumulates."""
+        if target in self._ACCUMULATE and args[0].dtype == torch.float16:
+            wide = pytree.tree_map_only(torch.Tensor, torch.Tensor.float, args)
+            return super().call_function(target, wide, kwargs).half()
+        return super().call_function(target, args, kwargs)
+
+
+@dataclass
+class Program:
+    """A network as a graph with static shapes, callable and printable.
+
+    Attributes:
+        module: The graph and its tensors.
+        inputs: The inputs, in order.
+        outputs: The outputs, flat.
+        structure: How the outputs are nested.
+        sites: Every use of a neuron layer, in the order of execution.
+        source: What it was made from: class, framework.
+        target: Name of the target that it was rewritten for, or ``""``.
+        dtype: Floating-point type of the graph.
+        history: What each pass did.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    structure: pytree.TreeSpec
+    sites: tuple[Site, ...] = ()
+    source: dict[str, str] = field(default_factory=dict)
+    target: str = ""
+    dtype: torch.dtype = torch.float32
+    history: tuple[PassReport, ...] = ()
+    captured: Program | None = None
+    evidence: Any = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self.module.graph
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every weight and constant, by name."""
+        return {n.target: self.tensor(n.target) for n in self.nodes("get_attr")}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight or constant."""
+        value: torch.Tensor = operator.attrgetter(name)(self.module)
+        return value
+
+    @property
+    def T(self) -> int | None:  # noqa: N802 -- the field's name
+        """Time steps, if all neurons have the same number."""
+        found = {site.T for site in self.sites}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def batch(self) -> int:
+        """Batch size N, from the neurons' inputs or else the first input."""
+        for site in self.sites:
+            shape = self.shape(site.drives[0])
+            flat = {"stepped": shape[1:2], "flat": (shape[0] // site.T,)}
+            return flat.get(site.layout, shape)[0]
+        return self.inputs[0].shape[0]
+
+    def node(self, name: str) -> fx.Node:
+        """The node of this name."""
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a node's value."""
+        return tuple(self.node(name).meta["val"].shape)
+
+    def nodes(self, op: str) -> Iterator[fx.Node]:
+        """The nodes of one kind: placeholder, get_attr, call_function."""
+        return (n for n in self.graph.nodes if n.op == op)
+
+    def neuron(self, site: Site) -> Neuron:
+        """The neuron at a site, with its tensors."""
+        return Neuron.from_json(site.spec, (self.tensor(name) for name in site.tensors))
+
+    def flat_inputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The user's inputs as the graph takes them: checked, folded, cast to the graph's dtype.
+
+        Raises:
+            UsageError: The number of inputs or a shape is another than the program's.
+        """
+        wrong = [f"input {s}: got {list(x.shape)}" for s, x in zip(self.inputs, inputs, strict=False)
+                 if tuple(x.shape) != s.shape]
+        if len(inputs) != len(self.inputs):
+            wrong.append(f"{len(inputs)} inputs given, {len(self.inputs)} wanted")
+        if wrong:
+            raise UsageError("; ".join(wrong) + "; shapes are static, convert again for others")
+        return [self._inward(x, spec) for x, spec in zip(inputs, self.inputs, strict=True)]
+
+    def _inward(self, x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        x = x.reshape(spec.graph_shape)
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+    def nest(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """The graph's outputs as the source network gives them: shapes, dtypes, nesting."""
+        shaped = [y.reshape(s.shape).to(s.dtype) for y, s in zip(outputs, self.outputs, strict=True)]
+        return pytree.tree_unflatten(shaped, self.structure)
+
+    def run(
+        self,
+        inputs: Sequence[torch.Tensor],
+        substitute: Mapping[str, torch.Tensor] | None = None,
+        observe: Callable[[fx.Node, Any], None] | None = None,
+    ) -> list[torch.Tensor]:
+        """The graph's own outputs, flat; each call starts from v_0.
+
+        Args:
+            inputs: The user's inputs.
+            substitute: Spikes [T, N, ...] by site, to go on with in place of those computed.
+            observe: Called with each node and its value.
+        """
+        executor = Executor(self, substitute, observe)
+        with torch.no_grad():
+            return list(executor.run(*self.flat_inputs(inputs)))
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """The network's outputs for one batch; each call starts from v_0."""
+        return self.nest(self.run(inputs))
+
+    def to(self, dtype: torch.dtype) -> Program:
+        """A copy with every floating-point tensor in another dtype, for reference runs."""
+        module = copy.deepcopy(self.module).to(dtype)
+        return replace(self, module=module, dtype=dtype)
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def where(node: fx.Node) -> str:
+    """Path of the source module that a node came from."""
+    path: str = node.meta.get("path", "")
+    return path
+
+
+def short(target: Any) -> str:
+    """An operator's short name: ``aten.conv2d``, ``spikeport.neuron``."""
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._opname}"
+    return getattr(target, "__name__", str(target))
+
+
+def describe(program: Program) -> str:
+    """The graph as a table: one node a line with shape, dtype and source module."""
+    rows = [("node", "operator", "from", "shape", "module")]
+    for n in program.graph.nodes:
+        if n.op == "output":
+            continue
+        value = n.meta["val"]
+        shape = (
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else "(several)"
+        )
+        op = short(n.target) if n.op == "call_function" else {"get_attr": "weight"}.get(n.op, "input")
+        sources = ", ".join(a.name for a in n.all_input_nodes if a.op != "get_attr")
+        rows.append((n.name, op, sources, shape, where(n) or (n.target if n.op == "get_attr" else "")))
+    rows = [r for r in rows if r[1] != "weight"]
+    widths = [min(max(len(r[i]) for r in rows), 44) for i in range(4)]
+    lines = [f"program for {program.target or 'no target yet'}: T={program.T}, batch={program.batch}"]
+    lines += [f"  in   {spec}" for spec in program.inputs]
+    lines += [f"  out  {spec}" for spec in program.outputs]
+    lines += [f"  neuron {s.name}: {program.neuron(s).describe()}" for s in program.sites]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  " + "  ".join([*cells, row[4]]).rstrip())
+    return "\n".join(lines)
+
+
+class Builder:
+    """Emits a new graph for a program: nodes with shapes, module paths and names kept.
+
+    Args:
+        program: The program that is rewritten.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._attrs: dict[str, fx.Node] = {}
+
+    def placeholder(self, like: fx.Node, value: torch.Tensor) -> fx.Node:
+        """An input with the name of another."""
+        node = self.graph.placeholder(like.target)
+        node.meta = {"val": value.to("meta"), "path": ""}
+        return node
+
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A weight or constant; the same name gives the same node."""
+        if name not in self._attrs:
+            self.tensors[name] = value
+            with self.graph.inserting_before(self._first()):
+                node = self.graph.get_attr(name)
+            node.meta = {"val": value.to("meta"), "path": ""}
+            self._attrs[name] = node
+        return self._attrs[name]
+
+    def _first(self) -> fx.Node:
+        return next(
+            (n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")),
+            self.graph._root,
+        )
+
+    def call(self, target: Any, *args: Any, path: str, **kwargs: Any) -> fx.Node:
+        """A call, with its shape worked out."""
+        node = self.graph.call_function(target, args, kwargs)
+        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta = {"val": target(*values, **options), "path": path}
+        return node
+
+    def copy(self, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """The same node over the new graph's values."""
+        if node.op == "get_attr":
+            return self.constant(node.target, self.program.tensor(node.target))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        return self.call(node.target, *args, path=where(node), **kwargs)
+
+    def finish(
+        self,
+        outputs: Sequence[fx.Node],
+        report: PassReport,
+        sites: Sequence[Site] | None = None,
+        **changes: Any,
+    ) -> Program:
+        """The new program; dead nodes and tensors that nothing uses are left out."""
+        self.graph.output(tuple(outputs))
+        return seal(self.program, self.graph, self.tensors, report, sites, **changes)
+
+
+def seal(
+    program: Program,
+    graph: fx.Graph,
+    tensors: Mapping[str, torch.Tensor],
+    report: PassReport,
+    sites: Sequence[Site] | None = None,
+    **changes: Any,
+) -> Program:
+    """A program with another graph in place of its own, its neurons' sites found anew."""
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    graph.lint()
+    used = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr"}
+    module = fx.GraphModule(used, graph)
+    found = neuron_sites(graph) if sites is None else tuple(sites)
+    history = (*program.history, report)
+    return replace(program, module=module, sites=found, history=history, **changes)
+
+
+def neuron_sites(graph: fx.Graph) -> tuple[Site, ...]:
+    """The sites of a graph whose neurons are still single nodes."""
+    sites: list[Site] = []
+    uses: dict[str, int] = {}
+
+    def name(path: str) -> str:
+        uses[path] = uses.get(path, 0) + 1
+        return path if uses[path] == 1 else f"{path}#{uses[path]}"
+
+    for n in graph.nodes:
+        if n.target is NEURON:
+            x, params, spec, layout, T = n.args
+            tensors = tuple(p.target for p in params)
+            sites.append(
+                Site(name(where(n)), where(n), spec, tensors, T, layout, (x.name,), (n.name,))
+            )
+        elif n.target is NEURON_STEP and n.args[4] == 0:
+            drives, spikes, call = [], [], n
+            while call is not None:
+                drives.append(call.args[0].name)
+                parts = {u.args[1]: u for u in call.users if u.target is operator.getitem}
+                spikes.append(parts[0].name)
+                call = next((u for u in parts[1].users if u.target is NEURON_STEP), None) \
+                    if 1 in parts else None
+            tensors = tuple(p.target for p in n.args[2])
+            sites.append(
+                Site(name(where(n)), where(n), n.args[3], tensors, len(drives), "steps",
+                     tuple(drives), tuple(spikes))
+            )
+    return tuple(sites)

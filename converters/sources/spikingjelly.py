@@ -1,0 +1,119 @@
+"""SpikingJelly 2.0.0 and 0.0.0.0.14 (``spikingjelly.activation_based``).
+
+Its stateless layers and containers trace as they are; only neurons and other keepers of state need
+reading. The two generations compute the same equations in other orders of rounding, which the
+declaration tells apart: 0.0.0.0.14 is the one whose neurons have a ``backend``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .. import neurons
+from ..errors import Finding
+from ..neurons import Neuron
+from .base import Reading, look_alike
+
+_KNOWN = ("IFNode", "LIFNode", "ParametricLIFNode")
+_STATELESS_IN_EVAL = ("Dropout", "Dropout2d")
+
+
+def _ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "spikingjelly"
+
+
+class SpikingJelly:
+    """Reads IFNode, LIFNode and ParametricLIFNode; refuses every other keeper of state by name."""
+
+    name = "spikingjelly"
+
+    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
+        """The neuron, or why it cannot be read."""
+        kind = type(module)
+        bases = [k for k in kind.__mro__ if _ours(k)]
+        if not any(k.__name__ == "MemoryModule" for k in bases):
+            return None
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if not _ours(kind):
+            return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
+        if kind.__name__ in _STATELESS_IN_EVAL:
+            return None
+        if kind.__name__ not in _KNOWN or ".neuron" not in kind.__module__:
+            return [
+                Finding(
+                    rule="unknown-neuron",
+                    where=path,
+                    found=f"{name}, which keeps state from step to step",
+                    allowed=", ".join(_KNOWN),
+                    fix="use one of those, or declare its dynamics "
+                    "(spikeport.converters.neurons.dynamics) and make the class known "
+                    "(spikeport.converters.sources.register)",
+                )
+            ]
+        return self._neuron(module, path)
+
+    def _neuron(self, module: Any, path: str) -> Reading | list[Finding]:
+        old = hasattr(module, "backend")
+        fires = ">=" if old else _comparison(module.surrogate_function)
+        if fires is None or not getattr(module.surrogate_function, "spiking", True):
+            return [
+                Finding(
+                    rule="surrogate-output",
+                    where=path,
+                    found=f"{module.surrogate_function} gives other values than spikes of 0 and 1",
+                    allowed="a surrogate function whose output is a step at 0",
+                    fix="set spiking=True on the surrogate function",
+                )
+            ]
+        if getattr(module, "_neuron_precision", None) is not None:
+            return [
+                Finding(
+                    rule="neuron-precision",
+                    where=path,
+                    found="an explicit neuron precision, which runs on CUDA only",
+                    allowed="a neuron that computes in its input's dtype",
+                    fix="clear the neuron precision before the conversion",
+                )
+            ]
+        hard = module.v_reset is not None
+        reset: Literal["hard", "soft"] = "hard" if hard else "soft"
+        v_reset = module.v_reset if hard else 0.0
+        kind = type(module).__name__
+        dynamics, params = neurons.IF, dict[str, Any]()
+        if kind != "IFNode":
+            params = {"decay_input": module.decay_input, "v_rest": v_reset}
+        if kind == "LIFNode":
+            dynamics, params["tau"] = neurons.LIF, module.tau
+            params["factored"] = old and not hard
+        elif kind == "ParametricLIFNode":
+            dynamics, params["w"] = neurons.ParametricLIF, module.w
+            params["factored"] = old and v_reset == 0.0
+        neuron = Neuron(
+            dynamics,
+            params,
+            v_threshold=module.v_threshold,
+            v_reset=v_reset,
+            reset=reset,
+            fires=fires,
+            v_0=module._memories_rv["v"],
+        )
+        return Reading(neuron, module.step_mode)
+
+    def reset(self, module: nn.Module) -> None:
+        """As ``functional.reset_net``."""
+        if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
+            module.reset()  # type: ignore[operator]
+
+
+def _comparison(surrogate: Any) -> Literal[">=", ">"] | None:
+    """How a surrogate function fires at the threshold itself, seen from its output."""
+    tiny = torch.finfo(torch.float32).tiny
+    u = torch.tensor([-1.0, -tiny, 0.0, tiny, 1.0])
+    with torch.no_grad():
+        spikes = surrogate(u)
+    if torch.equal(spikes, (u >= 0).float()):
+        return ">="
+    return ">" if torch.equal(spikes, (u > 0).float()) else None
