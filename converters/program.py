@@ -11,7 +11,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import fx
@@ -109,8 +109,7 @@ class Site:
     Attributes:
         name: Unique; the module's path, with ``#2`` and so on for a module that is used again.
         path: Path of the source module.
-        spec: The neuron, without its tensors, as JSON.
-        tensors: Names of its tensors among the program's tensors.
+        neuron: The neuron.
         T: Time steps.
         layout: Layout of its input in the graph; ``"steps"`` for one node a step, each [N, ...].
         drives: Names of the nodes that are its input.
@@ -119,8 +118,7 @@ class Site:
 
     name: str
     path: str
-    spec: str
-    tensors: tuple[str, ...]
+    neuron: Neuron
     T: int
     layout: Layout
     drives: tuple[str, ...]
@@ -203,6 +201,13 @@ class Executor(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+class Evidence(Protocol):
+    """What a verification found."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evidence as plain data, for JSON."""
+
+
 @dataclass
 class Program:
     """A network as a graph with static shapes, callable and printable.
@@ -217,6 +222,9 @@ class Program:
         target: Name of the target that it was rewritten for, or ``""``.
         dtype: Floating-point type of the graph.
         history: What each pass did.
+        captured: The program as it was captured, before any pass.
+        examples: Inputs that the conversion was verified on.
+        evidence: What the verification found.
     """
 
     module: fx.GraphModule
@@ -229,7 +237,8 @@ class Program:
     dtype: torch.dtype = torch.float32
     history: tuple[PassReport, ...] = ()
     captured: Program | None = None
-    evidence: Any = None
+    examples: tuple[tuple[torch.Tensor, ...], ...] = ()
+    evidence: Evidence | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -272,10 +281,6 @@ class Program:
     def nodes(self, op: str) -> Iterator[fx.Node]:
         """The nodes of one kind: placeholder, get_attr, call_function."""
         return (n for n in self.graph.nodes if n.op == op)
-
-    def neuron(self, site: Site) -> Neuron:
-        """The neuron at a site, with its tensors."""
-        return Neuron.from_json(site.spec, (self.tensor(name) for name in site.tensors))
 
     def flat_inputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The user's inputs as the graph takes them: checked, folded, cast to the graph's dtype.
@@ -330,6 +335,32 @@ class Program:
         return describe(self)
 
 
+def with_probes(program: Program) -> Program:
+    """The program with the spikes of every site as extra outputs, ``spikes:<site>``, [T, N, ...]."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    results: Any = graph.graph_copy(program.graph, env)
+    for old, new in env.items():
+        new.meta, new.name = dict(old.meta), old.name
+    by_name = {n.name: n for n in graph.nodes}
+    extra, specs = [], []
+    for site in program.sites:
+        for t, name in enumerate(site.spikes):
+            node = by_name[name]
+            shape = tuple(node.meta["val"].shape)
+            folded = site.layout in ("flat", "static")
+            user = (site.T, shape[0] // site.T, *shape[1:]) if folded else shape
+            label = f"spikes:{site.name}" + (f":{t}" if site.layout == "steps" else "")
+            specs.append(TensorSpec(label, user, program.dtype, folded))
+            extra.append(node)
+    graph.output((*results, *extra))
+    outputs = (*program.outputs, *specs)
+    structure = pytree.tree_structure(tuple(range(len(outputs))))
+    report = PassReport("with_probes", (f"{len(extra)} extra outputs",))
+    return seal(program, graph, program.tensors, report, program.sites, outputs=outputs,
+                structure=structure)
+
+
 def where(node: fx.Node) -> str:
     """Path of the source module that a node came from."""
     path: str = node.meta.get("path", "")
@@ -363,7 +394,7 @@ def describe(program: Program) -> str:
     lines = [f"program for {program.target or 'no target yet'}: T={program.T}, batch={program.batch}"]
     lines += [f"  in   {spec}" for spec in program.inputs]
     lines += [f"  out  {spec}" for spec in program.outputs]
-    lines += [f"  neuron {s.name}: {program.neuron(s).describe()}" for s in program.sites]
+    lines += [f"  neuron {s.name}: {s.neuron.describe()}" for s in program.sites]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append("  " + "  ".join([*cells, row[4]]).rstrip())
@@ -407,7 +438,8 @@ class Builder:
 
     def call(self, target: Any, *args: Any, path: str, **kwargs: Any) -> fx.Node:
         """A call, with its shape worked out."""
-        node = self.graph.call_function(target, args, kwargs)
+        name = getattr(target, "_opname", None)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta = {"val": target(*values, **options), "path": path}
         return node
@@ -421,13 +453,13 @@ class Builder:
 
     def finish(
         self,
-        outputs: Sequence[fx.Node],
+        results: Sequence[fx.Node],
         report: PassReport,
         sites: Sequence[Site] | None = None,
         **changes: Any,
     ) -> Program:
         """The new program; dead nodes and tensors that nothing uses are left out."""
-        self.graph.output(tuple(outputs))
+        self.graph.output(tuple(results))
         return seal(self.program, self.graph, self.tensors, report, sites, **changes)
 
 
@@ -444,38 +476,37 @@ def seal(
     graph.lint()
     used = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr"}
     module = fx.GraphModule(used, graph)
-    found = neuron_sites(graph) if sites is None else tuple(sites)
+    found = neuron_sites(graph, tensors) if sites is None else tuple(sites)
     history = (*program.history, report)
     return replace(program, module=module, sites=found, history=history, **changes)
 
 
-def neuron_sites(graph: fx.Graph) -> tuple[Site, ...]:
+def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[Site, ...]:
     """The sites of a graph whose neurons are still single nodes."""
     sites: list[Site] = []
     uses: dict[str, int] = {}
 
-    def name(path: str) -> str:
+    def site(n: fx.Node, params: Any, spec: str, T: int, layout: Layout, *names: Any) -> None:
+        path = where(n)
         uses[path] = uses.get(path, 0) + 1
-        return path if uses[path] == 1 else f"{path}#{uses[path]}"
+        name = path if uses[path] == 1 else f"{path}#{uses[path]}"
+        neuron = Neuron.from_json(spec, (tensors[p.target] for p in params))
+        sites.append(Site(name, path, neuron, T, layout, *map(tuple, names)))
 
     for n in graph.nodes:
         if n.target is NEURON:
             x, params, spec, layout, T = n.args
-            tensors = tuple(p.target for p in params)
-            sites.append(
-                Site(name(where(n)), where(n), spec, tensors, T, layout, (x.name,), (n.name,))
-            )
+            site(n, params, spec, T, layout, [x.name], [n.name])
         elif n.target is NEURON_STEP and n.args[4] == 0:
-            drives, spikes, call = [], [], n
-            while call is not None:
-                drives.append(call.args[0].name)
-                parts = {u.args[1]: u for u in call.users if u.target is operator.getitem}
-                spikes.append(parts[0].name)
-                call = next((u for u in parts[1].users if u.target is NEURON_STEP), None) \
-                    if 1 in parts else None
-            tensors = tuple(p.target for p in n.args[2])
-            sites.append(
-                Site(name(where(n)), where(n), n.args[3], tensors, len(drives), "steps",
-                     tuple(drives), tuple(spikes))
-            )
+            calls = [n]
+            while (after := _next_step(calls[-1])) is not None:
+                calls.append(after)
+            spikes = [u.name for c in calls for u in c.users if u.args[1] == 0]
+            site(n, n.args[2], n.args[3], len(calls), "steps", [c.args[0].name for c in calls], spikes)
     return tuple(sites)
+
+
+def _next_step(call: fx.Node) -> fx.Node | None:
+    """The call of a single-step neuron that goes on from the state after this one."""
+    states = (u for u in call.users if u.target is operator.getitem and u.args[1] == 1)
+    return next((u for s in states for u in s.users if u.target is NEURON_STEP), None)

@@ -1,0 +1,26 @@
+"""Rewrites of a program, one file each.
+
+A pass is a function from program to program that appends to ``program.history`` what it did and,
+where it does not apply, why not. A target lists the passes that it needs, in order.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from ..program import Program
+from .cast_float16 import cast_float16
+from .flatten_time import flatten_time
+from .fold_batch_norm import fold_batch_norm
+from .hoist_time_invariant import hoist_time_invariant
+from .lower_neurons import lower_neurons
+
+Pass: TypeAlias = Callable[[Program], Program]
+
+__all__ = [
+    "Pass",
+    "cast_float16",
+    "flatten_time",
+    "fold_batch_norm",
+    "hoist_time_invariant",
+    "lower_neurons",
+]

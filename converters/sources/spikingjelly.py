@@ -84,13 +84,14 @@ class SpikingJelly:
         kind = type(module).__name__
         dynamics, params = neurons.IF, dict[str, Any]()
         if kind != "IFNode":
+            plain = old and not module.decay_input
             params = {"decay_input": module.decay_input, "v_rest": v_reset}
         if kind == "LIFNode":
             dynamics, params["tau"] = neurons.LIF, module.tau
-            params["factored"] = old and not hard
+            params["factored"] = plain and not hard
         elif kind == "ParametricLIFNode":
             dynamics, params["w"] = neurons.ParametricLIF, module.w
-            params["factored"] = old and v_reset == 0.0
+            params["factored"] = plain and v_reset == 0.0
         neuron = Neuron(
             dynamics,
             params,

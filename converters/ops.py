@@ -1,0 +1,143 @@
+"""What the passes know about ATen operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: One input tensor, the same function of every element.
+UNARY = frozenset(
+    {
+        aten.relu.default,
+        aten.neg.default,
+        aten.abs.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+        aten.exp.default,
+        aten.sqrt.default,
+        aten.rsqrt.default,
+        aten.square.default,
+        aten.silu.default,
+        aten.gelu.default,
+        aten.leaky_relu.default,
+        aten.elu.default,
+        aten.hardtanh.default,
+        aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.round.default,
+        aten.floor.default,
+        aten.ceil.default,
+        aten.logical_not.default,
+        aten.bitwise_not.default,
+        aten.pow.Tensor_Scalar,
+        aten.add.Scalar,
+        aten.sub.Scalar,
+        aten.mul.Scalar,
+        aten.div.Scalar,
+        aten.rsub.Scalar,
+        aten.ge.Scalar,
+        aten.gt.Scalar,
+        aten.le.Scalar,
+        aten.lt.Scalar,
+        aten.eq.Scalar,
+        aten.ne.Scalar,
+        aten._to_copy.default,
+    }
+)
+
+#: Several input tensors that broadcast, the same function of every element.
+BROADCAST = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.pow.Tensor_Tensor,
+        aten.maximum.default,
+        aten.minimum.default,
+        aten.ge.Tensor,
+        aten.gt.Tensor,
+        aten.le.Tensor,
+        aten.lt.Tensor,
+        aten.eq.Tensor,
+        aten.ne.Tensor,
+        aten.logical_and.default,
+        aten.logical_or.default,
+        aten.logical_xor.default,
+        aten.bitwise_and.Tensor,
+        aten.bitwise_or.Tensor,
+        aten.where.self,
+        aten.where.ScalarSelf,
+        aten.where.ScalarOther,
+        aten.where.Scalar,
+    }
+)
+
+#: The first input is [N, ...]; each of the N is computed alone, the other arguments are weights.
+BATCHED = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.batch_norm.default,
+        aten.group_norm.default,
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.avg_pool1d.default,
+        aten.avg_pool2d.default,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten._adaptive_avg_pool2d.default,
+        aten.adaptive_max_pool2d.default,
+        aten.upsample_nearest2d.default,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.default,
+        aten.upsample_bilinear2d.vec,
+    }
+)
+
+#: The first input's last dimension is transformed, whatever stands before it.
+TRAILING = frozenset({aten.linear.default, aten.layer_norm.default})
+
+RESHAPE = aten.reshape.default
+
+
+def tensor_args(node: fx.Node) -> list[fx.Node]:
+    """The node's arguments that are tensors, weights included."""
+    return list(node.all_input_nodes)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The static shape of a node's value."""
+    return tuple(node.meta["val"].shape)
+
+
+def dim(node: fx.Node, index: int) -> int:
+    """A dimension argument, made non-negative for the node's value."""
+    return index % max(len(shape(node)), 1)
+
+
+def fan_in(node: fx.Node) -> int:
+    """How many products are summed for one element of a convolution or matrix product."""
+    weight: Any = node.args[1]
+    if isinstance(weight, fx.Node) and node.target in (
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.linear.default,
+    ):
+        return int(torch.Size(shape(weight)[1:]).numel())
+    if isinstance(weight, fx.Node) and "conv_transpose" in str(node.target):
+        out, *kernel = shape(weight)[1:]
+        return int(shape(weight)[0] * torch.Size(kernel).numel())
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        first: Any = node.args[0]
+        return shape(first)[-1]
+    return 1

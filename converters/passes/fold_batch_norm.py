@@ -1,0 +1,82 @@
+"""Fold an evaluated batch norm into the convolution or linear layer before it.
+
+With s = gamma / sqrt(var + eps)::
+
+    (W x + b - mean) s + beta = (s W) x + ((b - mean) s + beta)
+
+computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..ops import aten
+from ..program import Builder, PassReport, Program, where
+from .flatten_time import nodes_of_output
+
+_LAYERS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default})
+
+
+def fold_batch_norm(program: Program) -> Program:
+    """Fold every batch norm whose only input is a layer of weights that nothing else uses."""
+    build = Builder(program)
+    env: dict[fx.Node, fx.Node] = {}
+    done, skipped = [], []
+    for n in program.graph.nodes:
+        if n.op == "placeholder":
+            env[n] = build.placeholder(n, n.meta["val"])
+        elif n.op == "get_attr":
+            env[n] = build.copy(n, env)
+        elif n.op == "call_function" and n.target is aten.batch_norm.default:
+            reason = _obstacle(n)
+            if reason is None:
+                env[n] = _fold(program, build, n, env)
+                done.append(f"{where(n)} into {where(n.args[0])}")
+            else:
+                env[n] = build.copy(n, env)
+                skipped.append(f"{where(n)}: {reason}")
+        elif n.op == "call_function":
+            env[n] = build.copy(n, env)
+    report = PassReport("fold_batch_norm", tuple(done), tuple(skipped))
+    return build.finish([env[r] for r in nodes_of_output(program)], report)
+
+
+def _obstacle(norm: fx.Node) -> str | None:
+    layer = norm.args[0]
+    if not isinstance(layer, fx.Node) or layer.target not in _LAYERS:
+        return "no convolution or linear layer comes right before it"
+    if len(layer.users) > 1:
+        return f"{where(layer)} is used elsewhere too"
+    if layer.args[1].op != "get_attr":
+        return f"the weight of {where(layer)} is computed"
+    if layer.target is aten.linear.default and len(layer.meta["val"].shape) != 2:
+        return f"{where(layer)} has its features in another dimension than the norm's"
+    return None
+
+
+def _fold(
+    program: Program, build: Builder, norm: fx.Node, env: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    layer = norm.args[0]
+    x, weight, bias = (*layer.args, None)[:3]
+    W = program.tensor(weight.target)
+    gamma, beta, mean, var = (
+        None if p is None else program.tensor(p.target).double() for p in norm.args[1:5]
+    )
+    assert mean is not None and var is not None
+    scale = torch.rsqrt(var + norm.args[7])
+    scale = scale if gamma is None else gamma * scale
+    shift = (-mean if bias is None else program.tensor(bias.target).double() - mean) * scale
+    shift = shift if beta is None else shift + beta
+    folded = W.double() * scale.reshape(-1, *[1] * (W.dim() - 1))
+    stem = f"{weight.target.rpartition('.')[0]}.folded_{where(norm).replace('.', '_')}"
+    return build.call(
+        layer.target,
+        env[x],
+        build.constant(f"{stem}_weight", folded.to(W.dtype)),
+        build.constant(f"{stem}_bias", shift.to(W.dtype)),
+        *layer.args[3:],
+        path=where(layer),
+    )

@@ -1,0 +1,246 @@
+"""Unroll every neuron over time into slice, arithmetic, compare, select and concatenate.
+
+Nothing is written in place and nothing has a rank above the input's. The equation is the declaration's
+own: it is evaluated once on symbolic values that emit graph nodes instead of computing. The first
+step starts from the constant v_0, so it is partly evaluated here, and the reset after the last step is
+dead and dropped.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..neurons import Neuron
+from ..ops import aten, shape
+from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
+from .flatten_time import nodes_of_output
+
+
+def lower_neurons(program: Program) -> Program:
+    """Replace every neuron by primitive operators, T steps unrolled."""
+    return _Lower(program).run()
+
+
+class _Value:
+    """A value of the graph inside a charge equation: arithmetic on it emits nodes."""
+
+    def __init__(self, emit: _Emitter, node: fx.Node) -> None:
+        self.emit, self.node = emit, node
+
+    def __add__(self, other: Any) -> Any:
+        return self if _is(other, 0.0) else self.emit(aten.add.Tensor, self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self if _is(other, 0.0) else self.emit(aten.add.Tensor, self, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self if _is(other, 0.0) else self.emit(aten.sub.Tensor, self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        # other - self as other + (-self), which rounds alike.
+        return self.emit(aten.add.Tensor, -self, other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self if _is(other, 1.0) else self.emit(aten.mul.Tensor, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        if isinstance(other, (int, float)) and _power_of_two(other):
+            return self * (1.0 / other)  # exact, and a multiplication is cheaper than a division
+        return self.emit(aten.div.Tensor, self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self.emit(aten.div.Tensor, self.emit.constant(other), self)
+
+    def __pow__(self, other: Any) -> Any:
+        return self.emit(aten.pow.Tensor_Scalar, self, other)
+
+    def __neg__(self) -> Any:
+        return self.emit(aten.neg.default, self)
+
+    def __ge__(self, other: Any) -> Any:
+        return self.emit.compare("ge", self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.emit.compare("gt", self, other)
+
+    def sigmoid(self) -> Any:
+        return self.emit(aten.sigmoid.default, self)
+
+    def exp(self) -> Any:
+        return self.emit(aten.exp.default, self)
+
+    def tanh(self) -> Any:
+        return self.emit(aten.tanh.default, self)
+
+    def abs(self) -> Any:
+        return self.emit(aten.abs.default, self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Arithmetic between a tensor and a symbolic value, the tensor on the left."""
+        reflected = {
+            torch.Tensor.add: "__radd__",
+            torch.Tensor.sub: "__rsub__",
+            torch.Tensor.mul: "__rmul__",
+            torch.Tensor.div: "__rtruediv__",
+            torch.Tensor.true_divide: "__rtruediv__",
+            torch.Tensor.__add__: "__radd__",
+            torch.Tensor.__sub__: "__rsub__",
+            torch.Tensor.__mul__: "__rmul__",
+            torch.Tensor.__truediv__: "__rtruediv__",
+        }.get(func)
+        if reflected is None:
+            return NotImplemented
+        return getattr(args[1], reflected)(args[0])
+
+
+def _is(value: Any, number: float) -> bool:
+    """Whether a constant is this number, so that the operation with it changes nothing."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.item() == number
+    return isinstance(value, (int, float)) and value == number
+
+
+def _power_of_two(value: float) -> bool:
+    mantissa, _ = torch.frexp(torch.tensor(float(value), dtype=torch.float64))
+    return abs(mantissa.item()) == 0.5
+
+
+class _Emitter:
+    """Emits the nodes of one neuron; constants are named after its path."""
+
+    def __init__(self, build: Builder, path: str, site: str, dtype: torch.dtype) -> None:
+        self.build, self.path, self.dtype = build, path, dtype
+        self.stem = f"{site.replace('#', '_')}.constant"
+        self.constants: list[torch.Tensor] = []
+
+    def __call__(self, target: Any, *args: Any) -> _Value:
+        return _Value(self, self.build.call(target, *map(self._argument, args), path=self.path))
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, _Value):
+            return value.node
+        if isinstance(value, torch.Tensor):
+            return value.item() if value.dim() == 0 else self._tensor(value)
+        return value
+
+    def _tensor(self, value: torch.Tensor) -> fx.Node:
+        value = value.detach().to(self.dtype)
+        for i, known in enumerate(self.constants):
+            if torch.equal(known, value):
+                return self.build.constant(f"{self.stem}_{i}", known)
+        self.constants.append(value)
+        return self.build.constant(f"{self.stem}_{len(self.constants) - 1}", value)
+
+    def constant(self, value: Any) -> _Value:
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        return _Value(self, self._tensor(tensor))
+
+    def compare(self, name: str, a: _Value, b: Any) -> _Value:
+        b = self._argument(b)
+        packet = getattr(aten, name)
+        return self(packet.Tensor if isinstance(b, fx.Node) else packet.Scalar, a, b)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """As torch.where; where everything is constant it is computed."""
+        if not isinstance(condition, _Value):
+            return torch.where(torch.as_tensor(condition), a, b)
+        a, b = self._argument(a), self._argument(b)
+        overload = {
+            (True, True): aten.where.self,
+            (False, True): aten.where.ScalarSelf,
+            (True, False): aten.where.ScalarOther,
+            (False, False): aten.where.Scalar,
+        }[isinstance(a, fx.Node), isinstance(b, fx.Node)]
+        return self(overload, condition, a, b)
+
+
+class _Lower(Builder):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.sites = {site.spikes[0]: site for site in program.sites}
+        self.lowered: list[Site] = []
+        self.done: list[str] = []
+        # The state after a single step, by the node of its call: it need not be a node itself.
+        self.states: dict[fx.Node, Any] = {}
+
+    def run(self) -> Program:
+        for n in self.program.graph.nodes:
+            if n.op == "placeholder":
+                self.env[n] = self.placeholder(n, n.meta["val"])
+            elif n.op == "get_attr":
+                self.env[n] = self.copy(n, self.env)
+            elif n.op == "call_function" and n.target is NEURON:
+                self._multi_step(n)
+            elif n.op == "call_function" and n.target is NEURON_STEP:
+                self._single_step(n)
+            elif n.op == "call_function" and n.args and n.args[0] in self.states:
+                continue
+            elif n.op == "call_function":
+                self.env[n] = self.copy(n, self.env)
+        for site in self.program.sites:
+            if site.layout == "steps":
+                self._site(site, [self.env[self.program.node(d)] for d in site.drives],
+                           [self.env[self.program.node(s)] for s in site.spikes])
+        report = PassReport("lower_neurons", tuple(self.done))
+        order = {site.name: i for i, site in enumerate(self.program.sites)}
+        sites = sorted(self.lowered, key=lambda s: order[s.name])
+        outputs = [self.env[r] for r in nodes_of_output(self.program)]
+        return self.finish(outputs, report, sites)
+
+    def _site(self, site: Site, drives: list[fx.Node], spikes: list[fx.Node]) -> None:
+        names = (tuple(d.name for d in drives), tuple(s.name for s in spikes))
+        self.lowered.append(replace(site, drives=names[0], spikes=names[1]))
+        self.done.append(f"{site.name}: {site.neuron.describe()}, {site.T} steps")
+
+    def _initial(self, neuron: Neuron, dtype: torch.dtype) -> torch.Tensor:
+        """v_0 as the constant that the first step starts from."""
+        return torch.as_tensor(neuron.v_0, dtype=dtype).detach()
+
+    def _multi_step(self, n: fx.Node) -> None:
+        site = self.sites[n.name]
+        neuron = site.neuron
+        x, T = self.env[n.args[0]], site.T
+        dtype, path = x.meta["val"].dtype, where(n)
+        emit = _Emitter(self, path, site.name, dtype)
+        N = shape(x)[0] // (1 if site.layout == "static" else T)
+        v: Any = self._initial(neuron, dtype)
+        spikes = []
+        for t in range(T):
+            xt = x
+            if site.layout != "static" and T > 1:
+                xt = self.call(aten.slice.Tensor, x, 0, t * N, (t + 1) * N, path=path)
+            fired, v, _ = neuron.step(v, _Value(emit, xt), emit.where, t)
+            spikes.append(self.call(aten._to_copy.default, fired.node, path=path, dtype=dtype))
+        node = spikes[0] if T == 1 else self.call(aten.cat.default, spikes, 0, path=path)
+        self.env[n] = node
+        self._site(site, [x], [node])
+
+    def _single_step(self, n: fx.Node) -> None:
+        x, before, _, spec, t = n.args
+        path = where(n)
+        neuron = Neuron.from_json(spec, (self.program.tensor(p.target) for p in n.args[2]))
+        dtype = x.meta["val"].dtype
+        emit = _Emitter(self, path, f"{path}.step_{t}", dtype)
+        v: Any = self._initial(neuron, dtype)
+        if before.target is operator.getitem and before.args[0] in self.states:
+            v = self.states[before.args[0]]
+        fired, after, _ = neuron.step(v, _Value(emit, self.env[x]), emit.where, t)
+        self.states[n] = _Value(emit, after.node) if isinstance(after, _Value) else after
+        for user in n.users:
+            if user.args[1] == 0:
+                self.env[user] = self.call(
+                    aten._to_copy.default, fired.node, path=path, dtype=dtype
+                )
+            else:
+                self.env[user] = self.states[n].node

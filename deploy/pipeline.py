@@ -1,0 +1,93 @@
+"""From a network to a program that a target takes: check and convert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .. import targets as registry
+from ..converters.capture import capture
+from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
+from ..converters.program import Program
+from ..converters.verify import verify as verify_program
+from ..targets import Target
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def check(
+    net: nn.Module,
+    args: Sequence[torch.Tensor],
+    targets: Sequence[str],
+    dtype: str | None = None,
+) -> Findings:
+    """Everything that would stop the network on these targets; nothing is compiled.
+
+    Args:
+        net: The network.
+        args: Example inputs; their shapes, batch included, are those of the conversion.
+        targets: Names of targets.
+        dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
+    """
+    chosen = [registry.get(name) for name in targets]
+    try:
+        captured = capture(net, args)
+    except FindingsError as error:
+        return error.findings
+    found: list[Finding] = []
+    for target in chosen:
+        try:
+            found += registry.check(_rewrite(captured, target, _dtype(target, dtype)), target)
+        except FindingsError as error:
+            found += [replace(f, target=target.name) for f in error.findings]
+    return Findings(found)
+
+
+def convert(
+    net: nn.Module,
+    args: Sequence[torch.Tensor],
+    target: str,
+    *,
+    dtype: str | None = None,
+    verify: bool = True,
+) -> Program:
+    """The network, rewritten for a target and verified against itself.
+
+    Args:
+        net: The network; it is copied, evaluated in eval mode, and left as it is.
+        args: Example inputs; their shapes, batch included, become the program's.
+        target: Name of the target.
+        dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
+        verify: Whether source and result are run and compared.
+
+    Raises:
+        CaptureError: The network cannot become a graph.
+        UnsupportedError: The rewritten graph breaks rules of the target.
+        MismatchError: They differ, and rounding does not explain it.
+    """
+    chosen = registry.get(target)
+    captured = capture(net, args)
+    program = _rewrite(captured, chosen, _dtype(chosen, dtype))
+    errors = registry.check(program, chosen).errors
+    if errors:
+        raise UnsupportedError(f"{target} cannot run this network:", errors)
+    program.examples = (tuple(args),)
+    return verify_program(program, net) if verify else program
+
+
+def _dtype(target: Target, name: str | None) -> torch.dtype:
+    if name is None:
+        return target.default_dtype()
+    if name not in _DTYPES:
+        raise UsageError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _rewrite(captured: Program, target: Target, dtype: torch.dtype) -> Program:
+    program = captured
+    for rewrite in target.passes(dtype):
+        program = rewrite(program)
+    return replace(program, target=target.name, captured=captured)

@@ -1,0 +1,189 @@
+"""What a target is: capabilities as data, passes in order, and compile and load.
+
+A target never falls back to another: where its SDK is missing it says so and names the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..converters.errors import Finding, Findings
+from ..converters.passes import Pass
+from ..converters.program import NEURON, NEURON_STEP, Program, short, where
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target takes; each rule is data.
+
+    Attributes:
+        ops: Short names of the operators that it has, such as ``"aten.conv2d"``.
+        dtypes: Dtypes of values that it has.
+        max_rank: Highest rank of a tensor, or None.
+        in_place: Whether it honours in-place writes.
+        max_batch: Largest batch of one call, or None.
+        arithmetic: Floating-point type that it computes in, whatever the graph's is.
+        notes: What else is known, for people.
+    """
+
+    ops: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    max_rank: int | None = None
+    in_place: bool = True
+    max_batch: int | None = None
+    arithmetic: torch.dtype = torch.float32
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SDK:
+    """An SDK as found on this machine.
+
+    Attributes:
+        name: Its name.
+        version: Its version.
+        simulated: Whether a simulator stands in.
+        devices: Ids of the devices that it can see.
+    """
+
+    name: str
+    version: str
+    simulated: bool
+    devices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compile leaves in its directory.
+
+    Attributes:
+        options: Options that it was compiled with, after defaults.
+        files: Paths of the vendor's files, relative to the directory.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+
+class Loaded(Protocol):
+    """A compiled graph on a device."""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's outputs for the graph's inputs, in shapes and dtypes of the graph."""
+
+    def close(self) -> None:
+        """Free the device."""
+
+
+class Target(Protocol):
+    """A machine that programs run on."""
+
+    name: str
+    capabilities: Capabilities
+
+    def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
+        """The rewrites that it needs, in order, for arithmetic in ``dtype``."""
+
+    def default_dtype(self) -> torch.dtype:
+        """The floating-point type that it is converted to unless the user says otherwise."""
+
+    def sdk(self) -> SDK:
+        """The SDK on this machine.
+
+        Raises:
+            TargetUnavailableError: It is missing; the error says how to get it.
+        """
+
+    def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
+        """Compile a program into files in ``directory``, which exists and is empty.
+
+        Raises:
+            CompileError: The compiler refused or failed.
+        """
+
+    def load(
+        self,
+        directory: Path,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: int,
+    ) -> Loaded:
+        """Load what :meth:`compile` wrote, given the graph's input and output shapes and dtypes.
+
+        Raises:
+            DeviceError: There is no such device, or it refused the program.
+        """
+
+
+def check(program: Program, target: Target) -> Findings:
+    """Every rule of the target that the graph breaks."""
+    return Findings(_violations(program, target.name, target.capabilities))
+
+
+def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Finding]:
+    if can.max_batch is not None and program.batch > can.max_batch:
+        yield Finding(
+            rule="batch",
+            where="",
+            target=target,
+            found=f"a batch of {program.batch}",
+            allowed=f"up to {can.max_batch}",
+            fix="convert with a smaller example input",
+        )
+    # A message for each layer and fault, not for each of its hundred unrolled nodes.
+    told: set[tuple[str, str, str]] = set()
+    for n in program.graph.nodes:
+        if n.op == "output":
+            continue
+        for rule, found, allowed, fix in _node_violations(n, can):
+            if (where(n), rule, found) not in told:
+                told.add((where(n), rule, found))
+                yield Finding(rule, where(n), found, allowed, fix, node=n.name, target=target)
+
+
+def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str, str]]:
+    """(rule, found, allowed, fix) for each rule that one node breaks."""
+    value = n.meta["val"]
+    op = short(n.target) if n.op == "call_function" else ""
+    for one in value if isinstance(value, (tuple, list)) else (value,):
+        if can.max_rank is not None and one.dim() > can.max_rank:
+            yield (
+                "rank",
+                f"{op or n.op} of shape {list(one.shape)}, rank {one.dim()}",
+                f"rank up to {can.max_rank}",
+                "keep time and batch as the two leading dimensions, so that they fold into one, or "
+                "merge dimensions before this operator",
+            )
+        if one.dtype not in can.dtypes:
+            yield (
+                "dtype",
+                f"{op or n.op} gives {one.dtype}",
+                ", ".join(sorted(str(d) for d in can.dtypes)),
+                "convert the value in the network's forward",
+            )
+        if 0 in one.shape:
+            yield (
+                "empty",
+                f"{op or n.op} of shape {list(one.shape)}",
+                "tensors with at least one element",
+                "take the operator out",
+            )
+    if not op:
+        return
+    if n.target in (NEURON, NEURON_STEP):
+        if op not in can.ops:
+            yield "operator", op, "primitive operators", "lower the neurons first"
+    elif op not in can.ops:
+        yield (
+            "operator",
+            op,
+            "the operators that the target has (spikeport targets --json lists them)",
+            "replace it in the network's forward by one of those",
+        )
+    if not can.in_place and n.target._schema.is_mutable:
+        yield "in-place", f"{op} writes in place", "functional operators", "use its functional form"
