@@ -40,7 +40,8 @@ def check(
     found: list[Finding] = []
     for target in chosen:
         try:
-            found += registry.check(_rewrite(captured, target, _dtype(target, dtype)), target)
+            program, _ = _rewrite(captured, target, _dtype(target, dtype))
+            found += registry.check(program, target)
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
     return Findings(found)
@@ -70,12 +71,12 @@ def convert(
     """
     chosen = registry.get(target)
     captured = capture(net, args)
-    program = _rewrite(captured, chosen, _dtype(chosen, dtype))
+    captured.examples = (tuple(args),)
+    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype))
     errors = registry.check(program, chosen).errors
     if errors:
         raise UnsupportedError(f"{target} cannot run this network:", errors)
-    program.examples = (tuple(args),)
-    return verify_program(program, net) if verify else program
+    return verify_program(program, net, uncast) if verify else program
 
 
 def _dtype(target: Target, name: str | None) -> torch.dtype:
@@ -86,8 +87,14 @@ def _dtype(target: Target, name: str | None) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _rewrite(captured: Program, target: Target, dtype: torch.dtype) -> Program:
-    program = captured
+def _rewrite(
+    captured: Program, target: Target, dtype: torch.dtype
+) -> tuple[Program, Program | None]:
+    """The program for the target, and the program before a cast, if there was one."""
+    program = replace(captured, target=target.name, captured=captured)
+    uncast = None
     for rewrite in target.passes(dtype):
-        program = rewrite(program)
-    return replace(program, target=target.name, captured=captured)
+        before, program = program, rewrite(program)
+        if program.dtype != before.dtype:
+            uncast = before
+    return program, uncast

@@ -1,0 +1,520 @@
+"""Proof that a rewritten program computes what the network computes.
+
+The comparison goes layer by layer, each on the network's own spikes, so that a difference is seen
+where it arises and nowhere else:
+
+1. Every neuron alone, on inputs that hit its threshold exactly: the network's module, the declaration
+   and the lowered form must give the same spikes, all of them.
+2. Every layer's drive (the input of its neurons) on the network's own spikes. It may differ by what
+   rounding explains: with u the unit roundoff, |W| |x| the magnitude that a layer sums and K its
+   number of terms, the difference of two orders of summation stays within c sqrt(K) u |W| |x| (Higham
+   and Mary 2019, SIAM J. Sci. Comput. 41(5), doi:10.1137/18M1226312), accumulated over the operators
+   since the last neuron.
+3. Every layer's spikes, given its drive: the declaration's own in float32, without exception; in
+   float16 another spike only where h lies at the threshold within rounding.
+
+So whatever differs end to end follows from rounding, and its first site is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from . import ops, sources
+from .errors import Finding, MismatchError, UnsupportedError
+from .neurons import Neuron
+from .ops import aten
+from .passes.flatten_time import nodes_of_output
+from .passes.lower_neurons import lower_neurons
+from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
+
+#: Of sqrt(K) u |W| |x|; a wrong conversion is off by orders of magnitude more.
+_CERTAINTY = 4.0
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """What was found at one neuron layer, on the network's own spikes.
+
+    Attributes:
+        site: The layer.
+        probe_spikes: Spikes compared on inputs that hit the threshold exactly; all were equal.
+        spikes: Spikes compared on the examples.
+        flips: How many of them differ because the drive was rounded otherwise.
+        drive_difference: Largest difference of its drive.
+        drive_bound: Largest difference that rounding explains.
+    """
+
+    site: str
+    probe_spikes: int
+    spikes: int
+    flips: int
+    drive_difference: float
+    drive_bound: float
+
+
+@dataclass(frozen=True)
+class VerificationEvidence:
+    """What the verification of a program found; it holds, or there is an error instead.
+
+    Attributes:
+        dtype: Floating-point type of the program.
+        examples: Inputs that source and program were run on.
+        layers: Each neuron layer by itself.
+        end_to_end_flips: Spikes that differ when the program runs freely, by layer.
+        output_difference: Largest difference of an output then.
+        before_cast: The same before the weights were cast, where bounds are tighter.
+    """
+
+    dtype: str
+    examples: int
+    layers: tuple[LayerEvidence, ...]
+    end_to_end_flips: dict[str, int]
+    output_difference: float
+    before_cast: VerificationEvidence | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evidence as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"verified in {self.dtype} on {self.examples} inputs, layer by layer:"]
+        lines += [
+            f"  {layer.site}: {layer.probe_spikes} probe spikes equal; {layer.flips} of "
+            f"{layer.spikes} spikes at the threshold flipped by rounding; drive within "
+            f"{layer.drive_difference:.2g} of {layer.drive_bound:.2g} allowed"
+            for layer in self.layers
+        ]
+        total = sum(self.end_to_end_flips.values())
+        lines.append(
+            f"  end to end: {total} spikes differ, outputs by up to {self.output_difference:.3g}"
+        )
+        if self.before_cast is not None:
+            lines = [str(self.before_cast), *lines]
+        return "\n".join(lines)
+
+
+def verify(program: Program, net: nn.Module, uncast: Program | None = None) -> Program:
+    """The program with its evidence.
+
+    Args:
+        program: A rewritten program with ``captured`` and ``examples``.
+        net: The network that it was captured from.
+        uncast: The program before its weights were cast to another dtype, verified first.
+
+    Raises:
+        MismatchError: A layer differs by more than rounding explains; it is named.
+        UnsupportedError: Activations overflow the program's dtype; the layers are named.
+    """
+    captured = program.captured
+    assert captured is not None
+    counts = _probe_neurons(captured, net)
+    before = None if uncast is None else _verify(uncast, counts)
+    return replace(program, evidence=replace(_verify(program, counts), before_cast=before))
+
+
+def _verify(program: Program, counts: Mapping[str, int]) -> VerificationEvidence:
+    captured = program.captured
+    assert captured is not None
+    layers: dict[str, list[LayerEvidence]] = {site.name: [] for site in captured.sites}
+    flips = dict.fromkeys(layers, 0)
+    difference = 0.0
+    inputs = [i for example in program.examples for i in (example, _on_grid(example))]
+    for example in inputs:
+        source = Trace.of(captured, example)
+        free = Trace.of(program, example)
+        _check_finite(program, source, free)
+        _compare_layers(program, source, example, counts, layers)
+        for site, mine in zip(captured.sites, program.sites, strict=True):
+            flips[site.name] += int((source.fired(site) != free.fired(mine)).sum())
+        difference = max([difference, *map(_largest, source.outputs, free.outputs)])
+    return VerificationEvidence(
+        dtype=str(program.dtype).removeprefix("torch."),
+        examples=len(inputs),
+        layers=tuple(_merge(found) for found in layers.values()),
+        end_to_end_flips=flips,
+        output_difference=difference,
+    )
+
+
+def _on_grid(example: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The inputs on a coarse grid, where sums hit thresholds exactly more often."""
+    return tuple((x * 4).round() / 4 if x.is_floating_point() else x for x in example)
+
+
+def _merge(found: Sequence[LayerEvidence]) -> LayerEvidence:
+    return LayerEvidence(
+        found[0].site,
+        found[0].probe_spikes,
+        sum(f.spikes for f in found),
+        sum(f.flips for f in found),
+        max(f.drive_difference for f in found),
+        max(f.drive_bound for f in found),
+    )
+
+
+def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    if not a.numel():
+        return 0.0
+    return float((a.float().flatten() - b.float().flatten()).abs().max())
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Values of one run.
+
+    Attributes:
+        values: By name of node: the neurons' drives and spikes, and what was asked for.
+        outputs: The graph's outputs.
+    """
+
+    values: Mapping[str, torch.Tensor]
+    outputs: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        inputs: Sequence[torch.Tensor],
+        spikes: Mapping[str, torch.Tensor] | None = None,
+    ) -> Trace:
+        """Run a program, on given spikes [T, N, ...] by site or freely."""
+        keep = {name for site in program.sites for name in (*site.drives, *site.spikes)}
+        values: dict[str, torch.Tensor] = {}
+        overflowed: dict[str, torch.Tensor] = {}
+
+        def observe(n: fx.Node, value: Any) -> None:
+            if n.name in keep:
+                values[n.name] = value
+            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+                if n.op == "call_function" and not torch.isfinite(value).all():
+                    overflowed[n.name] = value
+
+        outputs = program.run(inputs, spikes, observe)
+        return cls({**overflowed, **values}, outputs)
+
+    def drive(self, site: Site) -> torch.Tensor:
+        """A site's input, [T, N, ...]."""
+        return site.drive(self.values)
+
+    def fired(self, site: Site) -> torch.Tensor:
+        """A site's spikes, [T, N, ...], of bool."""
+        return site.fired(self.values) != 0
+
+
+def _check_finite(program: Program, source: Trace, free: Trace) -> None:
+    if not all(torch.isfinite(v).all() for v in source.values.values() if v.is_floating_point()):
+        return
+    findings: dict[str, Finding] = {}
+    for n in program.graph.nodes:
+        value = free.values.get(n.name)
+        if value is None or not value.is_floating_point() or torch.isfinite(value).all():
+            continue
+        layer = where(n)
+        findings.setdefault(
+            layer,
+            Finding(
+                rule="float16-overflow",
+                where=layer,
+                node=n.name,
+                found=f"{short(n.target)} gives {int((~torch.isfinite(value)).sum())} values that are "
+                f"not finite in {program.dtype}, finite in the source",
+                allowed=f"magnitudes up to {torch.finfo(program.dtype).max:.6g}",
+                fix="scale the layer and its threshold down by the same factor, or convert with "
+                'dtype="float32"',
+            ),
+        )
+    if findings:
+        raise UnsupportedError("activations overflow:", findings.values())
+
+
+# 1. Neurons alone
+
+
+def _probe_neurons(captured: Program, net: nn.Module) -> dict[str, int]:
+    """Spikes compared for each site; every one of them was equal."""
+    modules = dict(net.named_modules())
+    counts = {}
+    for site in captured.sites:
+        x = probe_inputs(site.neuron, site.T, captured.shape(site.drives[0]), site.layout)
+        x = x.to(captured.dtype)
+        expected = site.neuron.multi_step(x)
+        lowered = _lowered(site, x)
+        if not torch.equal(expected, lowered):
+            raise MismatchError(_differs(site, "the lowered form", lowered, expected, x))
+        own = _own_spikes(modules[site.path], x)
+        if own is not None and not torch.equal(expected, own):
+            raise MismatchError(_differs(site, "the network's own module", own, expected, x))
+        counts[site.name] = expected.numel()
+    return counts
+
+
+def probe_inputs(
+    neuron: Neuron, T: int, shape: tuple[int, ...], layout: str = "stepped"
+) -> torch.Tensor:
+    """Inputs [T, 1, ...] on a grid of the threshold, where >= and > differ, and silence.
+
+    The grid is of eighths of the threshold, so that sums, and halves of sums, hit it exactly.
+    """
+    features = shape[2:] if layout == "stepped" else shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.randint(-8, 17, (T, 1, *features), generator=generator) / 8
+    threshold = torch.as_tensor(neuron.v_threshold, dtype=torch.float32).detach()
+    x = grid * threshold
+    # Exactly the threshold above the start of the membrane, in the first step of the first neuron.
+    flat = x.reshape(T, -1)
+    flat[:, -1] = 0.0
+    start = torch.as_tensor(neuron.v_0, dtype=torch.float32).flatten()[0]
+    flat[0, 0] = threshold.flatten()[0] - start
+    return flat.reshape(x.shape)
+
+
+def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
+    """The site's neuron by itself, lowered and run."""
+    graph = fx.Graph()
+    empty = Program(fx.GraphModule({}, graph), (), (), _LEAF, dtype=x.dtype)
+    build = Builder(empty)
+    node = build.graph.placeholder("x")
+    flat = x.flatten(0, 1)
+    node.meta = {"val": flat.to("meta"), "path": ""}
+    tensors = site.neuron.tensors()
+    params = [build.constant(f"probe.{name}", t.detach()) for name, t in tensors.items()]
+    spikes = build.call(NEURON, node, params, site.neuron.to_json(), "flat", site.T, path=site.path)
+    program = lower_neurons(build.finish([spikes], PassReport("probe")))
+    with torch.no_grad():
+        (result,) = Executor(program).run(flat)
+    return torch.as_tensor(result).reshape(x.shape)
+
+
+def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The network's own neuron on x [T, 1, ...], from its state before the first step."""
+    training = module.training
+    module.eval()
+    sources.reset(module)
+    try:
+        with torch.no_grad():
+            if getattr(module, "step_mode", "m") == "s":
+                return torch.stack([module(step) for step in x])
+            spikes: torch.Tensor = module(x)
+            return spikes
+    finally:
+        module.train(training)
+        sources.reset(module)
+
+
+def _differs(
+    site: Site, who: str, found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor
+) -> str:
+    wrong = (found != expected).nonzero()
+    at = tuple(int(i) for i in wrong[0])
+    h = site.neuron.trace(x)[1][at].item()
+    return (
+        f"{site.name}: on inputs that hit the threshold exactly, {who} and the declaration differ in "
+        f"{len(wrong)} of {expected.numel()} spikes, first at step {at[0]}, index {list(at[1:])}, "
+        f"where the declaration has h = {h:.9g} ({site.neuron.describe()})"
+    )
+
+
+# 2 and 3. Layers
+
+
+def _compare_layers(
+    program: Program,
+    source: Trace,
+    example: Sequence[torch.Tensor],
+    counts: Mapping[str, int],
+    layers: dict[str, list[LayerEvidence]],
+) -> None:
+    captured = program.captured
+    assert captured is not None
+    pairs = list(zip(captured.sites, program.sites, strict=True))
+    spikes = {mine.name: source.fired(theirs).to(program.dtype) for theirs, mine in pairs}
+    local = Trace.of(program, example, spikes)
+    bounds = _Bounds(program, example, spikes)
+    wrong: list[str] = []
+    for theirs, mine in pairs:
+        bound = bounds.at(mine)
+        theirs_drive, mine_drive = source.drive(theirs), local.drive(mine)
+        difference = (theirs_drive.float() - mine_drive.float()).abs()
+        outside = difference > bound
+        if outside.any():
+            wrong.append(
+                f"{mine.name}: its drive differs by up to {difference.max().item():.3g} in "
+                f"{int(outside.sum())} of {outside.numel()} places, where rounding explains "
+                f"{bound[outside].max().item():.3g}"
+            )
+        wrong += _unexplained(program, mine, mine_drive, local.fired(mine))
+        flipped = int((source.fired(theirs) != local.fired(mine)).sum())
+        layers[theirs.name].append(
+            LayerEvidence(
+                theirs.name,
+                counts[theirs.name],
+                theirs_drive.numel(),
+                flipped,
+                difference.max().item(),
+                bound.max().item(),
+            )
+        )
+    results = zip(nodes_of_output(program), source.outputs, local.outputs, strict=True)
+    for n, expected, found in results:
+        off = (expected.float().flatten() - found.float().flatten()).abs()
+        bound = bounds.of(n.name).flatten()
+        if (off > bound).any():
+            wrong.append(
+                f"output {n.name} ({where(n) or 'the network'}): differs by up to "
+                f"{off.max().item():.3g}, where rounding explains {bound.max().item():.3g}"
+            )
+    if wrong:
+        raise MismatchError(
+            "the rewritten program computes something else than the network:\n  " + "\n  ".join(wrong)
+        )
+
+
+def _unexplained(
+    program: Program, site: Site, drive: torch.Tensor, fired: torch.Tensor
+) -> list[str]:
+    """Spikes that the declaration does not give for this drive, rounding at the threshold aside."""
+    exact, h, _ = site.neuron.trace(drive.float())
+    wrong = (exact != 0) != fired
+    # Once a neuron has fired otherwise its membrane is another one: only its first flip is judged.
+    first = wrong & (wrong.cumsum(0) == 1)
+    if program.dtype == torch.float16:
+        unit = torch.finfo(torch.float16).eps / 2
+        scale = torch.maximum(h.abs(), drive.float().abs()).cummax(0).values
+        steps = torch.arange(1, site.T + 1).reshape(-1, *[1] * (h.dim() - 1))
+        threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32)
+        slack = _CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs())
+        first = first & ((h - threshold).abs() > slack)
+    if not first.any():
+        return []
+    at = tuple(int(i) for i in first.nonzero()[0])
+    return [
+        f"{site.name}: {int(first.sum())} spikes are not the declaration's, first at step {at[0]}, "
+        f"index {list(at[1:])}, h = {h[at].item():.9g} ({site.neuron.describe()})"
+    ]
+
+
+class _Bounds(fx.Interpreter):
+    """What rounding explains at each node: 2 u k M, with M the magnitude that its value is summed from.
+
+    Values are pairs (M, k): M is the value computed with every weight and input made positive, so that
+    nothing cancels; k counts the roundings since the last neuron, sqrt(K) for a sum of K terms.
+    """
+
+    def __init__(
+        self, program: Program, example: Sequence[torch.Tensor], spikes: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().__init__(program.module)
+        self._spikes = {
+            node: site.scatter(spikes[site.name], torch.empty(_shape(program, node)), node)
+            for site in program.sites
+            for node in site.spikes
+        }
+        self._unit = torch.finfo(program.dtype).eps / 2
+        # Half precision accumulates in float32, so that there a sum costs one rounding.
+        self._sum_cost = 0.0 if program.dtype == torch.float16 else _CERTAINTY
+        self._found: dict[str, tuple[torch.Tensor, float]] = {}
+        self._wanted = self._ancestors(program)
+        with torch.no_grad():
+            self.run(*(x.float() for x in program.flat_inputs(example)))
+
+    def _ancestors(self, program: Program) -> set[str]:
+        """Nodes that drives and outputs depend on, up to the neurons before them."""
+        names = [d for site in program.sites for d in site.drives]
+        todo = [*map(program.node, names), *nodes_of_output(program)]
+        seen: set[str] = set()
+        while todo:
+            n = todo.pop()
+            if n.name not in seen:
+                seen.add(n.name)
+                if n.name not in self._spikes:
+                    todo += n.all_input_nodes
+        return seen
+
+    def of(self, node: str) -> torch.Tensor:
+        """The bound at a node, of its shape."""
+        M, k = self._found[node]
+        return 2 * self._unit * (k + 1) * M + torch.finfo(torch.float32).tiny
+
+    def at(self, site: Site) -> torch.Tensor:
+        """The bound of a site's drive, [T, N, ...]."""
+        return site.drive({d: self.of(d) for d in site.drives})
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output" or n.name not in self._wanted:
+            return None
+        if n.name in self._spikes:
+            pair = (self._spikes[n.name], 0.0)
+        elif n.op in ("placeholder", "get_attr"):
+            value = super().run_node(n)
+            # Folding and casting round a weight once each.
+            pair = (value.float().abs(), 2.0 if n.op == "get_attr" else 1.0)
+        else:
+            pair = self._call(n)
+        self._found[n.name] = pair
+        return pair
+
+    def _call(self, n: fx.Node) -> tuple[torch.Tensor, float]:
+        pairs = [self._found[a.name] for a in n.all_input_nodes]
+        k = max((p[1] for p in pairs), default=0.0)
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._found[a.name][0])
+        target: Any = n.target
+        if target in (aten.mul.Tensor, aten.div.Tensor, aten.matmul.default, aten.bmm.default):
+            k = sum(p[1] for p in pairs)
+        terms = ops.fan_in(n)
+        if terms > 1:
+            k += 2 + self._sum_cost * math.sqrt(terms)
+        elif target in (aten.mean.dim, aten.sum.dim_IntList, aten.avg_pool2d.default):
+            source: Any = n.args[0]
+            ratio = source.meta["val"].numel() / n.meta["val"].numel()
+            k += 2 + _CERTAINTY * math.sqrt(ratio)
+        elif target not in _EXACT:
+            k += 4
+        if target is aten.sub.Tensor:
+            return aten.add.Tensor(_positive(args[0]), _positive(args[1])), k
+        if target is aten.batch_norm.default:
+            x, weight, bias, mean, var, *rest = args
+            return aten.batch_norm.default(x, weight, bias, -mean, var, *rest), k
+        if target in (aten.neg.default, aten.abs.default):
+            return args[0], k
+        if target is aten._to_copy.default:
+            return args[0], k
+        if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
+            return target(*map(_positive, args)), k
+        return torch.as_tensor(target(*args, **kwargs)).float(), k
+
+
+def _positive(value: Any) -> Any:
+    return abs(value)
+
+
+#: Operators that move values without rounding them.
+_EXACT = frozenset(
+    {
+        ops.RESHAPE,
+        aten.slice.Tensor,
+        aten.cat.default,
+        aten.stack.default,
+        aten.select.int,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.max_pool2d.default,
+        aten.relu.default,
+    }
+)
+
+
+def _shape(program: Program, node: str) -> tuple[int, ...]:
+    return program.shape(node)
+
+
+_LEAF = pytree.tree_structure((0,))

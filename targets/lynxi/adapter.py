@@ -1,0 +1,172 @@
+"""The Lynxi target: one code path on the vendor's SDK and on the simulated one.
+
+``lyngor`` and ``lynpy`` are imported when something is compiled or run, never before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.passes import (
+    Pass,
+    cast_float16,
+    flatten_time,
+    fold_batch_norm,
+    hoist_time_invariant,
+    lower_neurons,
+)
+from ...converters.program import Program
+from ..base import SDK, Capabilities, Compiled, Loaded
+from .capabilities import CAPABILITIES
+
+#: Arguments of ``Builder.build`` that a user may set, with this project's defaults.
+_OPTIONS: dict[str, Any] = {
+    "apu_only": True,
+    "build_mode": "auto",
+    "opt_level": 3,
+    "core_mem_mode": 0,
+    "lut_opt": 1,
+    "num_cores": 16,
+}
+
+
+class Lynxi:
+    """HP300 and KA200 chips.
+
+    Args:
+        simulated: Whether the simulated SDK stands in for the vendor's.
+    """
+
+    def __init__(self, simulated: bool) -> None:
+        self.simulated = simulated
+        self.name = "lynxi-sim" if simulated else "lynxi"
+        self.capabilities: Capabilities = CAPABILITIES
+
+    def default_dtype(self) -> torch.dtype:
+        """float16, since the chip computes in it."""
+        return torch.float16
+
+    def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
+        """The rewrites in order; the cast only for float16."""
+        rewrites = (hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons)
+        return (*rewrites, cast_float16) if dtype == torch.float16 else rewrites
+
+    def _import(self, name: str) -> Any:
+        if self.simulated:
+            return importlib.import_module(f"..simulator.{name}", __name__)
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise TargetUnavailableError(
+                f"{name} cannot be imported ({error}): the Lynxi SDK is not on this machine. It is on "
+                "no package index; Lynxi supplies it with the card (lyngor compiles, lynpy runs). "
+                "The target lynxi-sim computes as the chip does, on the simulated SDK."
+            ) from error
+
+    def sdk(self) -> SDK:
+        """lyngor's version and the device ids."""
+        lyngor = self._import("lyngor")
+        self._import("lynpy")
+        return SDK("lyngor", str(lyngor.version), self.simulated, self._devices())
+
+    def _devices(self) -> tuple[int, ...]:
+        if self.simulated:
+            options = importlib.import_module("..simulator.options", __name__)
+            return tuple(range(options.current().devices))
+        try:
+            count, failed = importlib.import_module("pylynchipsdk").lyn_get_device_count()
+        except (ImportError, AttributeError):
+            return ()
+        return () if failed else tuple(range(count))
+
+    def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
+        """Build with lyngor into ``directory``."""
+        if unknown := set(options) - set(_OPTIONS):
+            raise UsageError(
+                f"{self.name} has no option {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(_OPTIONS)}"
+            )
+        chosen = {**_OPTIONS, **options}
+        lyngor = self._import("lyngor")
+        buffers = "float16" if program.dtype == torch.float16 else "float32"
+        shapes = {spec.name: list(spec.graph_shape) for spec in program.inputs}
+        try:
+            model = lyngor.DLModel()
+            model.load(
+                program.module.eval(),
+                model_type="Pytorch",
+                inputs_dict=shapes,
+                in_type=buffers,
+                out_type=buffers,
+            )
+            builder = lyngor.Builder(target="apu", is_map=True)
+            builder.build(model.graph, model.params, out_path=str(directory), **chosen)
+        except Exception as error:
+            raise CompileError(f"lyngor {lyngor.version} refused the program: {error}") from error
+        files = sorted(p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
+        return Compiled(chosen, tuple(map(Path.as_posix, files)))
+
+    def load(
+        self,
+        directory: Path,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: int,
+    ) -> Loaded:
+        """Load with lynpy."""
+        return _Model(self._import("lynpy"), directory, inputs, outputs, device)
+
+
+class _Model:
+    """A lynpy.Model between torch tensors: one flat buffer in, one flat buffer out."""
+
+    def __init__(
+        self,
+        lynpy: Any,
+        directory: Path,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: int,
+    ) -> None:
+        self._outputs = [(shape, _numpy_dtype(dtype)) for shape, dtype in outputs]
+        self._dtypes = [dtype for _, dtype in inputs]
+        try:
+            self._model = lynpy.Model(dev_id=device, path=str(directory))
+            size = sum(torch.Size(s).numel() * d.itemsize for s, d in inputs)
+            self._input = lynpy.Tensor(dev_id=device, size=size)
+        except (AssertionError, RuntimeError, OSError) as error:
+            raise DeviceError(f"device {device} refused the program: {error}") from error
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs, copied out of the buffer that the next call overwrites."""
+        parts = [
+            x.to(dtype).contiguous().numpy().reshape(-1).view(np.uint8)
+            for x, dtype in zip(inputs, self._dtypes, strict=True)
+        ]
+        try:
+            self._input.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            raw = self._model(self._input.apu()).cpu().numpy()
+        except (AssertionError, RuntimeError) as error:
+            raise DeviceError(f"the run on the device failed: {error}") from error
+        flat, at, results = np.asarray(raw).reshape(-1).view(np.uint8), 0, []
+        for shape, dtype in self._outputs:
+            size = int(np.prod(shape)) * dtype.itemsize
+            part = flat[at : at + size].copy().view(dtype).reshape(shape)
+            results.append(torch.from_numpy(part))
+            at += size
+        return results
+
+    def close(self) -> None:
+        """Unload the program."""
+        self._model.unload()
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
