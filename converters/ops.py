@@ -50,6 +50,14 @@ UNARY = frozenset(
     }
 )
 
+#: Selection by a condition, with tensors or scalars on either side.
+SELECT = (
+    aten.where.self,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    aten.where.Scalar,
+)
+
 #: Several input tensors that broadcast, the same function of every element.
 BROADCAST = frozenset(
     {
@@ -71,12 +79,8 @@ BROADCAST = frozenset(
         aten.logical_xor.default,
         aten.bitwise_and.Tensor,
         aten.bitwise_or.Tensor,
-        aten.where.self,
-        aten.where.ScalarSelf,
-        aten.where.ScalarOther,
-        aten.where.Scalar,
     }
-)
+) | frozenset(SELECT)
 
 #: The first input is [N, ...]; each of the N is computed alone, the other arguments are weights.
 BATCHED = frozenset(

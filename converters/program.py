@@ -270,6 +270,12 @@ class Program:
             return flat.get(site.layout, shape)[0]
         return self.inputs[0].shape[0]
 
+    @property
+    def results(self) -> list[fx.Node]:
+        """The nodes that the graph returns."""
+        results: Any = self.graph.output_node().args[0]
+        return list(results)
+
     def node(self, name: str) -> fx.Node:
         """The node of this name."""
         return next(n for n in self.graph.nodes if n.name == name)

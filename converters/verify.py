@@ -31,7 +31,6 @@ from . import ops, sources
 from .errors import Finding, MismatchError, UnsupportedError
 from .neurons import Neuron
 from .ops import aten
-from .passes.flatten_time import nodes_of_output
 from .passes.lower_neurons import lower_neurons
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
 
@@ -362,7 +361,7 @@ def _compare_layers(
                 bound.max().item(),
             )
         )
-    results = zip(nodes_of_output(program), source.outputs, local.outputs, strict=True)
+    results = zip(program.results, source.outputs, local.outputs, strict=True)
     for n, expected, found in results:
         off = (expected.float().flatten() - found.float().flatten()).abs()
         bound = bounds.of(n.name).flatten()
@@ -428,7 +427,7 @@ class _Bounds(fx.Interpreter):
     def _ancestors(self, program: Program) -> set[str]:
         """Nodes that drives and outputs depend on, up to the neurons before them."""
         names = [d for site in program.sites for d in site.drives]
-        todo = [*map(program.node, names), *nodes_of_output(program)]
+        todo = [*map(program.node, names), *program.results]
         seen: set[str] = set()
         while todo:
             n = todo.pop()

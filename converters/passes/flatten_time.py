@@ -83,7 +83,7 @@ class _Flatten(Builder):
             elif n.op == "call_function":
                 self.env[n] = self._emit(n)
         outputs, results = [], []
-        for spec, r in zip(self.program.outputs, nodes_of_output(self.program), strict=True):
+        for spec, r in zip(self.program.outputs, self.program.results, strict=True):
             value = self.env[r]
             if isinstance(value, _Folded) and not value.static and len(value.shape) > 4:
                 outputs.append(replace(spec, folded=True))
@@ -382,9 +382,3 @@ def _numel(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         product *= size
     return product
-
-
-def nodes_of_output(program: Program) -> list[fx.Node]:
-    """The nodes that the graph returns."""
-    results: list[fx.Node] = list(program.graph.output_node().args[0])
-    return results

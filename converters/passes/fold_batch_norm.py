@@ -14,7 +14,6 @@ from torch import fx
 
 from ..ops import aten
 from ..program import Builder, PassReport, Program, where
-from .flatten_time import nodes_of_output
 
 _LAYERS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default})
 
@@ -40,7 +39,7 @@ def fold_batch_norm(program: Program) -> Program:
         elif n.op == "call_function":
             env[n] = build.copy(n, env)
     report = PassReport("fold_batch_norm", tuple(done), tuple(skipped))
-    return build.finish([env[r] for r in nodes_of_output(program)], report)
+    return build.finish([env[r] for r in program.results], report)
 
 
 def _obstacle(norm: fx.Node) -> str | None:

@@ -57,7 +57,7 @@ class _Hoist(Builder):
                     self.repeated[n] = found
             elif n.op == "get_attr":
                 self.env[n] = self.copy(n, self.env)
-        results = self.program.graph.output_node().args[0]
+        results = self.program.results
         for r in results:
             self._materialise(r, None)
         layers = list(dict.fromkeys(self.moved))

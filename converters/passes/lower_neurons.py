@@ -18,7 +18,6 @@ from torch import fx
 from ..neurons import Neuron
 from ..ops import aten, shape
 from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
-from .flatten_time import nodes_of_output
 
 
 def lower_neurons(program: Program) -> Program:
@@ -195,7 +194,7 @@ class _Lower(Builder):
         report = PassReport("lower_neurons", tuple(self.done))
         order = {site.name: i for i, site in enumerate(self.program.sites)}
         sites = sorted(self.lowered, key=lambda s: order[s.name])
-        outputs = [self.env[r] for r in nodes_of_output(self.program)]
+        outputs = [self.env[r] for r in self.program.results]
         return self.finish(outputs, report, sites)
 
     def _site(self, site: Site, drives: list[fx.Node], spikes: list[fx.Node]) -> None:

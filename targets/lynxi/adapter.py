@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx, nn
 
+from ...converters import ops
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.ops import aten
 from ...converters.passes import (
     Pass,
     cast_float16,
@@ -22,7 +25,7 @@ from ...converters.passes import (
     hoist_time_invariant,
     lower_neurons,
 )
-from ...converters.program import Program
+from ...converters.program import Builder, PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded
 from .capabilities import CAPABILITIES
 
@@ -100,7 +103,7 @@ class Lynxi:
         try:
             model = lyngor.DLModel()
             model.load(
-                program.module.eval(),
+                _importable(program),
                 model_type="Pytorch",
                 inputs_dict=shapes,
                 in_type=buffers,
@@ -166,6 +169,35 @@ class _Model:
     def close(self) -> None:
         """Unload the program."""
         self._model.unload()
+
+
+def _importable(program: Program) -> nn.Module:
+    """The graph in the spelling of torch.jit.trace, which the compiler's importer knows.
+
+    A cast is ``aten::to``, and a selection has tensors on both sides.
+    """
+    build = Builder(program)
+    env: dict[fx.Node, fx.Node] = {}
+
+    def tensor(value: Any, dtype: torch.dtype) -> fx.Node:
+        if isinstance(value, fx.Node):
+            return env[value]
+        name = f"scalar_{str(float(value)).translate(str.maketrans('.-+', '_mp'))}"
+        return build.constant(name, torch.tensor(float(value), dtype=dtype))
+
+    for n in program.graph.nodes:
+        if n.op == "placeholder":
+            env[n] = build.placeholder(n, n.meta["val"])
+        elif n.op == "call_function" and n.target is aten._to_copy.default:
+            dtype = n.kwargs["dtype"]
+            env[n] = build.call(aten.to.dtype, env[n.args[0]], dtype, path=where(n))
+        elif n.op == "call_function" and n.target in ops.SELECT:
+            chosen = [tensor(a, n.meta["val"].dtype) for a in n.args[1:]]
+            env[n] = build.call(aten.where.self, env[n.args[0]], *chosen, path=where(n))
+        elif n.op != "output":
+            env[n] = build.copy(n, env)
+    results = [env[r] for r in program.results]
+    return build.finish(results, PassReport("importable"), program.sites).module.eval()
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
