@@ -102,6 +102,32 @@ class TensorSpec:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
+def fold(
+    specs: Sequence[TensorSpec], inputs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """The user's inputs as a graph of floating-point type ``dtype`` takes them.
+
+    Raises:
+        UsageError: The number of inputs or a shape is another than that of ``specs``.
+    """
+    wrong = [
+        f"input {spec}: got {list(x.shape)}"
+        for spec, x in zip(specs, inputs, strict=False)
+        if tuple(x.shape) != spec.shape
+    ]
+    if len(inputs) != len(specs):
+        wrong.append(f"{len(inputs)} inputs given, {len(specs)} wanted")
+    if wrong:
+        raise UsageError("; ".join(wrong) + "; shapes are static, convert again for others")
+    folded = [x.reshape(spec.graph_shape) for spec, x in zip(specs, inputs, strict=True)]
+    return [x.to(dtype) if x.is_floating_point() else x for x in folded]
+
+
+def unfold(specs: Sequence[TensorSpec], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The graph's outputs in the shapes and dtypes of the source network, flat."""
+    return [y.reshape(s.shape).to(s.dtype) for y, s in zip(outputs, specs, strict=True)]
+
+
 @dataclass(frozen=True)
 class Site:
     """One use of one neuron layer in the graph.
@@ -294,22 +320,11 @@ class Program:
         Raises:
             UsageError: The number of inputs or a shape is another than the program's.
         """
-        wrong = [f"input {s}: got {list(x.shape)}" for s, x in zip(self.inputs, inputs, strict=False)
-                 if tuple(x.shape) != s.shape]
-        if len(inputs) != len(self.inputs):
-            wrong.append(f"{len(inputs)} inputs given, {len(self.inputs)} wanted")
-        if wrong:
-            raise UsageError("; ".join(wrong) + "; shapes are static, convert again for others")
-        return [self._inward(x, spec) for x, spec in zip(inputs, self.inputs, strict=True)]
-
-    def _inward(self, x: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        x = x.reshape(spec.graph_shape)
-        return x.to(self.dtype) if x.is_floating_point() else x
+        return fold(self.inputs, inputs, self.dtype)
 
     def nest(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The graph's outputs as the source network gives them: shapes, dtypes, nesting."""
-        shaped = [y.reshape(s.shape).to(s.dtype) for y, s in zip(outputs, self.outputs, strict=True)]
-        return pytree.tree_unflatten(shaped, self.structure)
+        return pytree.tree_unflatten(unfold(self.outputs, outputs), self.structure)
 
     def run(
         self,

@@ -336,7 +336,7 @@ def _compare_layers(
     pairs = list(zip(captured.sites, program.sites, strict=True))
     spikes = {mine.name: source.fired(theirs).to(program.dtype) for theirs, mine in pairs}
     local = Trace.of(program, example, spikes)
-    bounds = _Bounds(program, example, spikes)
+    bounds = Bounds(program, example, spikes)
     wrong: list[str] = []
     for theirs, mine in pairs:
         bound = bounds.at(mine)
@@ -385,11 +385,8 @@ def _unexplained(
     # Once a neuron has fired otherwise its membrane is another one: only its first flip is judged.
     first = wrong & (wrong.cumsum(0) == 1)
     if program.dtype == torch.float16:
-        unit = torch.finfo(torch.float16).eps / 2
-        scale = torch.maximum(h.abs(), drive.float().abs()).cummax(0).values
-        steps = torch.arange(1, site.T + 1).reshape(-1, *[1] * (h.dim() - 1))
         threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32)
-        slack = _CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs())
+        slack = at_threshold(site, h, drive, program.dtype)
         first = first & ((h - threshold).abs() > slack)
     if not first.any():
         return []
@@ -400,7 +397,18 @@ def _unexplained(
     ]
 
 
-class _Bounds(fx.Interpreter):
+def at_threshold(
+    site: Site, h: torch.Tensor, drive: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """How far the neuron's own arithmetic in ``dtype`` may move h [T, N, ...], given its drive."""
+    unit = torch.finfo(dtype).eps / 2
+    scale = torch.maximum(h.abs(), drive.float().abs()).cummax(0).values
+    steps = torch.arange(1, site.T + 1).reshape(-1, *[1] * (h.dim() - 1))
+    threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach().abs()
+    return _CERTAINTY * unit * steps * torch.maximum(scale, threshold)
+
+
+class Bounds(fx.Interpreter):
     """What rounding explains at each node: 2 u k M, with M the magnitude that its value is summed from.
 
     Values are pairs (M, k): M is the value computed with every weight and input made positive, so that

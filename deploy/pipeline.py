@@ -98,3 +98,8 @@ def _rewrite(
         if program.dtype != before.dtype:
             uncast = before
     return program, uncast
+
+
+def rewrite_for(captured: Program, target: str, dtype: torch.dtype) -> Program:
+    """A captured program, rewritten for a target and not verified."""
+    return _rewrite(captured, registry.get(target), dtype)[0]

@@ -219,7 +219,7 @@ class _Lower(Builder):
             xt = x
             if site.layout != "static" and T > 1:
                 xt = self.call(aten.slice.Tensor, x, 0, t * N, (t + 1) * N, path=path)
-            fired, v, _ = neuron.step(v, _Value(emit, xt), emit.where, t)
+            fired, v, _ = neuron.step(v, _Value(emit, xt), neuron.fired, emit.where, t)
             spikes.append(self.call(aten._to_copy.default, fired.node, path=path, dtype=dtype))
         node = spikes[0] if T == 1 else self.call(aten.cat.default, spikes, 0, path=path)
         self.env[n] = node
@@ -234,7 +234,7 @@ class _Lower(Builder):
         v: Any = self._initial(neuron, dtype)
         if before.target is operator.getitem and before.args[0] in self.states:
             v = self.states[before.args[0]]
-        fired, after, _ = neuron.step(v, _Value(emit, self.env[x]), emit.where, t)
+        fired, after, _ = neuron.step(v, _Value(emit, self.env[x]), neuron.fired, emit.where, t)
         self.states[n] = _Value(emit, after.node) if isinstance(after, _Value) else after
         for user in n.users:
             if user.args[1] == 0:

@@ -1,0 +1,340 @@
+"""Source against device: accuracy, agreement, and where their spikes part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..converters import sources
+from ..converters.capture import capture
+from ..converters.errors import UsageError
+from ..converters.program import Program, Site
+from ..converters.verify import Bounds, Trace, at_threshold
+from .pipeline import rewrite_for
+
+
+class Runs(Protocol):
+    """What is compared: a loaded model."""
+
+    batch: int
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def has_probes(self) -> bool: ...
+    def __call__(self, *inputs: torch.Tensor) -> Any: ...
+    def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One spike that differs where everything before it is equal.
+
+    Attributes:
+        layer: The neuron layer.
+        t: Time step.
+        sample: Number of the sample.
+        index: Index in the layer's output for one sample.
+        source_spike: What the source did; the device did the other.
+        h: Membrane potential after charging, in the source.
+        v_threshold: Threshold.
+        bound: How far rounding on the device can move h.
+    """
+
+    layer: str
+    t: int
+    sample: int
+    index: tuple[int, ...]
+    source_spike: bool
+    h: float
+    v_threshold: float
+    bound: float
+
+    def __str__(self) -> str:
+        did, other = ("fired", "did not") if self.source_spike else ("did not fire", "did")
+        return (
+            f"{self.layer}, t={self.t}, sample {self.sample}, index {list(self.index)}: the source "
+            f"{did} at h = {self.h:.6f} against {self.v_threshold:g}, the device {other}; "
+            f"|h - threshold| = {abs(self.h - self.v_threshold):.2g}, rounding reaches {self.bound:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One neuron layer.
+
+    Attributes:
+        layer: Its name.
+        differing: Fraction of differing spikes at each time step.
+        first: Samples whose spikes part in this layer first.
+        unexplained: How many of the spikes where they part lie beyond the reach of rounding.
+    """
+
+    layer: str
+    differing: tuple[float, ...]
+    first: int
+    unexplained: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`compare` found.
+
+    Attributes:
+        target: Name of the target.
+        samples: Samples compared.
+        source_accuracy: Fraction that the source classifies right.
+        device_accuracy: Fraction that the device classifies right.
+        agreement: Fraction where both predict the same.
+        source_seconds: Time that the source took.
+        device_seconds: Time that the device took.
+        probed: Samples whose spikes were compared.
+        layers: The layers, in the order of execution; empty without probes.
+        divergence: The first site where spikes part, or None.
+        note: What else there is to say.
+    """
+
+    target: str
+    samples: int
+    source_accuracy: float
+    device_accuracy: float
+    agreement: float
+    source_seconds: float
+    device_seconds: float
+    probed: int = 0
+    layers: tuple[LayerReport, ...] = ()
+    divergence: Divergence | None = None
+    note: str = ""
+    disagreeing: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains every divergence that was looked at."""
+        return not any(layer.unexplained for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return {**asdict(self), "explained": self.explained}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.samples} samples",
+            f"  source accuracy  {self.source_accuracy:.2%}",
+            f"  device accuracy  {self.device_accuracy:.2%}   ({self.target})",
+            f"  agreement        {self.agreement:.2%}   "
+            f"({round(self.samples * (1 - self.agreement))} predictions differ)",
+        ]
+        if self.layers:
+            lines.append(f"spikes that differ, by layer and time step, on {self.probed} samples:")
+            width = max(len(layer.layer) for layer in self.layers)
+            for layer in self.layers:
+                rates = "  ".join(f"t={t} {d:.3%}" for t, d in enumerate(layer.differing))
+                lines.append(f"  {layer.layer.ljust(width)}  {rates}")
+            if self.divergence is None:
+                lines.append("no spike differs")
+            else:
+                lines.append(f"first divergence: {self.divergence}")
+                lines.append(
+                    "every first divergence lies at the threshold within the device's rounding"
+                    if self.explained
+                    else "NOT explained by rounding: "
+                    + ", ".join(f"{x.layer} ({x.unexplained})" for x in self.layers if x.unexplained)
+                )
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+
+def compare(
+    net: nn.Module,
+    model: Runs,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    layers: int = 64,
+    progress: bool = False,
+) -> Report:
+    """Run a network and what was compiled from it on the same data.
+
+    The source is evaluated in eval mode, each batch from the state before the first step.
+
+    Args:
+        net: The source network.
+        model: The loaded artifact.
+        loader: Batches (x, y) of images [N, ...] and labels [N]; N need not be the compiled batch.
+        layers: On how many samples to compare the spikes of every layer; 0 for none.
+        progress: Whether to show a bar on a terminal.
+
+    Raises:
+        UsageError: The loader is empty, or the outputs are no class scores.
+    """
+    right = torch.zeros(2, dtype=torch.int64)
+    seconds = [0.0, 0.0]
+    samples, disagreeing = 0, list[int]()
+    spikes = _Spikes(net, model)
+    training = net.training
+    net.eval()
+    try:
+        with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
+            for x, y in loader:
+                for part, labels in zip(x.split(model.batch), y.split(model.batch), strict=True):
+                    if samples < layers and model.has_probes:
+                        spikes.compare(part, samples)
+                    start = time.perf_counter()
+                    ours = predictions(_source(net, part))
+                    middle = time.perf_counter()
+                    theirs = predictions(model(part))
+                    seconds[1] += time.perf_counter() - middle
+                    seconds[0] += middle - start
+                    right += torch.stack([(p == labels).sum() for p in (ours, theirs)])
+                    wrong = (ours != theirs).nonzero().flatten() + samples
+                    disagreeing += wrong.tolist()
+                    samples += len(labels)
+                    bar.update(len(labels))
+    finally:
+        net.train(training)
+    if not samples:
+        raise UsageError("the loader gives no batch; compare needs at least one sample")
+    note = ""
+    if not model.has_probes and layers:
+        note = "layers are not compared: the artifact has no probes (compile with probe=True)"
+    return Report(
+        target=model.target,
+        samples=samples,
+        source_accuracy=right[0].item() / samples,
+        device_accuracy=right[1].item() / samples,
+        agreement=1 - len(disagreeing) / samples,
+        source_seconds=seconds[0],
+        device_seconds=seconds[1],
+        probed=spikes.samples,
+        layers=spikes.report(),
+        divergence=spikes.first,
+        note=note,
+        disagreeing=tuple(disagreeing),
+    )
+
+
+def predictions(outputs: Any) -> torch.Tensor:
+    """The class of each sample: the largest of the first output's scores [N, C], or rates of [T, N, C].
+
+    Raises:
+        UsageError: The first output has another rank.
+    """
+    scores = outputs
+    while not isinstance(scores, torch.Tensor):
+        scores = next(iter(scores.values())) if isinstance(scores, dict) else scores[0]
+    if scores.dim() == 3:
+        scores = scores.float().mean(0)
+    if scores.dim() != 2:
+        raise UsageError(
+            f"the first output has shape {list(scores.shape)}; classes are read from [N, C] or "
+            "[T, N, C]"
+        )
+    return scores.argmax(1)
+
+
+def _source(net: nn.Module, x: torch.Tensor) -> Any:
+    sources.reset(net)
+    floating = [p.dtype for p in net.parameters() if p.is_floating_point()]
+    result = net(x.to(floating[0]) if floating else x)
+    sources.reset(net)
+    return result
+
+
+class _Spikes:
+    """Layer by layer, the source's spikes against the device's."""
+
+    def __init__(self, net: nn.Module, model: Runs) -> None:
+        self._net, self._model = net, model
+        self._programs: tuple[Program, Program] | None = None
+        self.samples = 0
+        self.first: Divergence | None = None
+        self._differing: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._first: dict[str, int] = {}
+        self._unexplained: dict[str, int] = {}
+
+    def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
+        if self._programs is None:
+            captured = capture(self._net, (x,))
+            self._programs = captured, rewrite_for(captured, self._model.target, self._model.dtype)
+        return self._programs
+
+    def compare(self, x: torch.Tensor, start: int) -> None:
+        """Compare one batch, whose first sample has the number ``start``."""
+        _, spikes = self._model.probe(x)
+        count, batch = len(x), self._model.batch
+        padded = torch.cat([x, x[-1:].expand(batch - count, *x.shape[1:])]) if count < batch else x
+        captured, program = self._prepare(padded)
+        padded = padded.to(captured.inputs[0].dtype)
+        source = Trace.of(captured, (padded,))
+        own = {site.name: source.fired(site).to(program.dtype) for site in captured.sites}
+        bounds = Bounds(program, (padded,), own)
+        parted = torch.zeros(count, dtype=torch.bool)
+        for theirs, mine in zip(captured.sites, program.sites, strict=True):
+            expected = own[theirs.name][:, :count] != 0
+            differs = expected != (spikes[theirs.name] != 0)
+            by_step = differs.flatten(1).double().sum(1)
+            self._differing[theirs.name] = self._differing.get(theirs.name, 0) + by_step
+            elements = differs[0].numel()
+            self._counts[theirs.name] = self._counts.get(theirs.name, 0) + elements
+            here = differs.transpose(0, 1).flatten(1).any(1) & ~parted
+            if here.any():
+                drive, reach = source.drive(theirs)[:, :count], bounds.at(mine)[:, :count]
+                self._part(theirs, drive, expected, differs, here, reach, start, program.dtype)
+            parted |= here
+        self.samples += count
+
+    def _part(
+        self,
+        site: Site,
+        drive: torch.Tensor,
+        expected: torch.Tensor,
+        differs: torch.Tensor,
+        here: torch.Tensor,
+        reach: torch.Tensor,
+        start: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Samples whose first difference lies in this layer: is it at the threshold?"""
+        first = differs & (differs.cumsum(0) == 1)
+        first = first & here.reshape(1, -1, *[1] * (differs.dim() - 2))
+        _, h, _ = site.neuron.trace(drive.float())
+        slack = at_threshold(site, h, drive, dtype) + reach.cumsum(0)
+        threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
+        outside = first & ((h - threshold).abs() > slack)
+        self._first[site.name] = self._first.get(site.name, 0) + int(here.sum())
+        self._unexplained[site.name] = self._unexplained.get(site.name, 0) + int(outside.sum())
+        if self.first is None or outside.any():
+            t, n, *index = (int(i) for i in (outside if outside.any() else first).nonzero()[0])
+            at = (t, n, *index)
+            self.first = Divergence(
+                layer=site.name,
+                t=t,
+                sample=start + n,
+                index=tuple(index),
+                source_spike=bool(expected[at]),
+                h=h[at].item(),
+                v_threshold=threshold.expand(h.shape)[at].item(),
+                bound=slack[at].item(),
+            )
+
+    def report(self) -> tuple[LayerReport, ...]:
+        """The layers in the order of execution."""
+        return tuple(
+            LayerReport(
+                name,
+                tuple((differing / self._counts[name]).tolist()),
+                self._first.get(name, 0),
+                self._unexplained.get(name, 0),
+            )
+            for name, differing in self._differing.items()
+        )
+
