@@ -8,12 +8,14 @@ from collections.abc import Callable
 from ..converters.errors import UsageError
 from .base import SDK, Capabilities, Compiled, Loaded, Target, check
 from .lynxi import Lynxi
+from .reference import Reference
 
 __all__ = ["SDK", "TARGETS", "Capabilities", "Compiled", "Loaded", "Target", "check", "get"]
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "lynxi": lambda: Lynxi(simulated=False),
     "lynxi-sim": lambda: Lynxi(simulated=True),
+    "reference": Reference,
 }
 
 

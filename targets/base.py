@@ -22,21 +22,23 @@ class Capabilities:
     """What a target takes; each rule is data.
 
     Attributes:
-        ops: Short names of the operators that it has, such as ``"aten.conv2d"``.
-        dtypes: Dtypes of values that it has.
+        ops: Short names of the operators that it has, such as ``"aten.conv2d"``; None for all.
+        dtypes: Dtypes of values that it has; None for all.
         max_rank: Highest rank of a tensor, or None.
         in_place: Whether it honours in-place writes.
         max_batch: Largest batch of one call, or None.
-        arithmetic: Floating-point type that it computes in, whatever the graph's is.
+        arithmetic: Floating-point type that it computes in whatever the graph's is, or None.
+        memory: Bytes that weights and live activations of one call may take, or None.
         notes: What else is known, for people.
     """
 
-    ops: frozenset[str]
-    dtypes: frozenset[torch.dtype]
+    ops: frozenset[str] | None
+    dtypes: frozenset[torch.dtype] | None
     max_rank: int | None = None
     in_place: bool = True
     max_batch: int | None = None
-    arithmetic: torch.dtype = torch.float32
+    arithmetic: torch.dtype | None = None
+    memory: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -135,6 +137,26 @@ def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Fi
             allowed=f"up to {can.max_batch}",
             fix="convert with a smaller example input",
         )
+    if can.arithmetic is not None and program.dtype != can.arithmetic:
+        yield Finding(
+            rule="arithmetic",
+            where="",
+            target=target,
+            found=f"a graph in {program.dtype}",
+            allowed=f"the device computes in {can.arithmetic} whatever the graph's type is",
+            fix="convert without dtype, so that the verification rounds as the device does",
+            severity="warning",
+        )
+    if can.memory is not None and (need := memory(program)) > can.memory:
+        yield Finding(
+            rule="memory",
+            where="",
+            target=target,
+            found=f"{need / 2**30:.1f} GiB of weights and live activations for a batch of "
+            f"{program.batch}",
+            allowed=f"{can.memory / 2**30:.0f} GiB",
+            fix="convert with a smaller example input",
+        )
     # A message for each layer and fault, not for each of its hundred unrolled nodes.
     told: set[tuple[str, str, str]] = set()
     for n in program.graph.nodes:
@@ -144,6 +166,26 @@ def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Fi
             if (where(n), rule, found) not in told:
                 told.add((where(n), rule, found))
                 yield Finding(rule, where(n), found, allowed, fix, node=n.name, target=target)
+
+
+def memory(program: Program) -> int:
+    """Bytes of the weights and of the largest set of activations alive at once."""
+    weights = sum(t.numel() * t.element_size() for t in program.tensors.values())
+    last = {a: n for n in program.graph.nodes for a in n.all_input_nodes}
+    live = peak = 0
+    for n in program.graph.nodes:
+        if n.op in ("output", "get_attr"):
+            continue
+        live += _bytes(n)
+        peak = max(peak, live)
+        live -= sum(_bytes(a) for a in n.all_input_nodes if last[a] is n and a.op != "get_attr")
+    return weights + peak
+
+
+def _bytes(n: Any) -> int:
+    values = n.meta["val"]
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return sum(v.numel() * v.element_size() for v in values)
 
 
 def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str, str]]:
@@ -159,7 +201,7 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
                 "keep time and batch as the two leading dimensions, so that they fold into one, or "
                 "merge dimensions before this operator",
             )
-        if one.dtype not in can.dtypes:
+        if can.dtypes is not None and one.dtype not in can.dtypes:
             yield (
                 "dtype",
                 f"{op or n.op} gives {one.dtype}",
@@ -175,15 +217,15 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
             )
     if not op:
         return
-    if n.target in (NEURON, NEURON_STEP):
-        if op not in can.ops:
+    if can.ops is not None and op not in can.ops:
+        if n.target in (NEURON, NEURON_STEP):
             yield "operator", op, "primitive operators", "lower the neurons first"
-    elif op not in can.ops:
-        yield (
-            "operator",
-            op,
-            "the operators that the target has (spikeport targets --json lists them)",
-            "replace it in the network's forward by one of those",
-        )
+        else:
+            yield (
+                "operator",
+                op,
+                "the operators that the target has (spikeport targets --json lists them)",
+                "replace it in the network's forward by one of those",
+            )
     if not can.in_place and n.target._schema.is_mutable:
         yield "in-place", f"{op} writes in place", "functional operators", "use its functional form"

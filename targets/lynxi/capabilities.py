@@ -32,14 +32,11 @@ CAPABILITIES = Capabilities(
     ),
     max_rank=4,
     in_place=False,
-    max_batch=None,
     arithmetic=torch.float16,
+    memory=8 * 2**30,
     notes=(
         "arithmetic is float16 inside, whatever the type of inputs and outputs",
         "shapes are static, the batch of the example input is compiled in",
         "an in-place write is dropped by the compiler with no error",
     ),
 )
-
-#: Largest ``run_batch`` seen in a build log.
-MAX_RUN_BATCH = 10

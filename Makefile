@@ -1,0 +1,54 @@
+# Sets up its own virtual environment; needs Python >= 3.10, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+# The release that the tests run on. PyPI's Linux wheel brings CUDA along; for a CPU-only machine
+# point pip at a CPU build, or name another release: make test TORCH=torch==2.6.0
+TORCH ?= torch==2.13.0
+FRAMEWORKS := $(VENV)/frameworks
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all lint types bench clean
+
+demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 test images
+	$(BIN)/python examples/deploy_fashion_mnist.py
+
+test: $(VENV)/.tested  ## the everyday suite, then what depends on the older SpikingJelly
+	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-2.0.0 $(BIN)/python -m pytest -m "not slow"
+	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-0.0.0.0.14 $(BIN)/python -m pytest -m "spikingjelly and not slow"
+
+test-all: $(VENV)/.tested  ## the slow tests too
+	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-2.0.0 $(BIN)/python -m pytest
+	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-0.0.0.0.14 $(BIN)/python -m pytest -m spikingjelly
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Types are checked against the installed package, where the three folders are one namespace.
+types: $(VENV)/.tested
+	rm -rf build/typed
+	$(PIP) --no-deps --target build/typed .
+	cd build/typed && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
+		-p spikeport.converters -p spikeport.targets -p spikeport.deploy
+
+bench: $(VENV)/.tested  ## the numbers of the README
+	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-2.0.0 $(BIN)/python benchmarks/deployment.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e .
+	touch $@
+
+# SpikingJelly is needed by tests and benchmarks alone, and brings CUDA builds unless kept from it.
+# Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.
+$(VENV)/.tested: $(VENV)/.installed
+	$(PIP) -e ".[test,dev]" loguru scipy matplotlib
+	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.14 spikingjelly==0.0.0.0.14
+	if $(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
+		$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-2.0.0 spikingjelly==2.0.0; fi
+	touch $@
+
+clean:
+	rm -rf $(VENV) build
