@@ -202,10 +202,20 @@ class _StateAccess(Exception):
 
 
 class _Wrapper(nn.Module):
-    """Stands where a neuron was; its tensors keep their names, and what is set on it is refused."""
+    """Stands where a neuron was; its tensors keep their names, and what is set on it is refused.
+
+    It is made as an instance of the neuron's class too (:meth:`of`), because networks ask
+    ``isinstance(layer, neuron.BaseNode)``.
+    """
+
+    @classmethod
+    def of(cls, path: str, reading: Reading, state: _State, original: nn.Module) -> _Wrapper:
+        """A wrapper that passes for the original's class."""
+        kind = type(original)
+        return type(kind.__name__, (cls, kind), {})(path, reading, state, original)
 
     def __init__(self, path: str, reading: Reading, state: _State, original: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         tensors = reading.neuron.tensors()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
@@ -231,6 +241,10 @@ class _Wrapper(nn.Module):
         self._steps.v[self._path] = (v, t + 1)
         return spikes
 
+    def reset(self) -> None:
+        """As the original's, for a forward that resets its neurons itself."""
+        self._steps.v.pop(self._path, None)
+
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("_original")
         if original is None or name in self._buffers:
@@ -248,7 +262,7 @@ class _Wrapper(nn.Module):
 
 def _wrap(net: nn.Module, readings: dict[int, tuple[str, Reading]], state: _State) -> None:
     wrappers = {
-        id(m): _Wrapper(*readings[id(m)], state, m) for m in net.modules() if id(m) in readings
+        id(m): _Wrapper.of(*readings[id(m)], state, m) for m in net.modules() if id(m) in readings
     }
     if id(net) in wrappers:
         raise UsageError("the network is a single neuron; put it into a module, such as nn.Sequential")
