@@ -27,126 +27,48 @@ A new kind takes a function and one line::
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from . import surrogates
+from .equations import POPULATION, Dynamics, dynamics, exp, named, sigmoid, tanh
 from .errors import UsageError
 from .surrogates import Surrogate
+
+__all__ = [
+    "IF",
+    "LIF",
+    "Dynamics",
+    "IFNode",
+    "LIFNode",
+    "Neuron",
+    "Node",
+    "ParametricLIF",
+    "ParametricLIFNode",
+    "dynamics",
+    "exp",
+    "named",
+    "sigmoid",
+    "tanh",
+]
 
 Parameter: TypeAlias = "float | torch.Tensor"
 
 
-# What a charge equation may call besides + - * /. Each takes floats, tensors, or the symbolic values
-# of a lowering, which bring these functions as methods, as tensors do.
-def _unary(name: str, scalar: Callable[[float], float]) -> Callable[[Any], Any]:
-    def apply(a: Any) -> Any:
-        return scalar(a) if isinstance(a, (int, float)) else getattr(a, name)()
-
-    apply.__name__ = name
-    apply.__doc__ = f"``{name}(a)``, element by element."
-    return apply
-
-
-sigmoid = _unary("sigmoid", lambda a: 1 / (1 + math.exp(-a)))
-exp = _unary("exp", math.exp)
-tanh = _unary("tanh", math.tanh)
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """One kind of neuron.
-
-    Attributes:
-        name: Its name in the field, unique.
-        charge: ``charge(v, x, **parameters) -> h``, plain arithmetic and the functions of this module.
-        parameters: Names of the parameters of ``charge``.
-        defaults: Values of those that have one.
-    """
-
-    name: str
-    charge: Callable[..., Any]
-    parameters: tuple[str, ...]
-    defaults: Mapping[str, Any]
-
-
-_REGISTRY: dict[str, Dynamics] = {}
-_POPULATION = ("v_threshold", "v_reset", "reset", "reset_at", "fires", "v_0")
-
-
-def dynamics(charge: Callable[..., Any]) -> Dynamics:
-    """Declare a kind of neuron from its charge equation ``charge(v, x, *, parameters...)``.
-
-    The first two arguments are the membrane potential and the input, [N, ...]; the rest are
-    keyword-only parameters: numbers, tensors that broadcast against x[t], or flags (bool), which may
-    choose between forms of the equation.
-
-    Raises:
-        UsageError: The signature is another, a name is taken, or the equation does not evaluate.
-    """
-    name = charge.__name__
-    signature = inspect.signature(charge).parameters.values()
-    state = [p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD]
-    keyword = [p for p in signature if p.kind is p.KEYWORD_ONLY]
-    if state != ["v", "x"] or len(state) + len(keyword) != len(signature):
-        raise UsageError(
-            f"dynamics {name}: the signature is {inspect.signature(charge)}; write "
-            f"def {name}(v, x, *, tau, ...): membrane potential, input, then keyword-only parameters"
-        )
-    if taken := [p.name for p in keyword if p.name in _POPULATION]:
-        raise UsageError(
-            f"dynamics {name}: {', '.join(taken)} belong to the population, not to the charge "
-            "equation; a leak towards a potential is called v_rest"
-        )
-    if name in _REGISTRY and not _same_source(_REGISTRY[name].charge, charge):
-        raise UsageError(f"dynamics {name} is declared already, with another equation; rename one")
-    defaults = {p.name: p.default for p in keyword if p.default is not p.empty}
-    declared = Dynamics(name, charge, tuple(p.name for p in keyword), defaults)
-    _probe(declared)
-    _REGISTRY[name] = declared
-    return declared
-
-
-def _same_source(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
-    return a.__code__.co_code == b.__code__.co_code and a.__code__.co_consts == b.__code__.co_consts
-
-
-def _probe(declared: Dynamics) -> None:
-    """Evaluate the equation once, so that a wrong one is reported where it is declared."""
-    x = torch.full((2, 3), 0.5)
-    given = {name: declared.defaults.get(name, 2.0) for name in declared.parameters}
-    try:
-        h = declared.charge(torch.zeros(2, 3), x, **given)
-    except Exception as error:
-        raise UsageError(f"dynamics {declared.name}: the equation fails: {error}") from error
-    if not isinstance(h, torch.Tensor) or h.shape != x.shape:
-        raise UsageError(
-            f"dynamics {declared.name}: the equation gives {type(h).__name__} of shape "
-            f"{tuple(getattr(h, 'shape', ()))} for v and x of shape (2, 3); it must keep the shape"
-        )
-
-
-def named(name: str) -> Dynamics:
-    """The dynamics declared under this name."""
-    if name not in _REGISTRY:
-        raise UsageError(f"no dynamics {name!r} is declared; there are {', '.join(_REGISTRY)}")
-    return _REGISTRY[name]
-
-
-@dynamics
+@dynamics(potentials=())
 def IF(v: Any, x: Any) -> Any:  # noqa: N802 -- the field's name
     """Integrate-and-fire: h = v + x."""
     return v + x
 
 
-@dynamics
+@dynamics(potentials=("v_rest",))
 def LIF(  # noqa: N802
     v: Any, x: Any, *, tau: Any, v_rest: Any, decay_input: bool = True, factored: bool = False
 ) -> Any:
@@ -163,7 +85,7 @@ def LIF(  # noqa: N802
     return v - (v - v_rest) / tau + x
 
 
-@dynamics
+@dynamics(potentials=("v_rest",))
 def ParametricLIF(  # noqa: N802
     v: Any, x: Any, *, w: Any, v_rest: Any, decay_input: bool = True, factored: bool = False
 ) -> Any:
@@ -181,6 +103,15 @@ def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
     if isinstance(yes, torch.Tensor):
         return rest.addcmul_(s, yes)
     return rest.add_(s, alpha=yes) if yes else rest
+
+
+def _number(name: str, value: Any) -> Any:
+    """A parameter's value as a float, a flag or a tensor."""
+    if isinstance(value, (bool, torch.Tensor)):
+        return value
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    raise UsageError(f"{name} is {value!r}; allowed: a finite number or a tensor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +153,10 @@ class Neuron:
                 + (f"unknown {', '.join(sorted(unknown))}; " if unknown else "")
                 + f"its parameters are {', '.join(self.dynamics.parameters) or 'none'}"
             )
+        params = {name: _number(name, params[name]) for name in self.dynamics.parameters}
         object.__setattr__(self, "params", params)
+        for name in ("v_threshold", "v_reset", "v_0"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         for name, value, allowed in (
             ("reset", self.reset, ("hard", "soft", "none")),
             ("reset_at", self.reset_at, ("now", "next")),
@@ -349,7 +283,7 @@ class Neuron:
         """All but the tensors' values, as one line of JSON; the inverse of :meth:`from_json`."""
         tensors = self.tensors()
         scalars: dict[str, Any] = {n: v for n, v in self.params.items() if n not in tensors}
-        population = {n: getattr(self, n) for n in _POPULATION if n not in tensors}
+        population = {n: getattr(self, n) for n in POPULATION if n not in tensors}
         return json.dumps(
             {"dynamics": self.dynamics.name, "params": scalars, **population, "tensors": [*tensors]},
         )

@@ -140,6 +140,8 @@ class Site:
         layout: Layout of its input in the graph; ``"steps"`` for one node a step, each [N, ...].
         drives: Names of the nodes that are its input.
         spikes: Names of the nodes that are its output, [T, N, ...], [TN, ...], or one a step.
+        scale: What its drive was divided by, with the neuron's potentials, a value a channel; None
+            if nothing was.
     """
 
     name: str
@@ -149,10 +151,12 @@ class Site:
     layout: Layout
     drives: tuple[str, ...]
     spikes: tuple[str, ...]
+    scale: torch.Tensor | None = None
 
     def drive(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Its input [T, N, ...] out of a run's values by node name."""
-        return self._gather([values[n] for n in self.drives], self.layout)
+        """Its input [T, N, ...] out of a run's values by node name, in the source's scale."""
+        drive = self._gather([values[n] for n in self.drives], self.layout)
+        return drive if self.scale is None else drive.float() * self.scale
 
     def fired(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Its spikes [T, N, ...] out of a run's values by node name."""
@@ -301,6 +305,10 @@ class Program:
         """The nodes that the graph returns."""
         results: Any = self.graph.output_node().args[0]
         return list(results)
+
+    def site(self, spikes: fx.Node) -> Site:
+        """The site that a node is the spikes of."""
+        return next(s for s in self.sites if spikes.name in s.spikes)
 
     def node(self, name: str) -> fx.Node:
         """The node of this name."""
@@ -498,6 +506,9 @@ def seal(
     used = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr"}
     module = fx.GraphModule(used, graph)
     found = neuron_sites(graph, tensors) if sites is None else tuple(sites)
+    if sites is None:
+        scales = {site.name: site.scale for site in program.sites}
+        found = tuple(replace(site, scale=scales.get(site.name)) for site in found)
     history = (*program.history, report)
     return replace(program, module=module, sites=found, history=history, **changes)
 

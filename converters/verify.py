@@ -349,7 +349,7 @@ def _compare_layers(
                 f"{int(outside.sum())} of {outside.numel()} places, where rounding explains "
                 f"{bound[outside].max().item():.3g}"
             )
-        wrong += _unexplained(program, mine, mine_drive, local.fired(mine))
+        wrong += _unexplained(program, theirs, mine, mine_drive, local.fired(mine))
         flipped = int((source.fired(theirs) != local.fired(mine)).sum())
         layers[theirs.name].append(
             LayerEvidence(
@@ -377,14 +377,14 @@ def _compare_layers(
 
 
 def _unexplained(
-    program: Program, site: Site, drive: torch.Tensor, fired: torch.Tensor
+    program: Program, site: Site, mine: Site, drive: torch.Tensor, fired: torch.Tensor
 ) -> list[str]:
     """Spikes that the declaration does not give for this drive, rounding at the threshold aside."""
     exact, h, _ = site.neuron.trace(drive.float())
     wrong = (exact != 0) != fired
     # Once a neuron has fired otherwise its membrane is another one: only its first flip is judged.
     first = wrong & (wrong.cumsum(0) == 1)
-    if program.dtype == torch.float16:
+    if program.dtype == torch.float16 or mine.scale is not None:
         threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32)
         slack = at_threshold(site, h, drive, program.dtype)
         first = first & ((h - threshold).abs() > slack)
@@ -451,7 +451,7 @@ class Bounds(fx.Interpreter):
         return 2 * self._unit * (k + 1) * M + torch.finfo(torch.float32).tiny
 
     def at(self, site: Site) -> torch.Tensor:
-        """The bound of a site's drive, [T, N, ...]."""
+        """The bound of a site's drive, [T, N, ...], in the source's scale."""
         return site.drive({d: self.of(d) for d in site.drives})
 
     def run_node(self, n: fx.Node) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from ..program import Program
+from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
 from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
@@ -18,6 +19,7 @@ Pass: TypeAlias = Callable[[Program], Program]
 
 __all__ = [
     "Pass",
+    "absorb_batch_norm",
     "cast_float16",
     "flatten_time",
     "fold_batch_norm",

@@ -2,16 +2,23 @@
 
 Weights and constants are rounded to the nearest float16; what overflows (above 65504) is refused with
 its layer, what is flushed to zero is counted.
+
+A threshold is rounded towards the side where nothing changes: for every float16 number h,
+``h >= c`` holds exactly if ``h >= ceil(c)`` does, and ``h > c`` if ``h > floor(c)`` does, with ceil and
+floor to the next float16.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 
+import numpy as np
 import torch
 from torch import fx
 
 from ..errors import Finding, UnsupportedError
+from ..ops import aten
 from ..program import PassReport, Program, seal, where
 
 _MAX = torch.finfo(torch.float16).max
@@ -41,6 +48,8 @@ def cast_float16(program: Program) -> Program:
         if n.kwargs.get("dtype") in (torch.float32, torch.float64):
             n.kwargs = {**n.kwargs, "dtype": torch.float16}
         n.meta["val"] = _half(n.meta["val"])
+    for n in [n for n in env.values() if n.target in _TOWARDS]:
+        _threshold(graph, n, program, tensors)
     if findings:
         raise UnsupportedError("float16 cannot hold this network:", findings)
     graph.output(output)
@@ -49,6 +58,43 @@ def cast_float16(program: Program) -> Program:
     return seal(
         program, graph, tensors, report, copy.copy(program.sites), dtype=torch.float16
     )
+
+
+#: Where the second side of a comparison is rounded to: up, or down.
+_TOWARDS = {
+    aten.ge.Scalar: math.inf,
+    aten.ge.Tensor: math.inf,
+    aten.lt.Scalar: math.inf,
+    aten.lt.Tensor: math.inf,
+    aten.gt.Scalar: -math.inf,
+    aten.gt.Tensor: -math.inf,
+    aten.le.Scalar: -math.inf,
+    aten.le.Tensor: -math.inf,
+}
+
+
+def _threshold(
+    graph: fx.Graph, n: fx.Node, program: Program, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Round what a value is compared with, so that the comparison stays exact."""
+    side, towards = n.args[1], _TOWARDS[n.target]
+    if isinstance(side, (int, float)):
+        n.args = (n.args[0], _directed(torch.tensor(float(side)), towards).item())
+    elif isinstance(side, fx.Node) and side.op == "get_attr":
+        name = f"{side.target}_{'up' if towards > 0 else 'down'}"
+        tensors[name] = _directed(program.tensor(side.target), towards)
+        with graph.inserting_before(side):
+            rounded = graph.get_attr(name)
+        rounded.meta = dict(side.meta)
+        n.args = (n.args[0], rounded)
+
+
+def _directed(value: torch.Tensor, towards: float) -> torch.Tensor:
+    """The next float16 on this side, or the value itself if it is one."""
+    exact = value.detach().double().numpy()
+    half = exact.astype(np.float16)
+    short = half < exact if towards > 0 else half > exact
+    return torch.from_numpy(np.where(short, np.nextafter(half, np.float16(towards)), half))
 
 
 def _half(value: object) -> object:

@@ -29,7 +29,7 @@ def fold_batch_norm(program: Program) -> Program:
         elif n.op == "get_attr":
             env[n] = build.copy(n, env)
         elif n.op == "call_function" and n.target is aten.batch_norm.default:
-            reason = _obstacle(n)
+            reason = obstacle(n)
             if reason is None:
                 env[n] = _fold(program, build, n, env)
                 done.append(f"{where(n)} into {where(n.args[0])}")
@@ -42,7 +42,8 @@ def fold_batch_norm(program: Program) -> Program:
     return build.finish([env[r] for r in program.results], report)
 
 
-def _obstacle(norm: fx.Node) -> str | None:
+def obstacle(norm: fx.Node) -> str | None:
+    """Why a batch norm cannot go into what comes before it, or None."""
     layer = norm.args[0]
     if not isinstance(layer, fx.Node) or layer.target not in _LAYERS:
         return "no convolution or linear layer comes right before it"

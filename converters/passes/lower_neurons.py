@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..equations import Symbol
 from ..neurons import Neuron
 from ..ops import aten, shape
 from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
@@ -25,43 +26,26 @@ def lower_neurons(program: Program) -> Program:
     return _Lower(program).run()
 
 
-class _Value:
+class _Value(Symbol):
     """A value of the graph inside a charge equation: arithmetic on it emits nodes."""
 
     def __init__(self, emit: _Emitter, node: fx.Node) -> None:
         self.emit, self.node = emit, node
 
-    def __add__(self, other: Any) -> Any:
-        return self if _is(other, 0.0) else self.emit(aten.add.Tensor, self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return self if _is(other, 0.0) else self.emit(aten.add.Tensor, self, other)
-
-    def __sub__(self, other: Any) -> Any:
-        return self if _is(other, 0.0) else self.emit(aten.sub.Tensor, self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        # other - self as other + (-self), which rounds alike.
-        return self.emit(aten.add.Tensor, -self, other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self if _is(other, 1.0) else self.emit(aten.mul.Tensor, self, other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        if isinstance(other, (int, float)) and _power_of_two(other):
-            return self * (1.0 / other)  # exact, and a multiplication is cheaper than a division
-        return self.emit(aten.div.Tensor, self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self.emit(aten.div.Tensor, self.emit.constant(other), self)
-
-    def __pow__(self, other: Any) -> Any:
-        return self.emit(aten.pow.Tensor_Scalar, self, other)
-
-    def __neg__(self) -> Any:
-        return self.emit(aten.neg.default, self)
+    def apply(self, op: str, *args: Any) -> Any:
+        """The operator's node; what rounding leaves exact takes a simpler form."""
+        a, b = (*args, None)[:2]
+        if op in ("add", "mul") and not isinstance(a, _Value):
+            a, b = b, a
+        if (op in ("add", "sub") and _is(b, 0.0)) or (op in ("mul", "div") and _is(b, 1.0)):
+            return a
+        if op == "sub" and not isinstance(a, _Value):
+            return self.apply("add", -b, a)
+        if op == "div" and not isinstance(a, _Value):
+            return self.emit(_OPERATORS[op], self.emit.constant(a), b)
+        if op == "div" and isinstance(b, (int, float)) and _power_of_two(b):
+            return a * (1.0 / b)  # exact, and a multiplication is cheaper than a division
+        return self.emit(_OPERATORS[op], *((a,) if b is None else (a, b)))
 
     def __ge__(self, other: Any) -> Any:
         return self.emit.compare("ge", self, other)
@@ -69,37 +53,19 @@ class _Value:
     def __gt__(self, other: Any) -> Any:
         return self.emit.compare("gt", self, other)
 
-    def sigmoid(self) -> Any:
-        return self.emit(aten.sigmoid.default, self)
 
-    def exp(self) -> Any:
-        return self.emit(aten.exp.default, self)
-
-    def tanh(self) -> Any:
-        return self.emit(aten.tanh.default, self)
-
-    def abs(self) -> Any:
-        return self.emit(aten.abs.default, self)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Arithmetic between a tensor and a symbolic value, the tensor on the left."""
-        reflected = {
-            torch.Tensor.add: "__radd__",
-            torch.Tensor.sub: "__rsub__",
-            torch.Tensor.mul: "__rmul__",
-            torch.Tensor.div: "__rtruediv__",
-            torch.Tensor.true_divide: "__rtruediv__",
-            torch.Tensor.__add__: "__radd__",
-            torch.Tensor.__sub__: "__rsub__",
-            torch.Tensor.__mul__: "__rmul__",
-            torch.Tensor.__truediv__: "__rtruediv__",
-        }.get(func)
-        if reflected is None:
-            return NotImplemented
-        return getattr(args[1], reflected)(args[0])
+_OPERATORS = {
+    "add": aten.add.Tensor,
+    "sub": aten.sub.Tensor,
+    "mul": aten.mul.Tensor,
+    "div": aten.div.Tensor,
+    "pow": aten.pow.Tensor_Scalar,
+    "neg": aten.neg.default,
+    "abs": aten.abs.default,
+    "sigmoid": aten.sigmoid.default,
+    "exp": aten.exp.default,
+    "tanh": aten.tanh.default,
+}
 
 
 def _is(value: Any, number: float) -> bool:

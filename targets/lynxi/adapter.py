@@ -19,6 +19,7 @@ from ...converters.errors import CompileError, DeviceError, TargetUnavailableErr
 from ...converters.ops import aten
 from ...converters.passes import (
     Pass,
+    absorb_batch_norm,
     cast_float16,
     flatten_time,
     fold_batch_norm,
@@ -57,9 +58,15 @@ class Lynxi:
         return torch.float16
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
-        """The rewrites in order; the cast only for float16."""
-        rewrites = (hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons)
-        return (*rewrites, cast_float16) if dtype == torch.float16 else rewrites
+        """The rewrites in order.
+
+        For float16 a batch norm is absorbed rather than folded where that is possible, because
+        folding rounds the weights once more, and the cast comes last.
+        """
+        if dtype == torch.float16:
+            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
+            return (hoist_time_invariant, flatten_time, *absorb, lower_neurons, cast_float16)
+        return hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons
 
     def _import(self, name: str) -> Any:
         if self.simulated:
