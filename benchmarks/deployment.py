@@ -161,6 +161,7 @@ def speed() -> dict[str, Any]:
         net = spikingjelly_net(channels)
         half = spikingjelly_net(channels).half()
         x = data.load("fashion-mnist", limit=batch).x
+        x16 = x.half()
 
         def source(net: nn.Module, x: torch.Tensor) -> Any:
             functional.reset_net(net)
@@ -168,15 +169,15 @@ def speed() -> dict[str, Any]:
                 return net(x)
 
         with tempfile.TemporaryDirectory() as folder:
-            models, programs = {}, {}
+            models = {}
             for target in ("reference", "lynxi-sim"):
-                programs[target] = deploy.convert(net, (x,), target=target)
-                deploy.compile(programs[target], f"{folder}/{target}", cache=False, probe=False)
+                program = deploy.convert(net, (x,), target=target)
+                deploy.compile(program, f"{folder}/{target}", cache=False, probe=False)
                 models[target] = deploy.load(f"{folder}/{target}")
             session = _onnxruntime(net, x, Path(folder) / "float32.onnx")
             contenders: dict[str, Callable[[], Any]] = {
                 "SpikingJelly float32": lambda n=net, x=x: source(n, x),
-                "SpikingJelly float16": lambda n=half, x=x.half(): source(n, x),
+                "SpikingJelly float16": lambda n=half, x=x16: source(n, x),
                 "converted float32, reference": lambda m=models["reference"], x=x: m(x),
                 "converted float32, ONNX Runtime": lambda s=session, x=x: s(x),
                 "lynxi-sim": lambda m=models["lynxi-sim"], x=x: m(x),
@@ -221,7 +222,7 @@ def _once(run: Callable[[], Any]) -> float:
 def _turns(contenders: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
     """Median seconds of each, taking turns, so that a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, run in contenders.items():
+    for run in contenders.values():
         run()
     for _ in range(rounds):
         for name, run in contenders.items():

@@ -24,7 +24,8 @@ def main() -> None:
     """Convert, compile, load, run all test images, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="lynxi-sim")
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoints/csnn_c32_t4_half.pth")
+    trained = HERE / "checkpoints/csnn_c32_t4_half.pth"
+    parser.add_argument("--checkpoint", type=Path, default=trained)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("build/csnn"))
     parser.add_argument("--limit", type=int, help="run on the first images only")

@@ -1,0 +1,285 @@
+"""The model: an artifact's network on a device, called with the source network's tensors."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .. import targets as registry
+from ..converters.errors import UsageError
+from ..converters.program import Program, TensorSpec, fold, unfold
+from ..targets import Loaded, Target
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the compiled graph.
+
+    Attributes:
+        spec: As the user sees it.
+        batch_dim: Which of the user's dimensions is the batch; None if there is none, or if it
+            cannot be told from the time steps because there are as many.
+        graph_dtype: Its dtype on the device.
+    """
+
+    spec: TensorSpec
+    batch_dim: int | None
+    graph_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, spec: TensorSpec, node: fx.Node, program: Program) -> Port:
+        """The port of one of a program's placeholders or results."""
+        return cls(spec, _batch_dim(spec, program.T, program.batch), node.meta["val"].dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The port as plain data."""
+        spec = self.spec
+        return {
+            "name": spec.name,
+            "shape": list(spec.shape),
+            "dtype": dtype_name(spec.dtype),
+            "folded": spec.folded,
+            "batch_dim": self.batch_dim,
+            "graph_dtype": dtype_name(self.graph_dtype),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Port:
+        """The inverse of :meth:`to_dict`."""
+        spec = TensorSpec(
+            data["name"], tuple(data["shape"]), _dtype(data["dtype"]), bool(data["folded"])
+        )
+        return cls(spec, data["batch_dim"], _dtype(data["graph_dtype"]))
+
+    def with_batch(self, n: str) -> str:
+        """The spec in words, with ``n`` as its batch."""
+        shape = [str(size) for size in self.spec.shape]
+        if self.batch_dim is not None:
+            shape[self.batch_dim] = n
+        return f"{self.spec.name} {dtype_name(self.spec.dtype)}[{', '.join(shape)}]"
+
+
+def _batch_dim(spec: TensorSpec, T: int | None, batch: int) -> int | None:
+    if spec.folded:
+        return 1
+    static = spec.shape[:1] == (batch,)  # [N, ...]
+    stepped = spec.shape[:2] == (T, batch)  # [T, N, ...]
+    if static and stepped:
+        return None
+    return 1 if stepped else 0 if static else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return dtype
+
+
+class Model:
+    """A network on a device: torch tensors in, torch tensors out, as from the source network.
+
+    Each call starts from v_0. A batch smaller than the compiled one is padded, the padding cut off.
+
+    Args:
+        path: The artifact's directory.
+        manifest: Its manifest.
+        device: Id of the device.
+
+    Attributes:
+        manifest: The artifact's manifest.
+        batch: The compiled batch size N.
+        inputs: The inputs, in order.
+        outputs: The outputs, flat.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], device: int = 0) -> None:
+        self.manifest, self._path, self._device = manifest, path, device
+        self.batch = int(manifest["batch"])
+        self._backend = registry.get(manifest["target"])
+        found, built = self._backend.sdk(), manifest["sdk"]
+        if (found.name, found.version) != (built["name"], built["version"]):
+            _logger.warning(
+                "%s was compiled with %s %s, this machine has %s %s; if in doubt, compile again",
+                *(path, built["name"], built["version"], found.name, found.version),
+            )
+        self.inputs = tuple(map(Port.from_dict, manifest["inputs"]))
+        self.outputs = tuple(map(Port.from_dict, manifest["outputs"]))
+        self._structure = pytree.treespec_loads(json.dumps(manifest["structure"]))
+        self._main = self._load("device", self.outputs)
+        self._probe: Loaded | None = None
+
+    def _load(self, part: str, outputs: Sequence[Port]) -> Loaded:
+        return load_onto(self._backend, self._path / part, self.inputs, outputs, self._device)
+
+    @property
+    def T(self) -> int | None:  # noqa: N802 -- the field's name
+        """Time steps, if all neurons have the same number."""
+        steps: int | None = self.manifest["T"]
+        return steps
+
+    @property
+    def target(self) -> str:
+        """Name of the target."""
+        return self._backend.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the compiled graph."""
+        return _dtype(self.manifest["dtype"])
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether :meth:`probe` can be called."""
+        return self.manifest["probe"] is not None
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """The network's outputs for one batch of up to N samples.
+
+        Raises:
+            UsageError: The inputs have other shapes or dtypes; says which are allowed.
+            DeviceError: The run failed.
+        """
+        full, n = self._fill(inputs)
+        return self._nest(self._cut(self.outputs, self._main.run(full), n))
+
+    def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The network's outputs and the spikes [T, N, ...] of each neuron layer, by its site.
+
+        Raises:
+            UsageError: The artifact was compiled without a probe, or as for a call.
+        """
+        built = self.manifest["probe"]
+        if built is None:
+            raise UsageError(
+                f"{self._path} was compiled without a probe; compile with probe=True (--probe)"
+            )
+        probes = tuple(map(Port.from_dict, built["outputs"]))
+        outputs = (*self.outputs, *probes)
+        full, n = self._fill(inputs)
+        if self._probe is None:
+            self._probe = self._load("probe", outputs)
+        values = self._cut(outputs, self._probe.run(full), n)
+        spikes = iter(values[len(self.outputs) :])
+        fired = {
+            site["name"]: torch.stack([next(spikes) for _ in range(site["T"])])
+            if site["layout"] == "steps"
+            else next(spikes)
+            for site in self.manifest["neurons"]
+        }
+        return self._nest(values[: len(self.outputs)]), fired
+
+    def _nest(self, outputs: Sequence[torch.Tensor]) -> Any:
+        return pytree.tree_unflatten(outputs, self._structure)
+
+    def _fill(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+        """The inputs as the graph takes them, padded, and how many samples they hold."""
+        sizes = {
+            x.shape[p.batch_dim]
+            for p, x in zip(self.inputs, inputs, strict=False)
+            if p.batch_dim is not None and x.dim() > p.batch_dim
+        }
+        n = min(sizes) if len(sizes) == 1 else self.batch
+        allowed = ", ".join(p.with_batch("N") for p in self.inputs)
+        wrong = [
+            f"input {p.spec.name} is {dtype_name(x.dtype)}{list(x.shape)}"
+            for p, x in zip(self.inputs, inputs, strict=False)
+            if not _fits(p, x, n)
+        ]
+        if len(inputs) != len(self.inputs):
+            wrong.append(f"{len(inputs)} inputs given, {len(self.inputs)} wanted")
+        if len(sizes) > 1 or not 1 <= n <= self.batch:
+            wrong.append(f"batch {' and '.join(map(str, sorted(sizes)))}")
+        if wrong:
+            raise UsageError(
+                f"{'; '.join(wrong)}; allowed: {allowed} with 1 <= N <= {self.batch}, the batch "
+                "that the artifact was compiled for"
+            )
+        if n < self.batch:
+            self._check_padding()
+        full = [
+            _pad(x.detach().cpu(), p.batch_dim, self.batch)
+            for p, x in zip(self.inputs, inputs, strict=True)
+        ]
+        return fold([p.spec for p in self.inputs], full, self.dtype), n
+
+    def _check_padding(self) -> None:
+        fixed = [f"output {p.spec}" for p in self.outputs if p.batch_dim is None]
+        if fixed:
+            raise UsageError(
+                f"a batch smaller than {self.batch} cannot be padded: {', '.join(fixed)} has no "
+                f"batch dimension, or one that cannot be told from the {self.T} time steps; give "
+                f"{self.batch} samples, or compile for another batch size"
+            )
+
+    def _cut(
+        self, ports: Sequence[Port], outputs: Sequence[torch.Tensor], n: int
+    ) -> list[torch.Tensor]:
+        values = unfold([p.spec for p in ports], outputs)
+        if n == self.batch:
+            return values
+        return [
+            y if p.batch_dim is None else y.narrow(p.batch_dim, 0, n)
+            for p, y in zip(ports, values, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Free the device."""
+        for loaded in (self._main, self._probe):
+            if loaded is not None:
+                loaded.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load_onto(
+    target: Target, directory: Path, inputs: Sequence[Port], outputs: Sequence[Port], device: int
+) -> Loaded:
+    """A target's files in ``directory``, loaded for these ports."""
+    taken, given = (
+        [(p.spec.graph_shape, p.graph_dtype) for p in ports] for ports in (inputs, outputs)
+    )
+    return target.load(directory, taken, given, device)
+
+
+def _fits(port: Port, x: torch.Tensor, n: int) -> bool:
+    shape = list(port.spec.shape)
+    if port.batch_dim is not None:
+        shape[port.batch_dim] = n
+    wanted = port.spec.dtype
+    same = x.is_floating_point() if wanted.is_floating_point else x.dtype == wanted
+    return same and list(x.shape) == shape
+
+
+def _pad(x: torch.Tensor, dim: int | None, batch: int) -> torch.Tensor:
+    """x with its last sample repeated, so that the padding is as harmless as the data."""
+    if dim is None or x.shape[dim] == batch:
+        return x
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    times = [batch - x.shape[dim] if d == dim else 1 for d in range(x.dim())]
+    return torch.cat([x, last.repeat(times)], dim)

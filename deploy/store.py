@@ -1,0 +1,102 @@
+"""Directories that appear whole or not at all, what is in them as hashes, and the cache of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..converters.errors import ArtifactError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the file system inside become an ArtifactError that names ``path``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(
+            f"{path} cannot be written: {reason}; choose another directory, or see to the rights "
+            "and the space of this one"
+        ) from error
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A new directory beside ``path``; it is gone afterwards, unless :func:`publish` renamed it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = _beside(path, "partial")
+    try:
+        stage.mkdir()
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage: Path, path: Path) -> None:
+    """Rename ``stage`` to ``path``, in place of the directory there; all of it is on disk then."""
+    for entry in (*stage.rglob("*"), stage):
+        _sync(entry)
+    if path.exists() and any(path.iterdir()):
+        old = _beside(path, "old")
+        path.rename(old)
+        try:
+            stage.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        stage.rename(path)
+    _sync(path.parent)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.{kind}-{secrets.token_hex(4)}"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cache_entry(key: str) -> Path:
+    """Where the cache keeps the artifact of this key."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("SPIKEPORT_CACHE") or Path(home) / "spikeport"
+    return Path(root) / "artifacts" / key
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """sha256 of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and values."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    content.update(raw.data)
+    return content.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            content.update(chunk)
+    return content.hexdigest()

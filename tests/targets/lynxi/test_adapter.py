@@ -1,0 +1,133 @@
+"""The adapter: one code path, on the simulated SDK and on modules named like the vendor's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spikeport import deploy, targets
+from spikeport.converters.errors import (
+    CompileError,
+    DeviceError,
+    TargetUnavailableError,
+    UsageError,
+)
+from spikeport.converters.neurons import IFNode, LIFNode
+from spikeport.converters.program import Program
+from spikeport.targets.lynxi.simulator import install, options
+
+
+class Net(nn.Module):
+    """[T, N, 2, 8, 8] and a bias image [N, 3, 6, 6] -> firing rates and the spikes themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.first = LIFNode(v_reset=-0.25)
+        self.fc = nn.Linear(108, 5)
+        self.second = IFNode(v_reset=None)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor):
+        T, N = x.shape[:2]
+        y = self.conv(x.flatten(0, 1)).unflatten(0, (T, N)) * 4 + bias
+        spikes = self.first(y)
+        rates = self.second(self.fc(spikes.flatten(2))).mean(0)
+        return {"rates": rates, "spikes": spikes}
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(4, 2, 2, 8, 8), torch.rand(2, 3, 6, 6)
+
+
+@pytest.fixture
+def program(inputs: tuple[torch.Tensor, torch.Tensor]) -> Program:
+    torch.manual_seed(0)
+    return deploy.convert(Net().eval(), inputs, target="lynxi-sim")
+
+
+def _ports(program: Program):
+    ins = [(s.graph_shape, program.dtype) for s in program.inputs]
+    return ins, [(s.graph_shape, program.dtype) for s in program.outputs]
+
+
+def test_device_equals_program_bit_for_bit(program, inputs, tmp_path) -> None:
+    target = targets.get("lynxi-sim")
+    compiled = target.compile(program, tmp_path, {})
+    assert "net_params.json" in compiled.files
+    model = target.load(tmp_path, *_ports(program), device=2)
+    found = program.nest(model.run(program.flat_inputs(inputs)))
+    expected = program(*inputs)
+    assert torch.equal(found["rates"], expected["rates"])
+    assert torch.equal(found["spikes"], expected["spikes"])
+    assert expected["spikes"].shape == (4, 2, 3, 6, 6)
+    assert 0 < expected["spikes"].mean() < 1
+
+
+def test_results_survive_the_next_call(program, inputs, tmp_path) -> None:
+    target = targets.get("lynxi-sim")
+    target.compile(program, tmp_path, {})
+    model = target.load(tmp_path, *_ports(program), device=0)
+    first = model.run(program.flat_inputs(inputs))
+    kept = [y.clone() for y in first]
+    model.run(program.flat_inputs((torch.zeros_like(inputs[0]), inputs[1])))
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+def test_no_tensor_above_rank_4_and_no_write(program) -> None:
+    ranks = {n.meta["val"].dim() for n in program.graph.nodes if n.op == "call_function"}
+    assert max(ranks) <= 4
+    assert not [
+        n
+        for n in program.graph.nodes
+        if n.op == "call_function" and n.target._schema.is_mutable
+    ]
+
+
+def test_without_the_sdk_the_error_names_the_simulator() -> None:
+    with pytest.raises(TargetUnavailableError, match=r"lyngor.*Lynxi supplies it.*lynxi-sim"):
+        targets.get("lynxi").sdk()
+
+
+def test_the_real_target_runs_on_modules_of_the_vendors_names(program, inputs, tmp_path) -> None:
+    """With lyngor and lynpy importable, ``lynxi`` takes them; nothing falls back."""
+    target = targets.get("lynxi")
+    with install():
+        assert not target.sdk().simulated
+        target.compile(program, tmp_path, {})
+        model = target.load(tmp_path, *_ports(program), device=0)
+        found = program.nest(model.run(program.flat_inputs(inputs)))
+    assert torch.equal(found["rates"], program(*inputs)["rates"])
+    assert "lyngor" not in sys.modules
+
+
+def test_no_such_device(program, tmp_path) -> None:
+    target = targets.get("lynxi-sim")
+    target.compile(program, tmp_path, {})
+    with pytest.raises(DeviceError, match=r"device 7.*0, 1, 2"):
+        target.load(tmp_path, *_ports(program), device=7)
+
+
+def test_an_unknown_option_lists_those_there_are(program, tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"no option batch_size; there are apu_only, build_mode"):
+        targets.get("lynxi-sim").compile(program, tmp_path, {"batch_size": 4})
+
+
+def test_the_compilers_refusal_is_ours(program, tmp_path) -> None:
+    with pytest.raises(CompileError, match=r"lyngor 1.1.0 refused the program: .*abc_map"):
+        targets.get("lynxi-sim").compile(program, tmp_path, {"build_mode": "abc_only"})
+
+
+def test_a_strict_simulator_takes_what_the_passes_make(program, tmp_path: Path) -> None:
+    with options(strict=True):
+        targets.get("lynxi-sim").compile(program, tmp_path, {"apu_only": True})
+
+
+def test_names_near_a_target_are_suggested() -> None:
+    with pytest.raises(UsageError, match="did you mean lynxi-sim"):
+        targets.get("lynxi_sim")

@@ -1,0 +1,91 @@
+"""Capabilities are data, and the checker returns every rule that a graph breaks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spikeport import targets
+from spikeport.converters.capture import capture
+from spikeport.converters.neurons import IFNode
+from spikeport.converters.passes import flatten_time, lower_neurons
+from spikeport.targets import Capabilities
+from spikeport.targets.base import check, memory
+
+
+class _Target:
+    name = "toy"
+
+    def __init__(self, **capabilities: object) -> None:
+        everything: dict[str, object] = {"ops": None, "dtypes": None}
+        self.capabilities = Capabilities(**{**everything, **capabilities})  # type: ignore[arg-type]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.spikes = IFNode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return torch.erf(self.spikes(y))
+
+
+def _program(N: int = 2):
+    return capture(Net().eval(), (torch.rand(4, N, 2, 8, 8),))
+
+
+def test_a_target_that_takes_all_finds_nothing() -> None:
+    assert not check(_program(), _Target())
+
+
+def test_all_findings_come_at_once_each_with_its_place() -> None:
+    wanted = Capabilities(
+        ops=frozenset({"aten.conv2d", "aten.reshape"}),
+        dtypes=frozenset({torch.float16}),
+        max_rank=4,
+        max_batch=1,
+    )
+    found = check(_program(), _Target(**vars(wanted)))
+    by_rule = {f.rule for f in found}
+    assert by_rule == {"batch", "rank", "dtype", "operator"}
+    operators = {(f.where, f.found) for f in found if f.rule == "operator"}
+    assert operators == {("spikes", "spikeport.neuron"), ("", "aten.erf")}
+    rank = next(f for f in found if f.rule == "rank" and f.where == "spikes")
+    assert "[4, 2, 3, 6, 6], rank 5" in rank.found
+    assert rank.allowed == "rank up to 4"
+    assert rank.node == "neuron"
+    assert rank.target == "toy"
+    assert rank.fix
+
+
+def test_flattened_and_lowered_the_same_network_fits_rank_4() -> None:
+    program = lower_neurons(flatten_time(_program()))
+    found = check(program, _Target(max_rank=4, ops=targets.get("lynxi").capabilities.ops))
+    assert [(f.rule, f.found) for f in found] == [("operator", "aten.erf")]
+
+
+def test_memory_counts_weights_and_what_is_alive_at_once() -> None:
+    program = _program()
+    weights = 4 * (3 * 2 * 9 + 3)
+    drive = 4 * 4 * 2 * 3 * 6 * 6
+    # The widest moment is the neuron's: its drive and its spikes.
+    assert weights + 2 * drive <= memory(program) <= weights + 3 * drive
+    assert not check(program, _Target(memory=memory(program)))
+    (finding,) = check(program, _Target(memory=memory(program) - 1))
+    assert finding.rule == "memory"
+
+
+def test_a_device_that_rounds_anyway_is_a_warning() -> None:
+    (finding,) = check(_program(), _Target(arithmetic=torch.float16))
+    assert (finding.rule, finding.severity) == ("arithmetic", "warning")
+    assert not check(_program(), _Target(arithmetic=torch.float16)).errors
+
+
+def test_a_batch_too_large_for_the_chip_is_refused() -> None:
+    lynxi = targets.get("lynxi")
+    program = lower_neurons(flatten_time(_program(N=1)))
+    assert memory(program) < lynxi.capabilities.memory
+    big = capture(nn.Sequential(nn.Flatten(1), IFNode()), (torch.rand(4, 1, 1).expand(4, 1, 1),))
+    assert memory(big) < 1000

@@ -1,0 +1,61 @@
+"""The rules of the house: who may import whom, and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("converters", "targets", "deploy")  # each may import those before it
+SDKS = {"lyngor", "lynpy", "pylynchipsdk", "poptorch", "popart"}
+FRAMEWORKS = {"spikingjelly", "snntorch"}
+
+
+def _sources() -> list[Path]:
+    return [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def _imports(path: Path) -> set[str]:
+    """Full names of what a file imports, relative imports resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    package = package[:-1] if package[-1] != "__init__" else package[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *filter(None, [node.module])))
+            found |= {f"{stem}.{alias.name}" if stem else alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way_and_name_no_vendor(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0]
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    roots = {name.split(".")[0] for name in _imports(path)}
+    assert not roots & set(above)
+    assert "spikeport" not in roots, "imports inside the package are relative"
+    assert not roots & (SDKS | FRAMEWORKS)
+
+
+def test_the_rule_sees_a_wrong_import(tmp_path: Path) -> None:
+    wrong = ROOT / "converters" / "passes" / "cast_float16.py"
+    assert any(name.startswith("converters.") for name in _imports(wrong))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {n for n in archive.namelist() if not n.split("/")[0].endswith(".dist-info")}
+    modules = {f"spikeport/{p.relative_to(ROOT).as_posix()}" for p in _sources()}
+    assert held == modules | {f"spikeport/{layer}/py.typed" for layer in LAYERS}
