@@ -9,47 +9,6 @@ from torch import fx
 
 aten = torch.ops.aten
 
-#: One input tensor, the same function of every element.
-UNARY = frozenset(
-    {
-        aten.relu.default,
-        aten.neg.default,
-        aten.abs.default,
-        aten.sigmoid.default,
-        aten.tanh.default,
-        aten.exp.default,
-        aten.sqrt.default,
-        aten.rsqrt.default,
-        aten.square.default,
-        aten.silu.default,
-        aten.gelu.default,
-        aten.leaky_relu.default,
-        aten.elu.default,
-        aten.hardtanh.default,
-        aten.clamp.default,
-        aten.clamp_min.default,
-        aten.clamp_max.default,
-        aten.round.default,
-        aten.floor.default,
-        aten.ceil.default,
-        aten.logical_not.default,
-        aten.bitwise_not.default,
-        aten.pow.Tensor_Scalar,
-        aten.add.Scalar,
-        aten.sub.Scalar,
-        aten.mul.Scalar,
-        aten.div.Scalar,
-        aten.rsub.Scalar,
-        aten.ge.Scalar,
-        aten.gt.Scalar,
-        aten.le.Scalar,
-        aten.lt.Scalar,
-        aten.eq.Scalar,
-        aten.ne.Scalar,
-        aten._to_copy.default,
-    }
-)
-
 #: Selection by a condition, with tensors or scalars on either side.
 SELECT = (
     aten.where.self,
@@ -58,29 +17,16 @@ SELECT = (
     aten.where.Scalar,
 )
 
-#: Several input tensors that broadcast, the same function of every element.
-BROADCAST = frozenset(
-    {
-        aten.add.Tensor,
-        aten.sub.Tensor,
-        aten.mul.Tensor,
-        aten.div.Tensor,
-        aten.pow.Tensor_Tensor,
-        aten.maximum.default,
-        aten.minimum.default,
-        aten.ge.Tensor,
-        aten.gt.Tensor,
-        aten.le.Tensor,
-        aten.lt.Tensor,
-        aten.eq.Tensor,
-        aten.ne.Tensor,
-        aten.logical_and.default,
-        aten.logical_or.default,
-        aten.logical_xor.default,
-        aten.bitwise_and.Tensor,
-        aten.bitwise_or.Tensor,
-    }
-) | frozenset(SELECT)
+#: Pointwise operators that torch does not tag as such, in some release.
+_UNTAGGED = frozenset(
+    {*SELECT, aten._to_copy.default, aten.leaky_relu.default, aten.hardswish.default}
+)
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an operator computes every element alone, its tensors broadcast."""
+    return target in _UNTAGGED or torch.Tag.pointwise in getattr(target, "tags", ())
+
 
 #: The first input is [N, ...]; each of the N is computed alone, the other arguments are weights.
 BATCHED = frozenset(

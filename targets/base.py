@@ -51,12 +51,14 @@ class SDK:
         version: Its version.
         simulated: Whether a simulator stands in.
         devices: Ids of the devices that it can see.
+        settings: What else decides what a build computes, such as a simulator's options.
     """
 
     name: str
     version: str
     simulated: bool
     devices: tuple[int, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

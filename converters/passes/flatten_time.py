@@ -67,8 +67,6 @@ class _Flatten(Builder):
             aten._softmax.default: self._along,
             aten.matmul.default: self._matmul,
             **dict.fromkeys(ops.TRAILING, self._trailing),
-            **dict.fromkeys(ops.UNARY, self._elementwise),
-            **dict.fromkeys(ops.BROADCAST, self._elementwise),
         }
 
     def run(self) -> Program:
@@ -121,6 +119,8 @@ class _Flatten(Builder):
 
     def _emit(self, n: fx.Node) -> fx.Node | _Folded:
         handler = self.handlers.get(n.target)
+        if handler is None and ops.is_pointwise(n.target):
+            handler = self._elementwise
         if handler is not None:
             emitted = handler(n)
             if emitted is not None:

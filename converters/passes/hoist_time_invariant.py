@@ -93,9 +93,7 @@ class _Hoist(Builder):
         if n.target is ops.RESHAPE:
             return self._reshape(n, first)
         weights = [a for a in n.all_input_nodes if a not in self.repeated]
-        if n.target in ops.UNARY and not weights:
-            return self._apply(n, first)
-        if n.target in ops.BROADCAST and same and all(
+        if ops.is_pointwise(n.target) and same and all(
             a.op == "get_attr" and self._constant_over_batch(a, first) for a in weights
         ):
             return self._apply(n, first)

@@ -155,8 +155,11 @@ class _Lower(Builder):
                 self.env[n] = self.copy(n, self.env)
         for site in self.program.sites:
             if site.layout == "steps":
-                self._site(site, [self.env[self.program.node(d)] for d in site.drives],
-                           [self.env[self.program.node(s)] for s in site.spikes])
+                self._site(
+                    site,
+                    [self.env[self.program.node(d)] for d in site.drives],
+                    [self.env[self.program.node(s)] for s in site.spikes],
+                )
         report = PassReport("lower_neurons", tuple(self.done))
         order = {site.name: i for i, site in enumerate(self.program.sites)}
         sites = sorted(self.lowered, key=lambda s: order[s.name])

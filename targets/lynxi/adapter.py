@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,16 @@ class Lynxi:
         """lyngor's version and the device ids."""
         lyngor = self._import("lyngor")
         self._import("lynpy")
-        return SDK("lyngor", str(lyngor.version), self.simulated, self._devices())
+        settings = asdict(self._options()) if self.simulated else {}
+        return SDK("lyngor", str(lyngor.version), self.simulated, self._devices(), settings)
+
+    @staticmethod
+    def _options() -> Any:
+        return importlib.import_module("..simulator.options", __name__).current()
 
     def _devices(self) -> tuple[int, ...]:
         if self.simulated:
-            options = importlib.import_module("..simulator.options", __name__)
-            return tuple(range(options.current().devices))
+            return tuple(range(self._options().devices))
         try:
             count, failed = importlib.import_module("pylynchipsdk").lyn_get_device_count()
         except (ImportError, AttributeError):
