@@ -128,12 +128,13 @@ def _verify(program: Program, counts: Mapping[str, int]) -> VerificationEvidence
     inputs = [i for example in program.examples for i in (example, _on_grid(example))]
     for example in inputs:
         source = Trace.of(captured, example)
-        free = Trace.of(program, example)
+        free = Trace.of(program, example, drives=False)
         _check_finite(program, source, free)
-        _compare_layers(program, source, example, counts, layers)
         for site, mine in zip(captured.sites, program.sites, strict=True):
             flips[site.name] += int((source.fired(site) != free.fired(mine)).sum())
         difference = max([difference, *map(_largest, source.outputs, free.outputs)])
+        del free  # its spikes are as many as those of the runs to come
+        _compare_layers(program, source, example, counts, layers)
     return VerificationEvidence(
         dtype=str(program.dtype).removeprefix("torch."),
         examples=len(inputs),
@@ -170,12 +171,14 @@ class Trace:
     """Values of one run.
 
     Attributes:
-        values: By name of node: the neurons' drives and spikes, and what was asked for.
+        values: The neurons' drives, and their spikes as booleans, by name of node.
         outputs: The graph's outputs.
+        overflowed: How many values are not finite, by name of node.
     """
 
     values: Mapping[str, torch.Tensor]
     outputs: Sequence[torch.Tensor]
+    overflowed: Mapping[str, int]
 
     @classmethod
     def of(
@@ -183,21 +186,29 @@ class Trace:
         program: Program,
         inputs: Sequence[torch.Tensor],
         spikes: Mapping[str, torch.Tensor] | None = None,
+        drives: bool = True,
     ) -> Trace:
         """Run a program, on given spikes [T, N, ...] by site or freely."""
-        keep = {name for site in program.sites for name in (*site.drives, *site.spikes)}
+        driving = {name for site in program.sites for name in site.drives} if drives else set()
+        firing = {name for site in program.sites for name in site.spikes}
         values: dict[str, torch.Tensor] = {}
-        overflowed: dict[str, torch.Tensor] = {}
+        overflowed: dict[str, int] = {}
 
         def observe(n: fx.Node, value: Any) -> None:
-            if n.name in keep:
+            if n.name in firing:
+                values[n.name] = value != 0
+            elif n.name in driving:
                 values[n.name] = value
-            elif isinstance(value, torch.Tensor) and value.is_floating_point():
-                if n.op == "call_function" and not torch.isfinite(value).all():
-                    overflowed[n.name] = value
+            if (
+                n.op == "call_function"
+                and isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and not (finite := torch.isfinite(value)).all()
+            ):
+                overflowed[n.name] = value.numel() - int(finite.sum())
 
         outputs = program.run(inputs, spikes, observe)
-        return cls({**overflowed, **values}, outputs)
+        return cls(values, outputs, overflowed)
 
     def drive(self, site: Site) -> torch.Tensor:
         """A site's input, [T, N, ...]."""
@@ -205,16 +216,15 @@ class Trace:
 
     def fired(self, site: Site) -> torch.Tensor:
         """A site's spikes, [T, N, ...], of bool."""
-        return site.fired(self.values) != 0
+        return site.fired(self.values)
 
 
 def _check_finite(program: Program, source: Trace, free: Trace) -> None:
-    if not all(torch.isfinite(v).all() for v in source.values.values() if v.is_floating_point()):
+    if source.overflowed:
         return
     findings: dict[str, Finding] = {}
     for n in program.graph.nodes:
-        value = free.values.get(n.name)
-        if value is None or not value.is_floating_point() or torch.isfinite(value).all():
+        if n.name not in free.overflowed:
             continue
         layer = where(n)
         findings.setdefault(
@@ -223,7 +233,7 @@ def _check_finite(program: Program, source: Trace, free: Trace) -> None:
                 rule="float16-overflow",
                 where=layer,
                 node=n.name,
-                found=f"{short(n.target)} gives {int((~torch.isfinite(value)).sum())} values that are "
+                found=f"{short(n.target)} gives {free.overflowed[n.name]} values that are "
                 f"not finite in {program.dtype}, finite in the source",
                 allowed=f"magnitudes up to {torch.finfo(program.dtype).max:.6g}",
                 fix="scale the layer and its threshold down by the same factor, or convert with "
@@ -372,7 +382,8 @@ def _compare_layers(
             )
     if wrong:
         raise MismatchError(
-            "the rewritten program computes something else than the network:\n  " + "\n  ".join(wrong)
+            "the rewritten program computes something else than the network:\n  "
+            + "\n  ".join(wrong)
         )
 
 
@@ -382,30 +393,58 @@ def _unexplained(
     """Spikes that the declaration does not give for this drive, rounding at the threshold aside."""
     exact, h, _ = site.neuron.trace(drive.float())
     wrong = (exact != 0) != fired
+    neurons = wrong.any(0)
+    if not neurons.any():
+        return []
     # Once a neuron has fired otherwise its membrane is another one: only its first flip is judged.
-    first = wrong & (wrong.cumsum(0) == 1)
+    first = first_flips(wrong[:, neurons])
     if program.dtype == torch.float16 or mine.scale is not None:
-        threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32)
-        slack = at_threshold(site, h, drive, program.dtype)
-        first = first & ((h - threshold).abs() > slack)
+        distance, slack = to_threshold(site, neurons, h, drive, program.dtype)
+        first &= distance > slack
     if not first.any():
         return []
-    at = tuple(int(i) for i in first.nonzero()[0])
+    t, which = (int(i) for i in first.nonzero()[0])
+    index = neurons.nonzero()[which].tolist()
     return [
-        f"{site.name}: {int(first.sum())} spikes are not the declaration's, first at step {at[0]}, "
-        f"index {list(at[1:])}, h = {h[at].item():.9g} ({site.neuron.describe()})"
+        f"{site.name}: {int(first.sum())} spikes are not the declaration's, first at step {t}, index "
+        f"{index}, h = {h[:, neurons][t, which].item():.9g} ({site.neuron.describe()})"
     ]
 
 
-def at_threshold(
-    site: Site, h: torch.Tensor, drive: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """How far the neuron's own arithmetic in ``dtype`` may move h [T, N, ...], given its drive."""
+def first_flips(wrong: torch.Tensor) -> torch.Tensor:
+    """Of each neuron's wrong spikes [T, ...] the first."""
+    return wrong & (wrong.cumsum(0) == 1)
+
+
+def to_threshold(
+    site: Site,
+    neurons: torch.Tensor,
+    h: torch.Tensor,
+    drive: torch.Tensor,
+    dtype: torch.dtype,
+    reach: torch.Tensor | float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far h is from the threshold, and how far rounding can carry it.
+
+    Args:
+        site: The neuron layer.
+        neurons: Which of its neurons [N, ...] to look at, k of them.
+        h: Membrane potential [T, N, ...].
+        drive: Its input [T, N, ...].
+        dtype: The arithmetic.
+        reach: By how much the drive may be off besides, [T, k].
+
+    Returns:
+        |h - v_threshold| and the reach of rounding, both [T, k].
+    """
+    threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
+    threshold = threshold.expand(h.shape[1:])[neurons]
+    h, drive = h[:, neurons], drive.float()[:, neurons]
     unit = torch.finfo(dtype).eps / 2
-    scale = torch.maximum(h.abs(), drive.float().abs()).cummax(0).values
-    steps = torch.arange(1, site.T + 1).reshape(-1, *[1] * (h.dim() - 1))
-    threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach().abs()
-    return _CERTAINTY * unit * steps * torch.maximum(scale, threshold)
+    scale = torch.maximum(h.abs(), drive.abs()).cummax(0).values
+    steps = torch.arange(1, site.T + 1).reshape(-1, 1)
+    slack = _CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs()) + reach
+    return (h - threshold).abs(), slack
 
 
 class Bounds(fx.Interpreter):
@@ -420,7 +459,7 @@ class Bounds(fx.Interpreter):
     ) -> None:
         super().__init__(program.module)
         self._spikes = {
-            node: site.scatter(spikes[site.name], torch.empty(_shape(program, node)), node)
+            node: site.scatter(spikes[site.name], program.node(node).meta["val"], node).float()
             for site in program.sites
             for node in site.spikes
         }
@@ -428,14 +467,15 @@ class Bounds(fx.Interpreter):
         # Half precision accumulates in float32, so that there a sum costs one rounding.
         self._sum_cost = 0.0 if program.dtype == torch.float16 else _CERTAINTY
         self._found: dict[str, tuple[torch.Tensor, float]] = {}
+        self._kept = {d for site in program.sites for d in site.drives}
+        self._kept |= {n.name for n in program.results}
         self._wanted = self._ancestors(program)
         with torch.no_grad():
             self.run(*(x.float() for x in program.flat_inputs(example)))
 
     def _ancestors(self, program: Program) -> set[str]:
         """Nodes that drives and outputs depend on, up to the neurons before them."""
-        names = [d for site in program.sites for d in site.drives]
-        todo = [*map(program.node, names), *program.results]
+        todo = list(map(program.node, self._kept))
         seen: set[str] = set()
         while todo:
             n = todo.pop()
@@ -465,13 +505,14 @@ class Bounds(fx.Interpreter):
             pair = (value.float().abs(), 2.0 if n.op == "get_attr" else 1.0)
         else:
             pair = self._call(n)
-        self._found[n.name] = pair
+        if n.name in self._kept:
+            self._found[n.name] = pair
         return pair
 
     def _call(self, n: fx.Node) -> tuple[torch.Tensor, float]:
-        pairs = [self._found[a.name] for a in n.all_input_nodes]
+        pairs = [self.env[a] for a in n.all_input_nodes]
         k = max((p[1] for p in pairs), default=0.0)
-        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._found[a.name][0])
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][0])
         target: Any = n.target
         if target in (aten.mul.Tensor, aten.div.Tensor, aten.matmul.default, aten.bmm.default):
             k = sum(p[1] for p in pairs)
@@ -518,10 +559,6 @@ _EXACT = frozenset(
         aten.relu.default,
     }
 )
-
-
-def _shape(program: Program, node: str) -> tuple[int, ...]:
-    return program.shape(node)
 
 
 _LEAF = pytree.tree_structure((0,))

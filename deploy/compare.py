@@ -15,7 +15,7 @@ from ..converters import sources
 from ..converters.capture import capture
 from ..converters.errors import UsageError
 from ..converters.program import Program, Site
-from ..converters.verify import Bounds, Trace, at_threshold
+from ..converters.verify import Bounds, Trace, first_flips, to_threshold
 from .pipeline import rewrite_for
 
 
@@ -304,17 +304,21 @@ class _Spikes:
         dtype: torch.dtype,
     ) -> None:
         """Samples whose first difference lies in this layer: is it at the threshold?"""
-        first = differs & (differs.cumsum(0) == 1)
-        first = first & here.reshape(1, -1, *[1] * (differs.dim() - 2))
+        differs = differs & here.reshape(1, -1, *[1] * (differs.dim() - 2))
         _, h, _ = site.neuron.trace(drive.float())
-        slack = at_threshold(site, h, drive, dtype) + reach.cumsum(0)
-        threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
-        outside = first & ((h - threshold).abs() > slack)
+        neurons = differs.any(0)
+        reach = reach[:, neurons].cumsum(0)
+        first, outside = torch.zeros_like(differs), torch.zeros_like(differs)
+        first[:, neurons] = first_flips(differs[:, neurons])
+        distance, slack = to_threshold(site, neurons, h, drive, dtype, reach)
+        outside[:, neurons] = first[:, neurons] & (distance > slack)
         self._first[site.name] = self._first.get(site.name, 0) + int(here.sum())
         self._unexplained[site.name] = self._unexplained.get(site.name, 0) + int(outside.sum())
         if self.first is None or outside.any():
             t, n, *index = (int(i) for i in (outside if outside.any() else first).nonzero()[0])
             at = (t, n, *index)
+            which = int((neurons.nonzero() == torch.tensor(at[1:])).all(1).nonzero()[0])
+            threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
             self.first = Divergence(
                 layer=site.name,
                 t=t,
@@ -323,7 +327,7 @@ class _Spikes:
                 source_spike=bool(expected[at]),
                 h=h[at].item(),
                 v_threshold=threshold.expand(h.shape)[at].item(),
-                bound=slack[at].item(),
+                bound=slack[t, which].item(),
             )
 
     def report(self) -> tuple[LayerReport, ...]:
