@@ -285,7 +285,12 @@ class Neuron:
         scalars: dict[str, Any] = {n: v for n, v in self.params.items() if n not in tensors}
         population = {n: getattr(self, n) for n in POPULATION if n not in tensors}
         return json.dumps(
-            {"dynamics": self.dynamics.name, "params": scalars, **population, "tensors": [*tensors]},
+            {
+                "dynamics": self.dynamics.name,
+                "params": scalars,
+                **population,
+                "tensors": [*tensors],
+            },
         )
 
     @classmethod

@@ -253,6 +253,7 @@ class Program:
         dtype: Floating-point type of the graph.
         history: What each pass did.
         captured: The program as it was captured, before any pass.
+        rounded: Names of the weights that a cast changed; None before any cast.
         examples: Inputs that the conversion was verified on.
         evidence: What the verification found.
     """
@@ -267,6 +268,7 @@ class Program:
     dtype: torch.dtype = torch.float32
     history: tuple[PassReport, ...] = ()
     captured: Program | None = None
+    rounded: frozenset[str] | None = None
     examples: tuple[tuple[torch.Tensor, ...], ...] = ()
     evidence: Evidence | None = None
 
@@ -386,8 +388,9 @@ def with_probes(program: Program) -> Program:
     outputs = (*program.outputs, *specs)
     structure = pytree.tree_structure(tuple(range(len(outputs))))
     report = PassReport("with_probes", (f"{len(extra)} extra outputs",))
-    return seal(program, graph, program.tensors, report, program.sites, outputs=outputs,
-                structure=structure)
+    return seal(
+        program, graph, program.tensors, report, program.sites, outputs=outputs, structure=structure
+    )
 
 
 def where(node: fx.Node) -> str:
@@ -415,12 +418,20 @@ def describe(program: Program) -> str:
             if isinstance(value, torch.Tensor)
             else "(several)"
         )
-        op = short(n.target) if n.op == "call_function" else {"get_attr": "weight"}.get(n.op, "input")
+        op = (
+            short(n.target)
+            if n.op == "call_function"
+            else {"get_attr": "weight"}.get(n.op, "input")
+        )
         sources = ", ".join(a.name for a in n.all_input_nodes if a.op != "get_attr")
-        rows.append((n.name, op, sources, shape, where(n) or (n.target if n.op == "get_attr" else "")))
+        rows.append(
+            (n.name, op, sources, shape, where(n) or (n.target if n.op == "get_attr" else ""))
+        )
     rows = [r for r in rows if r[1] != "weight"]
     widths = [min(max(len(r[i]) for r in rows), 44) for i in range(4)]
-    lines = [f"program for {program.target or 'no target yet'}: T={program.T}, batch={program.batch}"]
+    lines = [
+        f"program for {program.target or 'no target yet'}: T={program.T}, batch={program.batch}"
+    ]
     lines += [f"  in   {spec}" for spec in program.inputs]
     lines += [f"  out  {spec}" for spec in program.outputs]
     lines += [f"  neuron {s.name}: {s.neuron.describe()}" for s in program.sites]
@@ -501,7 +512,11 @@ def seal(
     **changes: Any,
 ) -> Program:
     """A program with another graph in place of its own, its neurons' sites found anew."""
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    # What a site names stays, whether or not anything else uses it.
+    named = {name for site in sites or () for name in (*site.drives, *site.spikes)}
+    graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or n.name in named or _is_step(n)
+    )
     graph.lint()
     used = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr"}
     module = fx.GraphModule(used, graph)
@@ -534,8 +549,22 @@ def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[
             while (after := _next_step(calls[-1])) is not None:
                 calls.append(after)
             spikes = [u.name for c in calls for u in c.users if u.args[1] == 0]
-            site(n, n.args[2], n.args[3], len(calls), "steps", [c.args[0].name for c in calls], spikes)
+            site(
+                n,
+                n.args[2],
+                n.args[3],
+                len(calls),
+                "steps",
+                [c.args[0].name for c in calls],
+                spikes,
+            )
     return tuple(sites)
+
+
+def _is_step(n: fx.Node) -> bool:
+    """Whether a node is the spikes of one step."""
+    source = n.args[0] if n.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is NEURON_STEP and n.args[1] == 0
 
 
 def _next_step(call: fx.Node) -> fx.Node | None:

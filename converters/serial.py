@@ -30,8 +30,14 @@ def graph_to_data(graph: fx.Graph) -> list[dict[str, Any]]:
         args = [_encode(a) for a in n.args]
         kwargs = {k: _encode(v) for k, v in n.kwargs.items() if not isinstance(v, torch.device)}
         nodes.append(
-            {"name": n.name, "op": n.op, "target": target, "args": args, "kwargs": kwargs,
-             "path": where(n)}
+            {
+                "name": n.name,
+                "op": n.op,
+                "target": target,
+                "args": args,
+                "kwargs": kwargs,
+                "path": where(n),
+            }
         )
     return nodes
 

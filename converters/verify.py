@@ -6,10 +6,7 @@ where it arises and nowhere else:
 1. Every neuron alone, on inputs that hit its threshold exactly: the network's module, the declaration
    and the lowered form must give the same spikes, all of them.
 2. Every layer's drive (the input of its neurons) on the network's own spikes. It may differ by what
-   rounding explains: with u the unit roundoff, |W| |x| the magnitude that a layer sums and K its
-   number of terms, the difference of two orders of summation stays within c sqrt(K) u |W| |x| (Higham
-   and Mary 2019, SIAM J. Sci. Comput. 41(5), doi:10.1137/18M1226312), accumulated over the operators
-   since the last neuron.
+   rounding explains (:mod:`.rounding`), accumulated over the operators since the last neuron.
 3. Every layer's spikes, given its drive: the declaration's own in float32, without exception; in
    float16 another spike only where h lies at the threshold within rounding.
 
@@ -18,7 +15,6 @@ So whatever differs end to end follows from rounding, and its first site is know
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,15 +23,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from . import ops, sources
+from . import sources
 from .errors import Finding, MismatchError, UnsupportedError
 from .neurons import Neuron
-from .ops import aten
 from .passes.lower_neurons import lower_neurons
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
-
-#: Of sqrt(K) u |W| |x|; a wrong conversion is off by orders of magnitude more.
-_CERTAINTY = 4.0
+from .rounding import CERTAINTY, Bounds
 
 
 @dataclass(frozen=True)
@@ -443,122 +436,8 @@ def to_threshold(
     unit = torch.finfo(dtype).eps / 2
     scale = torch.maximum(h.abs(), drive.abs()).cummax(0).values
     steps = torch.arange(1, site.T + 1).reshape(-1, 1)
-    slack = _CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs()) + reach
+    slack = CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs()) + reach
     return (h - threshold).abs(), slack
-
-
-class Bounds(fx.Interpreter):
-    """What rounding explains at each node: 2 u k M, with M the magnitude that its value is summed from.
-
-    Values are pairs (M, k): M is the value computed with every weight and input made positive, so that
-    nothing cancels; k counts the roundings since the last neuron, sqrt(K) for a sum of K terms.
-    """
-
-    def __init__(
-        self, program: Program, example: Sequence[torch.Tensor], spikes: Mapping[str, torch.Tensor]
-    ) -> None:
-        super().__init__(program.module)
-        self._spikes = {
-            node: site.scatter(spikes[site.name], program.node(node).meta["val"], node).float()
-            for site in program.sites
-            for node in site.spikes
-        }
-        self._unit = torch.finfo(program.dtype).eps / 2
-        # Half precision accumulates in float32, so that there a sum costs one rounding.
-        self._sum_cost = 0.0 if program.dtype == torch.float16 else _CERTAINTY
-        self._found: dict[str, tuple[torch.Tensor, float]] = {}
-        self._kept = {d for site in program.sites for d in site.drives}
-        self._kept |= {n.name for n in program.results}
-        self._wanted = self._ancestors(program)
-        with torch.no_grad():
-            self.run(*(x.float() for x in program.flat_inputs(example)))
-
-    def _ancestors(self, program: Program) -> set[str]:
-        """Nodes that drives and outputs depend on, up to the neurons before them."""
-        todo = list(map(program.node, self._kept))
-        seen: set[str] = set()
-        while todo:
-            n = todo.pop()
-            if n.name not in seen:
-                seen.add(n.name)
-                if n.name not in self._spikes:
-                    todo += n.all_input_nodes
-        return seen
-
-    def of(self, node: str) -> torch.Tensor:
-        """The bound at a node, of its shape."""
-        M, k = self._found[node]
-        return 2 * self._unit * (k + 1) * M + torch.finfo(torch.float32).tiny
-
-    def at(self, site: Site) -> torch.Tensor:
-        """The bound of a site's drive, [T, N, ...], in the source's scale."""
-        return site.drive({d: self.of(d) for d in site.drives})
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output" or n.name not in self._wanted:
-            return None
-        if n.name in self._spikes:
-            pair = (self._spikes[n.name], 0.0)
-        elif n.op in ("placeholder", "get_attr"):
-            value = super().run_node(n)
-            # Folding and casting round a weight once each.
-            pair = (value.float().abs(), 2.0 if n.op == "get_attr" else 1.0)
-        else:
-            pair = self._call(n)
-        if n.name in self._kept:
-            self._found[n.name] = pair
-        return pair
-
-    def _call(self, n: fx.Node) -> tuple[torch.Tensor, float]:
-        pairs = [self.env[a] for a in n.all_input_nodes]
-        k = max((p[1] for p in pairs), default=0.0)
-        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][0])
-        target: Any = n.target
-        if target in (aten.mul.Tensor, aten.div.Tensor, aten.matmul.default, aten.bmm.default):
-            k = sum(p[1] for p in pairs)
-        terms = ops.fan_in(n)
-        if terms > 1:
-            k += 2 + self._sum_cost * math.sqrt(terms)
-        elif target in (aten.mean.dim, aten.sum.dim_IntList, aten.avg_pool2d.default):
-            source: Any = n.args[0]
-            ratio = source.meta["val"].numel() / n.meta["val"].numel()
-            k += 2 + _CERTAINTY * math.sqrt(ratio)
-        elif target not in _EXACT:
-            k += 4
-        if target is aten.sub.Tensor:
-            return aten.add.Tensor(_positive(args[0]), _positive(args[1])), k
-        if target is aten.batch_norm.default:
-            x, weight, bias, mean, var, *rest = args
-            return aten.batch_norm.default(x, weight, bias, -mean, var, *rest), k
-        if target in (aten.neg.default, aten.abs.default):
-            return args[0], k
-        if target is aten._to_copy.default:
-            return args[0], k
-        if target in (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor):
-            return target(*map(_positive, args)), k
-        return torch.as_tensor(target(*args, **kwargs)).float(), k
-
-
-def _positive(value: Any) -> Any:
-    return abs(value)
-
-
-#: Operators that move values without rounding them.
-_EXACT = frozenset(
-    {
-        ops.RESHAPE,
-        aten.slice.Tensor,
-        aten.cat.default,
-        aten.stack.default,
-        aten.select.int,
-        aten.unsqueeze.default,
-        aten.expand.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.max_pool2d.default,
-        aten.relu.default,
-    }
-)
 
 
 _LEAF = pytree.tree_structure((0,))

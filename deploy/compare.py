@@ -15,7 +15,8 @@ from ..converters import sources
 from ..converters.capture import capture
 from ..converters.errors import UsageError
 from ..converters.program import Program, Site
-from ..converters.verify import Bounds, Trace, first_flips, to_threshold
+from ..converters.rounding import Bounds
+from ..converters.verify import Trace, first_flips, to_threshold
 from .pipeline import rewrite_for
 
 

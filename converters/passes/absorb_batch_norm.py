@@ -20,7 +20,7 @@ from torch import fx
 
 from ..neurons import Neuron
 from ..ops import aten
-from ..program import NEURON, Builder, PassReport, Program, Site, where
+from ..program import NEURON, Builder, PassReport, Program, where
 from .fold_batch_norm import obstacle
 
 

@@ -10,7 +10,6 @@ floor to the next float16.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -34,6 +33,7 @@ def cast_float16(program: Program) -> Program:
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(program.graph, env)
     tensors, done, findings = {}, [], []
+    rounded = set()
     for old, n in env.items():
         n.meta = dict(old.meta)
         n.name = old.name
@@ -41,7 +41,11 @@ def cast_float16(program: Program) -> Program:
             value = program.tensor(n.target)
             if value.is_floating_point():
                 findings += _overflow(n, value)
-                value, lost = _round(value)
+                half = value.to(torch.float16)
+                if (half != value).any():
+                    rounded.add(n.target)
+                lost = int(((half == 0) & (value != 0)).sum())
+                value = half
                 if lost:
                     done.append(f"{n.target}: {lost} of {value.numel()} weights flushed to 0")
             tensors[n.target] = value
@@ -53,10 +57,20 @@ def cast_float16(program: Program) -> Program:
     if findings:
         raise UnsupportedError("float16 cannot hold this network:", findings)
     graph.output(output)
-    done.insert(0, f"{len(tensors)} weights and constants, {program.dtype} to torch.float16")
+    done.insert(
+        0,
+        f"{len(tensors)} weights and constants, {program.dtype} to torch.float16; "
+        f"{len(tensors) - len(rounded)} of them exactly",
+    )
     report = PassReport("cast_float16", tuple(done))
     return seal(
-        program, graph, tensors, report, copy.copy(program.sites), dtype=torch.float16
+        program,
+        graph,
+        tensors,
+        report,
+        program.sites,
+        dtype=torch.float16,
+        rounded=frozenset(rounded),
     )
 
 
@@ -101,11 +115,6 @@ def _half(value: object) -> object:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.to(torch.float16)
     return value
-
-
-def _round(value: torch.Tensor) -> tuple[torch.Tensor, int]:
-    half = value.to(torch.float16)
-    return half, int(((half == 0) & (value != 0)).sum())
 
 
 def _overflow(n: fx.Node, value: torch.Tensor) -> list[Finding]:

@@ -358,7 +358,7 @@ class _Flatten(Builder):
         T, N = lead
         value = self.env[n]
         if isinstance(value, _Folded):
-            if (value.T, value.N) != lead or len(value.shape) < rank:
+            if lead != (value.T, value.N) or len(value.shape) < rank:
                 return None
             return value.node if static else self._varying(value, path).node
         size = shape(value)

@@ -72,16 +72,17 @@ class _Hoist(Builder):
         if n.target not in (aten.expand.default, aten.repeat.default):
             return None
         x = n.args[0]
-        if n.target is aten.repeat.default and isinstance(x, fx.Node) and x not in self.repeated:
+        if not isinstance(x, fx.Node):
+            return None
+        if x.target is aten.unsqueeze.default and x.args[1] == 0:
+            base, T, *rest = x.args[0], *shape(n)
+            if tuple(rest) == shape(base) and len(rest) > 1 and base not in self.repeated:
+                return _Repeated(self.env[base], T, folded=False)
+        elif n.target is aten.repeat.default and x not in self.repeated:
             T, *others = n.args[1]
             if len(others) + 1 == len(shape(x)) > 1 and set(others) == {1} and T > 1:
                 return _Repeated(self.env[x], T, folded=True)
-        if not (isinstance(x, fx.Node) and x.target is aten.unsqueeze.default and x.args[1] == 0):
-            return None
-        base, T, *rest = x.args[0], *shape(n)
-        if tuple(rest) != shape(base) or len(rest) < 2 or base in self.repeated:
-            return None
-        return _Repeated(self.env[base], T, folded=False)
+        return None
 
     def _through(self, n: fx.Node) -> _Repeated | None:
         """The operator on the base alone, if it commutes with the repeat."""

@@ -10,6 +10,9 @@ from ..errors import Finding
 from ..neurons import Node
 from .base import Reading, look_alike
 
+#: What decides a Node's output; a subclass that changes none of it is the neuron that it declares.
+_DECIDES = ("forward", "neuron", "__call__", "__getattr__", "__getattribute__")
+
 
 class Native:
     """Reads :class:`spikeport.converters.neurons.Node` and registered classes."""
@@ -25,7 +28,7 @@ class Native:
             return reader(module)
         if not isinstance(module, Node):
             return None
-        if type(module).forward is not Node.forward or type(module).neuron is not Node.neuron:
+        if any(getattr(type(module), name) is not getattr(Node, name) for name in _DECIDES):
             return [look_alike(module, path, "spikeport.converters.neurons.Node")]
         return Reading(module.neuron)
 

@@ -56,8 +56,10 @@ class SpikingJelly:
         return self._neuron(module, path)
 
     def _neuron(self, module: Any, path: str) -> Reading | list[Finding]:
-        old = hasattr(module, "backend")
-        fires = ">=" if old else _comparison(module.surrogate_function)
+        old, kind = hasattr(module, "backend"), type(module).__name__
+        # 0.0.0.0.14 asks the surrogate of IFNode and LIFNode in training only.
+        ignored = old and kind != "ParametricLIFNode"
+        fires = ">=" if ignored else _comparison(module.surrogate_function)
         if fires is None or not getattr(module.surrogate_function, "spiking", True):
             return [
                 Finding(
@@ -81,7 +83,6 @@ class SpikingJelly:
         hard = module.v_reset is not None
         reset: Literal["hard", "soft"] = "hard" if hard else "soft"
         v_reset = module.v_reset if hard else 0.0
-        kind = type(module).__name__
         dynamics, params = neurons.IF, dict[str, Any]()
         if kind != "IFNode":
             plain = old and not module.decay_input

@@ -1,0 +1,303 @@
+"""``torch.export``'s graph of a network, in this project's form."""
+
+from __future__ import annotations
+
+import operator
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from . import sources
+from .errors import CaptureError, Finding, UsageError
+from .ops import aten
+from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
+from .stand_in import StateAccessError
+
+_HEADLINE = "the network cannot be captured:"
+
+
+def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    """The exported network, decomposed to functional ATen.
+
+    Raises:
+        CaptureError: It cannot be exported, or its graph would not follow from its inputs alone.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(net, args, strict=False)
+            program = exported.run_decompositions({})
+    except StateAccessError:
+        raise
+    except Exception as error:
+        raise CaptureError(_HEADLINE, [_failed(error)]) from error
+    signature = program.graph_signature
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    findings = [_written(name) for name in mutated]
+    findings += list(_undetermined(program.graph))
+    if findings:
+        raise CaptureError(_HEADLINE, findings)
+    return program
+
+
+def place(error: BaseException) -> str:
+    """File and line of the user's code that an error came from."""
+    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(skip)
+    ]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "inside torch"
+
+
+def _failed(error: Exception) -> Finding:
+    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    name = type(error).__name__
+    if "DataDependent" in name or "data-dependent" in str(error):
+        return _data_dependent("", place(error))
+    return Finding(
+        rule="export",
+        where="",
+        found=f"torch.export: {name}: {text} ({place(error)})",
+        allowed="what torch.export can trace",
+        fix="rewrite that line with tensor operations",
+    )
+
+
+def _data_dependent(where: str, line: str) -> Finding:
+    return Finding(
+        rule="data-dependent",
+        where=where,
+        found=f"control flow or a shape that depends on a tensor's value, at {line}",
+        allowed="a forward whose operations follow from the inputs' shapes",
+        fix="compute both branches and choose with torch.where, or take the decision out of the "
+        "network",
+    )
+
+
+def _written(name: str) -> Finding:
+    return Finding(
+        rule="surviving-state",
+        where=name.rpartition(".")[0],
+        found=f"the forward writes to {name}, which survives the call",
+        allowed="a forward that writes only to its own variables",
+        fix="write to a copy (x = x.clone()), or declare the state as a neuron's",
+    )
+
+
+def _undetermined(graph: fx.Graph) -> Iterator[Finding]:
+    """Nodes whose value or shape does not follow from the inputs' shapes and values."""
+    told = set[tuple[str, str]]()
+    for n in graph.nodes:
+        path, line = _path(n), _line(n)
+        # Several nodes come of one line, and those without one follow from another.
+        if n.op != "call_function" or (path, line) in told or (told and not line):
+            continue
+        if any(_symbolic(v) for v in pytree.tree_leaves(n.meta.get("val"))):
+            told.add((path, line))
+            yield _data_dependent(path, line or f"node {n.name}")
+        elif torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and not _idle(n):
+            told.add((path, line))
+            yield Finding(
+                rule="random",
+                where=path,
+                found=f"{short(n.target)} at {line or f'node {n.name}'}",
+                allowed="a network whose outputs follow from its inputs",
+                fix="take randomness out of the forward, or draw it once into a buffer",
+            )
+
+
+def _symbolic(value: Any) -> bool:
+    sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+    return any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) for s in sizes)
+
+
+def _idle(n: fx.Node) -> bool:
+    """A dropout that drops nothing."""
+    return n.target in _DROPOUT and not n.args[2]
+
+
+def _line(n: fx.Node) -> str:
+    """File and line of the user's code that a node came from, or nothing."""
+    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    lines = re.findall(r'File "([^"]+)", line (\d+)', n.meta.get("stack_trace") or "")
+    lines = [f"{Path(name).name}:{line}" for name, line in lines if not name.startswith(skip)]
+    return lines[-1] if lines else ""
+
+
+_PASS_THROUGH = frozenset(
+    {
+        aten.clone.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.contiguous.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+_DROPOUT = frozenset(
+    {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+)
+_CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"})
+
+
+def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
+    """The exported graph as a program.
+
+    Raises:
+        UsageError: The network returns something else than tensors.
+    """
+    signature = exported.graph_signature
+    attributes = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    values = {**dict(exported.state_dict), **exported.constants}
+    specs = []
+    empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
+    build = _Canonical(empty)
+    user = iter(args)
+    for n in exported.graph.nodes:
+        if n.op == "placeholder":
+            if (name := attributes.get(n.name)) is not None:
+                build.env[n] = build.constant(name, values[name].detach())
+            else:
+                x = next(user)
+                build.env[n] = build.placeholder(n, x)
+                specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
+        elif n.op == "call_function":
+            build.emit(n)
+    results = exported.graph.output_node().args[0]
+    constant = [str(r) for r in results if not isinstance(r, fx.Node)]
+    if constant:
+        raise UsageError(f"the network returns {', '.join(constant)}; outputs must be tensors")
+    outputs = []
+    for i, result in enumerate(results):
+        value = build.env[result].meta["val"]
+        name = "output" if len(results) == 1 else f"output_{i}"
+        outputs.append(TensorSpec(name, tuple(value.shape), value.dtype))
+    floating = [a.dtype for a in (*args, *net.parameters()) if a.is_floating_point()]
+    kind = type(net)
+    build.graph.output(tuple(build.env[r] for r in results))
+    report = PassReport("capture", (f"{kind.__qualname__} through torch.export",))
+    return seal(
+        empty,
+        build.graph,
+        build.tensors,
+        report,
+        inputs=tuple(specs),
+        outputs=tuple(outputs),
+        dtype=floating[-1] if floating else torch.float32,
+        source={
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "framework": sources.framework(net),
+        },
+    )
+
+
+class _Canonical(Builder):
+    """Copies exported nodes, with one spelling for what ATen spells in several ways."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.env: dict[fx.Node, Any] = {}
+
+    def emit(self, n: fx.Node) -> None:
+        target: Any = n.target
+        args, kwargs = fx.map_arg((n.args, n.kwargs), self.env.__getitem__)
+        path = _path(n)
+        if getattr(target, "_opname", "") in _CHECKS:
+            return
+        if target is operator.getitem and isinstance(args[0], fx.Node):
+            if (
+                args[0].target in (aten.batch_norm.default, aten.max_pool2d.default)
+                and args[1] == 0
+            ):
+                self.env[n] = args[0]
+                return
+        elif (
+            target in _PASS_THROUGH
+            or _idle(n)
+            or (target is aten._to_copy.default and _same(args[0], kwargs))
+        ):
+            self.env[n] = args[0]
+            return
+        self.env[n] = self._spelled(target, args, kwargs, path, n)
+        if target is NEURON_STEP and all(u.args[1] != 0 for u in n.users):
+            # Spikes that nothing uses are a step of the layer all the same.
+            self.call(operator.getitem, self.env[n], 0, path=path)
+
+    def _spelled(self, target: Any, args: Any, kwargs: Any, path: str, n: fx.Node) -> fx.Node:
+        if target in (aten._unsafe_view.default, aten.reshape.default, aten.view.default):
+            return self.call(aten.reshape.default, args[0], list(n.meta["val"].shape), path=path)
+        if target is aten.expand.default:
+            return self.call(target, args[0], list(n.meta["val"].shape), path=path)
+        if target is aten._native_batch_norm_legit_no_training.default:
+            x, weight, bias, mean, var, momentum, eps = args
+            return self.call(
+                aten.batch_norm.default,
+                x,
+                weight,
+                bias,
+                mean,
+                var,
+                False,
+                momentum,
+                eps,
+                False,
+                path=path,
+            )
+        if target is aten.max_pool2d_with_indices.default and _only_first(n):
+            return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
+        if target is aten.copy.default:
+            like = args[0].meta["val"]
+            return self.call(aten.expand.default, args[1], list(like.shape), path=path)
+        if target is aten.select_scatter.default:
+            base, source, dim, index = args
+            row = self.call(aten.unsqueeze.default, source, dim, path=path)
+            index %= base.meta["val"].shape[dim]
+            return self._scatter(base, row, dim, index, index + 1, path)
+        if target is aten.slice_scatter.default:
+            base, source, *rest = args
+            dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+            size = base.meta["val"].shape[dim]
+            if step == 1:
+                return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
+        return self.call(target, *args, path=path, **kwargs)
+
+    def _scatter(
+        self, base: fx.Node, part: fx.Node, dim: int, start: int, end: int, path: str
+    ) -> fx.Node:
+        """A write to base[start:end] along dim, as slices and a concatenation."""
+        size = base.meta["val"].shape[dim]
+        if start >= end:
+            return base
+        parts = [part]
+        if start > 0:
+            parts.insert(0, self.call(aten.slice.Tensor, base, dim, 0, start, path=path))
+        if end < size:
+            parts.append(self.call(aten.slice.Tensor, base, dim, end, size, path=path))
+        if len(parts) == 1:
+            return part
+        return self.call(aten.cat.default, parts, dim, path=path)
+
+
+def _same(x: fx.Node, kwargs: dict[str, Any]) -> bool:
+    value = x.meta["val"]
+    return bool(kwargs.get("dtype", value.dtype) == value.dtype)
+
+
+def _only_first(n: fx.Node) -> bool:
+    return all(u.target is operator.getitem and u.args[1] == 0 for u in n.users)
+
+
+def _path(n: fx.Node) -> str:
+    stack = n.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return re.sub(r"@\d+", "", path)

@@ -1,0 +1,131 @@
+"""What stands where a neuron was while a network is traced: it calls one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UsageError
+from .neurons import Neuron
+from .program import NEURON, NEURON_STEP
+from .sources import Reading
+
+
+class State:
+    """Membranes of single-step neurons during one forward, by path; each forward starts without."""
+
+    def __init__(self) -> None:
+        self.v: dict[str, tuple[torch.Tensor, int]] = {}
+
+
+class StateAccessError(Exception):
+    """The network's own code touched a neuron's state."""
+
+    def __init__(self, path: str, did: str) -> None:
+        super().__init__(path, did)
+        self.path, self.did = path, did
+
+
+class StandIn(nn.Module):
+    """Stands where a neuron was; its tensors keep their names, and what is set on it is refused.
+
+    It is made as an instance of the neuron's class too (:meth:`of`), because networks ask
+    ``isinstance(layer, neuron.BaseNode)``.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        reading: Reading,
+        state: State,
+        original: nn.Module,
+        memories: Collection[str],
+    ) -> StandIn:
+        """A stand-in that passes for the original's class.
+
+        Args:
+            path: Path of the neuron.
+            reading: What it was read as.
+            state: Where single-step membranes are kept.
+            original: The neuron.
+            memories: Names of its attributes that change when it is called.
+        """
+        kind = type(original)
+        made: type[StandIn] = type(kind.__name__, (cls, kind), {})
+        return made(path, reading, state, original, memories)
+
+    def __init__(
+        self,
+        path: str,
+        reading: Reading,
+        state: State,
+        original: nn.Module,
+        memories: Collection[str],
+    ) -> None:
+        nn.Module.__init__(self)
+        tensors = reading.neuron.tensors()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach())
+        self._path, self._reading, self._steps = path, reading, state
+        self._names = list(tensors)
+        self._spec = reading.neuron.to_json()
+        self._original = (original,)
+        self._hidden = frozenset({*memories, *getattr(original, "_memories", ()), "v_seq"})
+        self._sealed = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The operator that the neuron is in the graph."""
+        params = [getattr(self, name) for name in self._names]
+        spikes: torch.Tensor
+        if self._reading.step_mode == "m":
+            spikes = NEURON(x, params, self._spec, "stepped", x.shape[0])
+            return spikes
+        neuron = Neuron.from_json(self._spec, params)
+        v, t = self._steps.v.get(self._path) or (neuron.initial(x), 0)
+        spikes, v = NEURON_STEP(x, v, params, self._spec, t)
+        self._steps.v[self._path] = (v, t + 1)
+        return spikes
+
+    def reset(self) -> None:
+        """As the original's, for a forward that resets its neurons itself."""
+        self._steps.v.pop(self._path, None)
+
+    def __getattr__(self, name: str) -> Any:
+        original = self.__dict__.get("_original")
+        if original is None or name in self._buffers:
+            return super().__getattr__(name)
+        value = getattr(original[0], name)
+        if isinstance(value, torch.Tensor) or name in self._hidden:
+            raise StateAccessError(self._path, f"the forward reads its {name}")
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_sealed"):
+            raise StateAccessError(self._path, f"the forward sets its {name}")
+        super().__setattr__(name, value)
+
+
+def wrap(
+    net: nn.Module,
+    readings: Mapping[str, Reading],
+    memories: Mapping[str, Collection[str]],
+    state: State,
+) -> None:
+    """Put a stand-in in every neuron's place, under all names that it has."""
+    stand_ins = {
+        id(module): StandIn.of(path, readings[path], state, module, memories.get(path, ()))
+        for path, module in net.named_modules()
+        if path in readings
+    }
+    if id(net) in stand_ins:
+        raise UsageError(
+            "the network is a single neuron; put it into a module, such as nn.Sequential"
+        )
+    for module in list(net.modules()):
+        for name, child in module._modules.items():
+            if id(child) in stand_ins:
+                module._modules[name] = stand_ins[id(child)]

@@ -1,0 +1,765 @@
+"""Networks of every shape become graphs, and what cannot is refused by name, all of it at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spikeport.converters import sources
+from spikeport.converters.capture import capture
+from spikeport.converters.errors import CaptureError, Findings, UsageError
+from spikeport.converters.neurons import IF, IFNode, LIFNode, Neuron, ParametricLIFNode
+from spikeport.converters.passes import (
+    flatten_time,
+    fold_batch_norm,
+    hoist_time_invariant,
+    lower_neurons,
+)
+from spikeport.converters.program import Program
+from spikeport.converters.sources import Reading
+
+T, N = 4, 2
+
+
+class SingleStep(nn.Module):
+    """A single-step neuron as frameworks have it: its state survives until it is reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_mode = "s"
+        self.v: Any = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = torch.zeros_like(x) if isinstance(self.v, float) else self.v
+        spikes, self.v = Neuron(IF).single_step(x, v)
+        return spikes
+
+
+class _SingleStepSource:
+    name = "test"
+
+    def read(self, module: nn.Module, path: str) -> Any:
+        return Reading(Neuron(IF), "s") if type(module) is SingleStep else None
+
+    def reset(self, module: nn.Module) -> None:
+        if type(module) is SingleStep:
+            module.v = 0.0
+
+
+@pytest.fixture(autouse=True)
+def single_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, _SingleStepSource()))
+
+
+class Net(nn.Module):
+    """A network whose forward is a function of it and its inputs."""
+
+    def __init__(self, run: Callable[..., Any], **children: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(self, *inputs)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
+    work = copy.deepcopy(net).eval()
+    sources.reset(work)
+    with torch.no_grad():
+        return work(*inputs)
+
+
+def equal(a: Any, b: Any) -> bool:
+    left, structure = pytree.tree_flatten(a)
+    right, other = pytree.tree_flatten(b)
+    return structure == other and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(left, right, strict=True)
+    )
+
+
+def lowered(program: Program) -> Program:
+    for rewrite in (hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons):
+        program = rewrite(program)
+    return program
+
+
+def captured(net: nn.Module, *inputs: torch.Tensor) -> Program:
+    """The program, checked against the network on these inputs and on others, and lowered."""
+    torch.manual_seed(0)
+    program = capture(net, inputs)
+    for example in (inputs, tuple(x.flip(0) for x in inputs)):
+        expected = reference(net, *example)
+        assert equal(program(*example), expected)
+        assert equal(lowered(program)(*example), expected)
+    return program
+
+
+def findings(net: nn.Module, *inputs: Any) -> Findings:
+    with pytest.raises(CaptureError) as caught:
+        capture(net, inputs)
+    for finding in caught.value.findings:
+        assert finding.found
+        assert finding.allowed
+        assert finding.fix
+        assert finding.rule in str(caught.value)
+    return caught.value.findings
+
+
+def rules(found: Findings) -> list[tuple[str, str]]:
+    return [(f.rule, f.where) for f in found]
+
+
+# Topology
+
+
+def test_paths_T_and_names() -> None:  # noqa: N802
+    net = nn.Sequential(nn.Linear(5, 6), nn.Sequential(IFNode(), nn.Linear(6, 3)), LIFNode())
+    program = captured(net, rand(T, N, 5))
+    assert [s.name for s in program.sites] == ["1.0", "2"]
+    assert [s.path for s in program.sites] == ["1.0", "2"]
+    assert (program.T, program.batch) == (T, N)
+    assert [str(s) for s in program.inputs] == [f"input float32[{T}, {N}, 5]"]
+    assert program.source["class"].endswith("Sequential")
+    assert {n.meta["path"] for n in program.nodes("call_function")} == {"0", "1.0", "1.1", "2"}
+
+
+def test_residual_addition() -> None:
+    net = Net(
+        lambda s, x: s.spike2(s.conv2(s.spike1(s.conv1(x.flatten(0, 1)).unflatten(0, (T, N)))
+                                      .flatten(0, 1)).unflatten(0, (T, N))) + x,
+        conv1=nn.Conv2d(3, 3, 3, padding=1), spike1=IFNode(),
+        conv2=nn.Conv2d(3, 3, 3, padding=1), spike2=IFNode(),
+    )  # fmt: skip
+    program = captured(net, rand(T, N, 3, 6, 6))
+    assert [s.path for s in program.sites] == ["spike1", "spike2"]
+
+
+def test_functional_calls_and_constants() -> None:
+    offset = torch.linspace(-1, 1, 5)
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(F.linear(x, s.first.weight)) + offset
+        x = torch.cat([s.spike(x), torch.ones_like(x)], dim=-1)
+        return F.avg_pool1d(x.flatten(0, 1), 2).mean(0)
+
+    captured(Net(run, first=nn.Linear(5, 5), spike=LIFNode()), rand(T, N, 5))
+
+
+def test_several_inputs_and_outputs() -> None:
+    def run(s: Any, events: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
+        x = s.spike(s.a(events) + s.b(image))
+        return {"spikes": x, "rate": (x.mean(0), x.sum(0)), "list": [image * 2]}
+
+    net = Net(run, a=nn.Linear(5, 4), b=nn.Linear(3, 4), spike=IFNode())
+    program = captured(net, rand(T, N, 5), rand(N, 3, seed=1))
+    assert [s.name for s in program.outputs] == [f"output_{i}" for i in range(4)]
+    result = program(rand(T, N, 5), rand(N, 3))
+    assert set(result) == {"spikes", "rate", "list"}
+    assert isinstance(result["rate"], tuple)
+    with pytest.raises(UsageError, match=r"input .*: got \[1, 5\].*static"):
+        program(rand(1, 5), rand(N, 3))
+    with pytest.raises(UsageError, match="1 inputs given, 2 wanted"):
+        program(rand(T, N, 5))
+
+
+def test_an_input_that_is_returned() -> None:
+    captured(Net(lambda s, x: (x, s.spike(x)), spike=IFNode()), rand(T, N, 3))
+
+
+def test_an_input_that_is_not_used() -> None:
+    captured(Net(lambda s, x, y: s.spike(x), spike=IFNode()), rand(T, N, 3), rand(N, seed=2))
+
+
+def test_an_output_twice() -> None:
+    def run(s: Any, x: torch.Tensor) -> Any:
+        y = s.spike(x)
+        return y, y
+
+    captured(Net(run, spike=IFNode()), rand(T, N, 3))
+
+
+def test_a_shared_neuron_is_two_sites() -> None:
+    net = Net(lambda s, x: s.spike(s.fc(s.spike(x))), fc=nn.Linear(3, 3), spike=LIFNode())
+    program = captured(net, rand(T, N, 3))
+    assert [(s.name, s.path) for s in program.sites] == [("spike", "spike"), ("spike#2", "spike")]
+
+
+def test_one_module_under_two_names() -> None:
+    spike = LIFNode()
+    net = nn.Sequential(spike, nn.Linear(3, 3), spike)
+    program = captured(net, rand(T, N, 3))
+    assert [s.path for s in program.sites] == ["0", "2"]
+
+
+def test_a_shared_layer_keeps_one_weight() -> None:
+    net = Net(lambda s, x: s.fc(s.spike(s.fc(x))), fc=nn.Linear(3, 3), spike=IFNode())
+    assert set(captured(net, rand(T, N, 3)).tensors) == {"fc.weight", "fc.bias"}
+
+
+def test_a_time_loop_over_single_steps() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return sum(s.b(s.fc(s.a(x))) for _ in range(T)) / T
+
+    net = Net(run, fc=nn.Linear(3, 3), a=SingleStep(), b=SingleStep())
+    program = captured(net, rand(N, 3))
+    assert [(s.name, s.T, s.layout) for s in program.sites] == [
+        ("a", T, "steps"),
+        ("b", T, "steps"),
+    ]
+
+
+def test_a_time_loop_with_in_place_writes() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        for t in range(T):
+            y[t] = s.spike(x[t])
+            y[t, :, 0] += 1
+        y += 0.5
+        return y
+
+    net = Net(run, spike=SingleStep())
+    program = captured(net, rand(T, N, 3))
+    assert not any(n.target._schema.is_mutable for n in program.nodes("call_function")
+                   if hasattr(n.target, "_schema"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x[1:3].zero_(),
+        lambda x: x[:, :, 1:2].mul_(2),
+        lambda x: x[-1].add_(1),
+        lambda x: x[:, 0].fill_(3),
+        lambda x: x[::2].neg_(),
+        lambda x: x.select(2, -1).add_(x.select(2, 0)),
+        lambda x: x.copy_(x.flip(0)),
+        lambda x: x[:-1].copy_(x[1:].clone()),
+        lambda x: x.relu_(),
+        lambda x: x.clamp_(0, 1),
+        lambda x: x[..., 2].fill_(1.5),
+        lambda x: x[T - 1 : T].zero_(),
+        lambda x: x[5:].zero_(),
+        lambda x: x[:-1, 1:].add_(1),
+    ],
+    ids=range(14),
+)
+def test_in_place_writes(write: Callable[[torch.Tensor], Any]) -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = s.fc(x)
+        write(x)
+        return s.spike(x)
+
+    captured(Net(run, fc=nn.Linear(3, 3), spike=IFNode()), rand(T, N, 3))
+
+
+def test_an_in_place_neuron_loop_over_lists() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = [s.spike(s.fc(x[t])) for t in range(T)]
+        return torch.stack(rows[::-1], dim=1)
+
+    captured(Net(run, fc=nn.Linear(3, 3), spike=SingleStep()), rand(T, N, 3))
+
+
+def test_T_comes_from_the_neurons_input() -> None:  # noqa: N802
+    net = Net(lambda s, x: s.spike(x.unsqueeze(0).repeat(6, 1, 1)).mean(0), spike=IFNode())
+    assert capture(net, (rand(N, 3),)).T == 6
+
+
+def test_layers_of_different_T() -> None:  # noqa: N802
+    net = Net(lambda s, x: s.b(s.a(x)[::2]), a=IFNode(), b=IFNode())
+    program = captured(net, rand(T, N, 3))
+    assert [s.T for s in program.sites] == [4, 2]
+    assert program.T is None
+
+
+def test_permuted_drives() -> None:
+    net = Net(lambda s, x: s.b(s.a(x.permute(1, 0, 2)).transpose(0, 1)), a=IFNode(), b=LIFNode())
+    captured(net, rand(3, 3, 3))
+
+
+def test_dropout_and_batch_norm_evaluate() -> None:
+    net = nn.Sequential(
+        nn.Flatten(2), nn.Linear(6, 4), nn.Dropout(0.5), IFNode(), nn.Flatten(0, 1),
+        nn.BatchNorm1d(4),
+    )  # fmt: skip
+    with torch.no_grad():
+        net(rand(T, N, 2, 3, seed=3))
+    program = captured(net.train(), rand(T, N, 2, 3))
+    assert "aten.dropout" not in str(program)
+
+
+def test_learned_parameters_are_weights_of_the_graph() -> None:
+    program = captured(nn.Sequential(ParametricLIFNode(init_tau=3.0)), rand(T, N, 3))
+    assert set(program.tensors) == {"0.w"}
+    assert torch.is_tensor(program.sites[0].neuron.params["w"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), LIFNode(), nn.Linear(3, 2)).to(dtype)
+    program = capture(net, (rand(T, N, 3).to(dtype),))
+    assert program.dtype == dtype
+    assert equal(program(rand(T, N, 3).to(dtype)), reference(net, rand(T, N, 3).to(dtype)))
+
+
+def test_integer_inputs() -> None:
+    net = Net(lambda s, x: s.spike(s.embed(x)), embed=nn.Embedding(10, 3), spike=IFNode())
+    x = torch.arange(T * N).reshape(T, N)
+    program = capture(net, (x,))
+    assert program.dtype == torch.float32
+    assert equal(program(x), reference(net, x))
+
+
+def test_a_network_without_neurons() -> None:
+    program = captured(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), rand(N, 3))
+    assert program.sites == ()
+    assert program.T is None
+
+
+@pytest.mark.parametrize("kind", ["channels_last", "strided", "expanded"])
+def test_memory_layout_of_the_inputs(kind: str) -> None:
+    x = rand(N, 4, 6, 6)
+    x = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "strided": rand(N, 4, 6, 12)[..., ::2],
+        "expanded": rand(1, 4, 6, 6).expand(N, 4, 6, 6),
+    }[kind]
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.conv(x)
+        y = s.spike(y.unsqueeze(0).repeat(T, 1, 1, 1, 1))
+        return s.fc(y.flatten(2)).mean(0)
+
+    net = Net(run, conv=nn.Conv2d(4, 4, 3), spike=LIFNode(), fc=nn.Linear(64, 3))
+    captured(net, x)
+    captured(net.to(memory_format=torch.channels_last), x)
+
+
+# What the network is left as
+
+
+def test_the_network_is_left_as_it_was() -> None:
+    calls: list[int] = []
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), SingleStep())
+    net = Net(
+        lambda s, x: torch.stack([s.body(x[t]) for t in range(T)]), body=net, multi=LIFNode()
+    ).train()
+    net.body[2].v = torch.ones(N, 3)
+    net.register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(net.state_dict())
+    modules = [id(m) for m in net.modules()]
+    capture(net, (rand(T, N, 3),))
+    assert [id(m) for m in net.modules()] == modules
+    assert all(m.training for m in net.modules())
+    assert all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert torch.equal(net.body[2].v, torch.ones(N, 3))
+    assert len(net._forward_hooks) == 1
+    assert [len(m._forward_hooks) for m in net.children()] == [0, 0]
+
+
+def test_state_that_is_left_over_is_not_taken() -> None:
+    net = Net(lambda s, x: torch.stack([s.spike(x[t]) for t in range(T)]), spike=SingleStep())
+    x = rand(T, N, 3)
+    expected = reference(net, x)
+    net.spike.v = torch.full((N, 3), 0.9)
+    assert equal(capture(net, (x,))(x), expected)
+
+
+def test_the_inputs_are_left_as_they_were() -> None:
+    x = rand(T, N, 3)
+    before = x.clone()
+    found = findings(Net(lambda s, x: s.spike(x.add_(1)), spike=IFNode()), x)
+    assert rules(found) == [("input-written", "")]
+    assert torch.equal(x, before)
+
+
+# Refusals
+
+
+class ThresholdAdapts(LIFNode):
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_seq * 2)
+
+
+class OnlyNamed(LIFNode):
+    """A subclass that changes nothing."""
+
+
+def test_a_look_alike() -> None:
+    found = findings(nn.Sequential(nn.Linear(3, 3), ThresholdAdapts()), rand(T, N, 3))
+    assert rules(found) == [("look-alike-neuron", "1")]
+    assert "ThresholdAdapts" in found[0].found
+    assert "converters.neurons.Node" in found[0].found
+
+
+def test_a_subclass_that_changes_nothing_is_taken() -> None:
+    captured(nn.Sequential(OnlyNamed()), rand(T, N, 3))
+
+
+def test_a_subclass_that_changes_the_training_step_only_by_property() -> None:
+    class Shifted(LIFNode):
+        @property
+        def neuron(self) -> Neuron:
+            return Neuron(IF)
+
+    assert rules(findings(nn.Sequential(Shifted()), rand(T, N, 3))) == [("look-alike-neuron", "0")]
+
+
+def test_a_subclass_with_another_call() -> None:
+    class Doubled(LIFNode):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x * 2)
+
+    assert rules(findings(nn.Sequential(Doubled()), rand(T, N, 3))) == [("look-alike-neuron", "0")]
+
+
+def test_an_instance_with_a_replaced_method() -> None:
+    net = nn.Sequential(LIFNode(), LIFNode())
+    net[1].forward = lambda x: x * 2
+    found = findings(net, rand(T, N, 3))
+    assert rules(found) == [("altered-neuron", "1")]
+    assert "forward" in found[0].found
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_neuron_with_a_hook(hook: str) -> None:
+    net = nn.Sequential(LIFNode())
+    getattr(net[0], hook)(lambda *_: None)
+    assert rules(findings(net, rand(T, N, 3))) == [("altered-neuron", "0")]
+
+
+def test_a_parametrized_neuron() -> None:
+    class Double(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return w * 2
+
+    net = nn.Sequential(ParametricLIFNode())
+    nn.utils.parametrize.register_parametrization(net[0], "w", Double())
+    assert "w" in captured(net, rand(T, N, 3)).sites[0].neuron.tensors()
+    assert nn.utils.parametrize.is_parametrized(net[0])
+
+
+def test_hooks_on_other_modules_are_traced() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), LIFNode())
+    net[0].register_forward_hook(lambda m, x, y: y * 2)
+    captured(net, rand(T, N, 3))
+
+
+def test_a_time_loop_outside() -> None:
+    found = findings(nn.Sequential(nn.Linear(3, 3), SingleStep()), rand(N, 3))
+    assert rules(found) == [("time-loop-outside", "1")]
+
+
+class Memory(nn.Module):
+    """Keeps a trace of its inputs from one call to the next."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("trace", torch.zeros(3))
+        self.last: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "buffer":
+            self.trace.add_(x[0, 0])
+            return x + self.trace
+        if self.how == "attribute":
+            y = x if self.last is None else x + self.last
+            self.last = x
+            return y
+        if self.how == "unused attribute":
+            self.last = x
+            return x
+        if self.how == "counter":
+            self.last = (self.last or 0) + 1
+            return x * self.last
+        if self.how == "new buffer":
+            self.trace = self.trace + x[0, 0]
+            return x + self.trace
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("buffer", "trace"),
+        ("attribute", "last"),
+        ("unused attribute", "last"),
+        ("counter", "last"),
+        ("new buffer", "trace"),
+    ],
+)
+def test_state_that_survives(how: str, name: str) -> None:
+    found = findings(nn.Sequential(Memory(how), IFNode()), rand(T, N, 3))
+    assert rules(found) == [("surviving-state", "0")]
+    assert f"self.{name}" in found[0].found
+
+
+def test_a_written_buffer_whose_value_is_not_used_in_the_same_call() -> None:
+    """Two calls give the same outputs here; a third, on other inputs, would not."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.spike(x + s.memory.trace)
+        s.memory.trace.clamp_(min=x.min().detach())
+        return y
+
+    found = findings(Net(run, spike=IFNode(), memory=Memory("")), rand(T, N, 3) + 100)
+    assert rules(found) == [("surviving-state", "memory")]
+
+
+def test_a_value_that_the_first_call_caches() -> None:
+    """The network goes on with what its first input gave; no constant of the graph may."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        if s.memory.last is None:
+            s.memory.last = float(x.max())
+        return s.spike(x / s.memory.last)
+
+    found = findings(Net(run, spike=IFNode(), memory=Memory("")), rand(T, N, 3))
+    assert rules(found) == [("surviving-state", "memory")]
+
+
+def test_a_spike_count_noted_on_self() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        s.steps = x.shape[0]
+        return s.spike(x)
+
+    found = findings(Net(run, spike=IFNode()), rand(T, N, 3))
+    assert rules(found) == [("surviving-state", "")]
+
+
+def test_a_single_step_neuron_whose_spikes_are_used_at_the_end_only() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        for t in range(T):
+            y = s.b(s.fc(s.a(x[t])))
+        return y
+
+    net = Net(run, fc=nn.Linear(3, 3), a=SingleStep(), b=SingleStep())
+    program = captured(net, rand(T, N, 3))
+    for form in (program, lowered(program)):
+        assert [len(s.spikes) for s in form.sites] == [T, T]
+
+
+def test_a_neuron_called_in_another_way_than_with_one_tensor() -> None:
+    net = Net(lambda s, x: s.spike(x_seq=x), spike=IFNode())
+    assert rules(findings(net, rand(T, N, 3))) == [("neuron-input", "spike")]
+
+
+def test_reading_a_neurons_state() -> None:
+    net = Net(
+        lambda s, x: torch.stack([s.spike(x[t]) for t in range(T)]) + s.spike.v, spike=SingleStep()
+    )
+    found = findings(net, rand(T, N, 3))
+    assert rules(found) == [("neuron-state", "spike")]
+    assert found[0].found == "the forward reads its v"
+
+
+def test_setting_a_neurons_state() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        s.spike.v = torch.full_like(x[0], 0.5)
+        return torch.stack([s.spike(x[t]) for t in range(T)])
+
+    found = findings(Net(run, spike=SingleStep()), rand(T, N, 3))
+    assert rules(found) == [("neuron-state", "spike")]
+    assert found[0].found == "the forward sets its v"
+
+
+def test_a_neuron_in_a_list() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spikes = [SingleStep()]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self.spikes[0](x[t]) for t in range(T)])
+
+    found = findings(Hidden(), rand(T, N, 3))
+    assert [f.rule for f in found] == ["hidden-module"]
+    assert found[0].where == "spikes[0]"
+
+
+def test_a_multi_step_neuron_in_a_list_is_refused_too() -> None:
+    """Its equation would be traced as loose arithmetic, with no layer to compare or to name."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spikes = {"a": (LIFNode(),)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.spikes["a"][0](x)
+
+    assert [f.rule for f in findings(Hidden(), rand(T, N, 3))] == ["hidden-module"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9], ids=["that shows", "that does not show"])
+def test_a_random_forward(scale: float) -> None:
+    net = Net(lambda s, x: s.spike(x + torch.rand_like(x) * scale + 100), spike=IFNode())
+    found = findings(net, rand(T, N, 3))
+    assert [f.rule for f in found] == ["random"]
+    assert "rand_like at test_capture.py:" in found[0].found
+
+
+def test_dropout_that_evaluation_does_not_turn_off() -> None:
+    net = Net(lambda s, x: s.spike(F.dropout(s.fc(x))), spike=IFNode(), fc=nn.Linear(3, 3))
+    assert [f.rule for f in findings(net, rand(T, N, 3))] == ["random"]
+
+
+def test_state_outside_the_network() -> None:
+    calls: list[int] = []
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return s.spike(x) * len(calls)
+
+    found = findings(Net(run, spike=IFNode()), rand(T, N, 3) + 1)
+    assert rules(found) == [("surviving-state", "")]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda s, x: s.spike(x * 2) if x.sum() > 0 else s.spike(x),
+        lambda s, x: s.spike(x * x.max().item()),
+        lambda s, x: s.spike(x[:, : int(x[0, 0, 0] > 0) + 1]),
+        lambda s, x: s.spike(x)[x > 0],
+        lambda s, x: s.spike(x).nonzero(),
+    ],
+    ids=["branch", "item", "slice", "mask", "nonzero"],
+)
+def test_data_dependence(run: Callable[..., Any]) -> None:
+    found = findings(Net(run, spike=IFNode()), rand(T, N, 3))
+    assert [f.rule for f in found] == ["data-dependent"]
+    assert "test_capture.py:" in found[0].found
+
+
+def test_a_branch_on_a_spike_count_between_neurons() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.a(x)
+        if y.mean() > 0.5:
+            y = y * 2
+        return s.b(y)
+
+    found = findings(Net(run, a=IFNode(), b=IFNode()), rand(T, N, 3))
+    assert [f.rule for f in found] == ["data-dependent"]
+    assert "test_capture.py:" in found[0].found
+
+
+def test_a_forward_that_fails() -> None:
+    found = findings(nn.Sequential(nn.Linear(4, 3), IFNode()), rand(T, N, 3))
+    assert rules(found) == [("forward-fails", "")]
+    assert "mat1 and mat2" in found[0].found
+    assert "[4, 2, 3]" in found[0].allowed
+
+
+def test_a_forward_that_fails_in_the_users_code_says_where() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("missing")
+
+    found = findings(Net(run), rand(T, N, 3))
+    assert "KeyError" in found[0].found
+    assert "test_capture.py:" in found[0].found
+
+
+def test_weights_that_are_not_finite() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.BatchNorm1d(3)), IFNode())
+    with torch.no_grad():
+        net[0].weight[1, 2] = float("nan")
+        net[1][0].running_var[0] = float("inf")
+    found = findings(net, rand(N, 3).unsqueeze(0).squeeze(0))
+    assert set(rules(found)) >= {("non-finite-weight", "0"), ("non-finite-weight", "1.0")}
+    assert "0.weight has 1 values" in found[0].found
+
+
+def test_a_neurons_parameter_that_is_not_finite() -> None:
+    net = nn.Sequential(LIFNode(v_threshold=nn.Parameter(torch.tensor([1.0, float("nan"), 1.0]))))
+    assert rules(findings(net, rand(T, N, 3))) == [("non-finite-weight", "0")]
+
+
+@pytest.mark.parametrize("shape", [(3,), ()])
+def test_an_input_of_a_neuron_without_batch(shape: tuple[int, ...]) -> None:
+    found = findings(nn.Sequential(IFNode()), rand(*shape))
+    assert rules(found)[0] == ("neuron-input", "0")
+    assert str(list(shape)) in found[0].found
+
+
+def test_a_neuron_on_integers() -> None:
+    found = findings(nn.Sequential(IFNode()), torch.ones(T, N, 3, dtype=torch.int64))
+    assert rules(found) == [("neuron-input", "0")]
+
+
+def test_everything_comes_at_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), ThresholdAdapts(), LIFNode(), IFNode(), nn.Linear(4, 3))
+    net[2].forward = lambda x: x
+    with torch.no_grad():
+        net[0].bias[0] = float("inf")
+    found = findings(net, rand(T, N, 3))
+    assert set(rules(found)) == {
+        ("non-finite-weight", "0"),
+        ("look-alike-neuron", "1"),
+        ("altered-neuron", "2"),
+        ("forward-fails", ""),
+    }
+
+
+@pytest.mark.parametrize(
+    "inputs", [(), (1.0,), ([torch.zeros(1)],), (torch.zeros(1), None)], ids=repr
+)
+def test_inputs_that_are_no_tensors(inputs: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError, match="give a tuple of tensors"):
+        capture(nn.Sequential(IFNode()), inputs)
+
+
+def test_a_bare_tensor_as_inputs() -> None:
+    """Iterating over it would make an input of each of its rows."""
+    with pytest.raises(UsageError, match="give a tuple of tensors"):
+        capture(nn.Sequential(IFNode()), rand(T, N, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("extra", [None, 3, "text"])
+def test_outputs_that_are_no_tensors(extra: Any) -> None:
+    with pytest.raises(UsageError, match="outputs must be tensors"):
+        capture(Net(lambda s, x: (s.spike(x), extra), spike=IFNode()), (rand(T, N, 3),))
+
+
+def test_a_single_neuron() -> None:
+    with pytest.raises(UsageError, match="single neuron"):
+        capture(IFNode(), (rand(T, N, 3),))
+
+
+def test_something_else_than_a_network() -> None:
+    with pytest.raises(UsageError, match="nn.Module"):
+        capture(lambda x: x, (rand(T, N, 3),))  # type: ignore[arg-type]
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), IFNode())
+    net.kept = net(rand(T, N, 3).requires_grad_())
+    assert rules(findings(net, rand(T, N, 3))) == [("copy", "")]
+
+
+def test_a_declaration_that_is_wrong_is_named() -> None:
+    from spikeport.converters.errors import MismatchError
+
+    class Mine(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Neuron(IF, fires=">").multi_step(x)
+
+    sources.register(Mine, lambda module: Reading(Neuron(IF)))
+    grid = torch.randint(-8, 17, (T, N, 3), generator=torch.Generator().manual_seed(0)) / 8
+    with pytest.raises(MismatchError, match="the first is 1: .* spikes differ, first at step"):
+        capture(nn.Sequential(nn.Identity(), Mine(), nn.Linear(3, 3)), (grid * 2,))
