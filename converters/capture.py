@@ -43,7 +43,8 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     """
     if not isinstance(net, nn.Module):
         raise UsageError(f"the network is {type(net).__name__}; give an nn.Module")
-    kinds = [type(args).__name__] if isinstance(args, torch.Tensor) else []
+    given: Any = args
+    kinds = [type(given).__name__] if isinstance(given, torch.Tensor) else []
     kinds += [type(a).__name__ for a in args if not isinstance(a, torch.Tensor)]
     if kinds or not len(args):
         raise UsageError(
@@ -106,7 +107,8 @@ def _compute_parametrizations(module: nn.Module) -> None:
 
     torch's own remove_parametrizations takes the property from a class that copies share.
     """
-    values = {name: getattr(module, name).detach() for name in module._modules["parametrizations"]}
+    names: Any = module._modules["parametrizations"]
+    values = {name: getattr(module, name).detach() for name in names}
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
     for name, value in values.items():

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from . import sources
+from . import ops, sources
 from .errors import CaptureError, Finding, UsageError
 from .ops import aten
 from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
@@ -210,7 +210,8 @@ class _Canonical(Builder):
 
     def emit(self, n: fx.Node) -> None:
         target: Any = n.target
-        args, kwargs = fx.map_arg((n.args, n.kwargs), self.env.__getitem__)
+        given: Any = fx.map_arg((n.args, n.kwargs), self.env.__getitem__)
+        args, kwargs = given
         path = _path(n)
         if getattr(target, "_opname", "") in _CHECKS:
             return
@@ -227,6 +228,9 @@ class _Canonical(Builder):
             or (target is aten._to_copy.default and _same(args[0], kwargs))
         ):
             self.env[n] = args[0]
+            return
+        if (value := _made(n, args, kwargs)) is not None:
+            self.env[n] = self.constant(f"made_{n.name}", value)
             return
         self.env[n] = self._spelled(target, args, kwargs, path, n)
         if target is NEURON_STEP and all(u.args[1] != 0 for u in n.users):
@@ -265,7 +269,7 @@ class _Canonical(Builder):
             return self._scatter(base, row, dim, index, index + 1, path)
         if target is aten.slice_scatter.default:
             base, source, *rest = args
-            dim, start, end, step = (*rest, *(0, None, None, 1)[len(rest) :])
+            dim, start, end, step = ops.slice_args(n, 2)
             size = base.meta["val"].shape[dim]
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
@@ -286,6 +290,33 @@ class _Canonical(Builder):
         if len(parts) == 1:
             return part
         return self.call(aten.cat.default, parts, dim, path=path)
+
+
+#: Operators that ask of their input no more than its shape and dtype.
+_FILLED = frozenset(
+    {
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+    }
+)
+_UNFILLED = frozenset({aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default})
+
+
+def _made(n: fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The tensor that a node makes out of nothing: with static shapes it is a constant."""
+    value = n.meta["val"]
+    if n.target in _UNFILLED:
+        return torch.zeros(value.shape, dtype=value.dtype)
+    if n.target in _FILLED:
+        args = (torch.empty(args[0].meta["val"].shape, dtype=args[0].meta["val"].dtype), *args[1:])
+    elif n.all_input_nodes or not isinstance(value, torch.Tensor):
+        return None
+    made: torch.Tensor = n.target(*args, **kwargs)  # type: ignore[operator]
+    return made
 
 
 def _same(x: fx.Node, kwargs: dict[str, Any]) -> bool:

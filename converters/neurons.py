@@ -31,6 +31,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
@@ -224,13 +225,15 @@ class Neuron:
         v = self.initial(x_seq[0]) if v is None else v
         spikes = torch.empty_like(x_seq)
         h_seq = torch.empty_like(x_seq) if charged else x_seq.new_empty(0)
-        compare = torch.ge if self.fires == ">=" else torch.gt
-        for t, x in enumerate(x_seq):
+        compare: Any = torch.ge if self.fires == ">=" else torch.gt
+
+        def into(out: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
             # A comparison straight into the spikes' dtype: on a CPU the detour over bool costs more
             # than the rest of the step.
-            _, v, h = self.step(
-                v, x, lambda h, s=spikes[t]: compare(h, self.v_threshold, out=s), _select, first + t
-            )
+            return partial(compare, other=self.v_threshold, out=out)
+
+        for t, x in enumerate(x_seq):
+            _, v, h = self.step(v, x, into(spikes[t]), _select, first + t)
             if charged:
                 h_seq[t] = h
         return spikes, h_seq, v
@@ -254,7 +257,8 @@ class Neuron:
 
         def select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
             s = s.detach() if detach_reset else s
-            return s * yes + (1.0 - s) * no
+            after: torch.Tensor = s * yes + (1.0 - s) * no
+            return after
 
         s, v, _ = self.step(v, x, fire, select, t)
         return s, v

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
+
+#: A node of a graph. torch's own type makes each argument a union of two dozen kinds.
+Node: TypeAlias = Any
 
 aten = torch.ops.aten
 
@@ -59,22 +62,25 @@ TRAILING = frozenset({aten.linear.default, aten.layer_norm.default})
 RESHAPE = aten.reshape.default
 
 
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """The node's arguments that are tensors, weights included."""
-    return list(node.all_input_nodes)
+def slice_args(node: Node, given: int) -> tuple[int, Any, Any, int]:
+    """dim, start, end, step of a slice whose arguments before them are ``given``."""
+    defaults: list[Any] = [0, None, None, 1]
+    named = list(node.args[given:])
+    dim, start, end, step = named + defaults[len(named) :]
+    return dim, start, end, step
 
 
-def shape(node: fx.Node) -> tuple[int, ...]:
+def shape(node: Node) -> tuple[int, ...]:
     """The static shape of a node's value."""
     return tuple(node.meta["val"].shape)
 
 
-def dim(node: fx.Node, index: int) -> int:
+def dim(node: Node, index: int) -> int:
     """A dimension argument, made non-negative for the node's value."""
     return index % max(len(shape(node)), 1)
 
 
-def fan_in(node: fx.Node) -> int:
+def fan_in(node: Node) -> int:
     """How many products are summed for one element of a convolution or matrix product."""
     weight: Any = node.args[1]
     if isinstance(weight, fx.Node) and node.target in (

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import UsageError
 from .neurons import Neuron
+from .ops import Node, aten
 
-aten = torch.ops.aten
 Layout: TypeAlias = Literal["stepped", "flat", "static", "steps"]
 
 
@@ -72,7 +72,7 @@ def steps(x: torch.Tensor, layout: str, T: int) -> torch.Tensor:
         return x
     if layout == "static":
         return x.unsqueeze(0).expand(T, *x.shape)
-    return x.unflatten(0, (T, -1))
+    return x.reshape(T, x.shape[0] // T, *x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,8 @@ class Program:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every weight and constant, by name."""
-        return {n.target: self.tensor(n.target) for n in self.nodes("get_attr")}
+        names = [str(n.target) for n in self.nodes("get_attr")]
+        return {name: self.tensor(name) for name in names}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One weight or constant."""
@@ -308,13 +309,18 @@ class Program:
         results: Any = self.graph.output_node().args[0]
         return list(results)
 
+    def walk(self) -> list[Node]:
+        """The nodes in order."""
+        return list(self.graph.nodes)
+
     def site(self, spikes: fx.Node) -> Site:
         """The site that a node is the spikes of."""
         return next(s for s in self.sites if spikes.name in s.spikes)
 
     def node(self, name: str) -> fx.Node:
         """The node of this name."""
-        return next(n for n in self.graph.nodes if n.name == name)
+        node: fx.Node = next(n for n in self.walk() if n.name == name)
+        return node
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's value."""
@@ -454,7 +460,7 @@ class Builder:
         self.tensors: dict[str, torch.Tensor] = {}
         self._attrs: dict[str, fx.Node] = {}
 
-    def placeholder(self, like: fx.Node, value: torch.Tensor) -> fx.Node:
+    def placeholder(self, like: Node, value: torch.Tensor) -> fx.Node:
         """An input with the name of another."""
         node = self.graph.placeholder(like.target)
         node.meta = {"val": value.to("meta"), "path": ""}
@@ -484,7 +490,7 @@ class Builder:
         node.meta = {"val": target(*values, **options), "path": path}
         return node
 
-    def copy(self, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    def copy(self, node: Node, env: Mapping[Node, Node]) -> fx.Node:
         """The same node over the new graph's values."""
         if node.op == "get_attr":
             return self.constant(node.target, self.program.tensor(node.target))
@@ -533,12 +539,20 @@ def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[
     sites: list[Site] = []
     uses: dict[str, int] = {}
 
-    def site(n: fx.Node, params: Any, spec: str, T: int, layout: Layout, *names: Any) -> None:
+    def site(
+        n: fx.Node,
+        params: Any,
+        spec: str,
+        T: int,
+        layout: Layout,
+        drives: Sequence[str],
+        spikes: Sequence[str],
+    ) -> None:
         path = where(n)
         uses[path] = uses.get(path, 0) + 1
         name = path if uses[path] == 1 else f"{path}#{uses[path]}"
         neuron = Neuron.from_json(spec, (tensors[p.target] for p in params))
-        sites.append(Site(name, path, neuron, T, layout, *map(tuple, names)))
+        sites.append(Site(name, path, neuron, T, layout, tuple(drives), tuple(spikes)))
 
     for n in graph.nodes:
         if n.target is NEURON:
@@ -561,10 +575,11 @@ def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[
     return tuple(sites)
 
 
-def _is_step(n: fx.Node) -> bool:
+def _is_step(n: Node) -> bool:
     """Whether a node is the spikes of one step."""
     source = n.args[0] if n.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target is NEURON_STEP and n.args[1] == 0
+    called = isinstance(source, fx.Node) and source.target is NEURON_STEP
+    return called and bool(n.args[1] == 0)
 
 
 def _next_step(call: fx.Node) -> fx.Node | None:

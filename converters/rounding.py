@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .ops import aten
+from .ops import Node, aten
 from .program import Program, Site
 
 #: The c above; a wrong conversion is off by orders of magnitude more.
@@ -86,6 +86,7 @@ class Bounds(fx.Interpreter):
             for node in site.spikes
         }
         self._unit = torch.finfo(program.dtype).eps / 2
+        self._least = torch.finfo(program.dtype).smallest_normal * self._unit
         self._rounded = program.rounded
         self._kept = {d for site in program.sites for d in site.drives}
         self._kept |= {n.name for n in program.results}
@@ -115,7 +116,7 @@ class Bounds(fx.Interpreter):
         """The same for a site's drive, [T, N, ...], in the source's scale."""
         return site.drive({d: self.of(d) for d in site.drives})
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         """The node's value and error; nothing where no drive or output depends on it."""
         if n.op == "output" or n.name not in self._wanted:
             return None
@@ -125,10 +126,10 @@ class Bounds(fx.Interpreter):
         elif n.op == "get_attr":
             value = super().run_node(n).float()
             exact = self._rounded is not None and n.target not in self._rounded
-            pair = (value, torch.zeros_like(value) if exact else self._unit * value.abs())
+            pair = (value, torch.zeros_like(value) if exact else self._stored(value))
         elif n.op == "placeholder":
             value = super().run_node(n)
-            pair = (value, self._unit * value.abs())
+            pair = (value, self._stored(value))
         else:
             value, error = self._call(n)
             pair = (value.float(), error.float())
@@ -136,13 +137,13 @@ class Bounds(fx.Interpreter):
             self._found[n.name] = pair[1]
         return pair
 
-    def _call(self, n: fx.Node) -> _Pair:
+    def _call(self, n: Node) -> _Pair:
         target: Any = n.target
         pairs = [self.env[a] for a in n.all_input_nodes]
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][0])
         errors, _ = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][1])
         value = target(*args, **kwargs)
-        stored = self._unit * value.float().abs()
+        stored = self._stored(value.float())
         if target in _EXACT:
             return value, target(*errors, **kwargs)
         if target in _LAYERS:
@@ -166,12 +167,14 @@ class Bounds(fx.Interpreter):
             return value, self._batch_norm(args, errors) + 4 * stored
         return value, self._perturbed(target, args, errors, kwargs, value) + 4 * stored
 
+    def _stored(self, value: torch.Tensor) -> torch.Tensor:
+        """u |y|, or half of the smallest number's distance to 0 where y is below normal numbers."""
+        return (self._unit * value.abs()).clamp(min=self._least)
+
     def _sum(self, magnitude: torch.Tensor, terms: float) -> torch.Tensor:
         return CERTAINTY * math.sqrt(terms) * _ACCUMULATOR * magnitude
 
-    def _layer(
-        self, target: Any, args: Any, errors: Any, kwargs: Any, terms: int
-    ) -> torch.Tensor:
+    def _layer(self, target: Any, args: Any, errors: Any, kwargs: Any, terms: int) -> torch.Tensor:
         x, W, *rest = args
         b, geometry = (rest[0], rest[1:]) if rest else (None, [])
 

@@ -64,5 +64,6 @@ class _Fire(torch.autograd.Function):
 
 def fire(u: torch.Tensor, fired: torch.Tensor, surrogate: Surrogate) -> torch.Tensor:
     """Spikes of u's dtype where ``fired``, differentiable in ``u`` through the surrogate."""
-    spikes: torch.Tensor = _Fire.apply(u, fired, surrogate)
+    apply: Any = _Fire.apply
+    spikes: torch.Tensor = apply(u, fired, surrogate)
     return spikes

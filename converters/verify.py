@@ -15,6 +15,7 @@ So whatever differs end to end follows from rounding, and its first site is know
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,8 +26,8 @@ from torch.utils import _pytree as pytree
 
 from . import sources
 from .errors import Finding, MismatchError, UnsupportedError
-from .neurons import Neuron
 from .passes.lower_neurons import lower_neurons
+from .probes import probe_inputs
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
 from .rounding import CERTAINTY, Bounds
 
@@ -242,40 +243,21 @@ def _check_finite(program: Program, source: Trace, free: Trace) -> None:
 
 def _probe_neurons(captured: Program, net: nn.Module) -> dict[str, int]:
     """Spikes compared for each site; every one of them was equal."""
-    modules = dict(net.named_modules())
+    modules = dict(net.named_modules(remove_duplicate=False))
     counts = {}
     for site in captured.sites:
-        x = probe_inputs(site.neuron, site.T, captured.shape(site.drives[0]), site.layout)
-        x = x.to(captured.dtype)
+        shape = captured.shape(site.drives[0])
+        features = shape[2:] if site.layout == "stepped" else shape[1:]
+        x = probe_inputs(site.neuron, site.T, features, captured.dtype)
         expected = site.neuron.multi_step(x)
         lowered = _lowered(site, x)
         if not torch.equal(expected, lowered):
             raise MismatchError(_differs(site, "the lowered form", lowered, expected, x))
         own = _own_spikes(modules[site.path], x)
-        if own is not None and not torch.equal(expected, own):
+        if not torch.equal(expected, own):
             raise MismatchError(_differs(site, "the network's own module", own, expected, x))
         counts[site.name] = expected.numel()
     return counts
-
-
-def probe_inputs(
-    neuron: Neuron, T: int, shape: tuple[int, ...], layout: str = "stepped"
-) -> torch.Tensor:
-    """Inputs [T, 1, ...] on a grid of the threshold, where >= and > differ, and silence.
-
-    The grid is of eighths of the threshold, so that sums, and halves of sums, hit it exactly.
-    """
-    features = shape[2:] if layout == "stepped" else shape[1:]
-    generator = torch.Generator().manual_seed(0)
-    grid = torch.randint(-8, 17, (T, 1, *features), generator=generator) / 8
-    threshold = torch.as_tensor(neuron.v_threshold, dtype=torch.float32).detach()
-    x = grid * threshold
-    # Exactly the threshold above the start of the membrane, in the first step of the first neuron.
-    flat = x.reshape(T, -1)
-    flat[:, -1] = 0.0
-    start = torch.as_tensor(neuron.v_0, dtype=torch.float32).flatten()[0]
-    flat[0, 0] = threshold.flatten()[0] - start
-    return flat.reshape(x.shape)
 
 
 def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
@@ -295,20 +277,15 @@ def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(result).reshape(x.shape)
 
 
-def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """The network's own neuron on x [T, 1, ...], from its state before the first step."""
-    training = module.training
-    module.eval()
+def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The network's own neuron, a copy of it, on x [T, 1, ...] from before its first step."""
+    module = copy.deepcopy(module).eval()
     sources.reset(module)
-    try:
-        with torch.no_grad():
-            if getattr(module, "step_mode", "m") == "s":
-                return torch.stack([module(step) for step in x])
-            spikes: torch.Tensor = module(x)
-            return spikes
-    finally:
-        module.train(training)
-        sources.reset(module)
+    with torch.no_grad():
+        if getattr(module, "step_mode", "m") == "s":
+            return torch.stack([module(step) for step in x])
+        spikes: torch.Tensor = module(x)
+        return spikes
 
 
 def _differs(
@@ -344,8 +321,8 @@ def _compare_layers(
     for theirs, mine in pairs:
         bound = bounds.at(mine)
         theirs_drive, mine_drive = source.drive(theirs), local.drive(mine)
-        difference = (theirs_drive.float() - mine_drive.float()).abs()
-        outside = difference > bound
+        difference = _difference(theirs_drive, mine_drive)
+        outside = ~(difference <= bound)
         if outside.any():
             wrong.append(
                 f"{mine.name}: its drive differs by up to {difference.max().item():.3g} in "
@@ -366,9 +343,9 @@ def _compare_layers(
         )
     results = zip(program.results, source.outputs, local.outputs, strict=True)
     for n, expected, found in results:
-        off = (expected.float().flatten() - found.float().flatten()).abs()
+        off = _difference(expected.flatten(), found.flatten())
         bound = bounds.of(n.name).flatten()
-        if (off > bound).any():
+        if not (off <= bound).all():
             wrong.append(
                 f"output {n.name} ({where(n) or 'the network'}): differs by up to "
                 f"{off.max().item():.3g}, where rounding explains {bound.max().item():.3g}"
@@ -378,6 +355,13 @@ def _compare_layers(
             "the rewritten program computes something else than the network:\n  "
             + "\n  ".join(wrong)
         )
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|a - b|, 0 where both are the same infinity or NaN; NaN explains nothing."""
+    a, b = a.float(), b.float()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a - b).abs())
 
 
 def _unexplained(

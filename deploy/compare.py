@@ -180,12 +180,12 @@ def compare(
     seconds = [0.0, 0.0]
     samples, disagreeing = 0, list[int]()
     spikes = _Spikes(net, model)
-    training = net.training
+    modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
             for x, y in loader:
-                for part, labels in zip(x.split(model.batch), y.split(model.batch), strict=True):
+                for part, labels in zip(*(torch.split(t, model.batch) for t in (x, y)), strict=True):
                     if samples < layers and model.has_probes:
                         spikes.compare(part, samples)
                     start = time.perf_counter()
@@ -200,7 +200,8 @@ def compare(
                     samples += len(labels)
                     bar.update(len(labels))
     finally:
-        net.train(training)
+        for module, training in modes:
+            module.training = training
     if not samples:
         raise UsageError("the loader gives no batch; compare needs at least one sample")
     note = ""

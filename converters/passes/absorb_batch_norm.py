@@ -16,10 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from ..neurons import Neuron
-from ..ops import aten
+from ..ops import Node, aten
 from ..program import NEURON, Builder, PassReport, Program, where
 from .fold_batch_norm import obstacle
 
@@ -27,11 +26,11 @@ from .fold_batch_norm import obstacle
 def absorb_batch_norm(program: Program) -> Program:
     """Absorb every batch norm that lies between a layer of weights and a homogeneous neuron."""
     build = Builder(program)
-    env: dict[fx.Node, fx.Node] = {}
-    absorbed: dict[fx.Node, torch.Tensor] = {}
+    env: dict[Node, Node] = {}
+    absorbed: dict[Node, torch.Tensor] = {}
     scales: dict[str, torch.Tensor] = {}
     done, skipped = [], []
-    for n in program.graph.nodes:
+    for n in program.walk():
         if n.op == "placeholder":
             env[n] = build.placeholder(n, n.meta["val"])
         elif n.op == "call_function" and n.target is aten.batch_norm.default:
@@ -54,7 +53,7 @@ def absorb_batch_norm(program: Program) -> Program:
     return replace(result, sites=tuple(sites))
 
 
-def _neuron_obstacle(norm: fx.Node, program: Program) -> str | None:
+def _neuron_obstacle(norm: Node, program: Program) -> str | None:
     users = list(norm.users)
     if len(users) != 1 or users[0].target is not NEURON:
         return "what comes after it is not one neuron"
@@ -73,7 +72,7 @@ def _potentials(neuron: Neuron) -> tuple[str, ...]:
     return ("v_threshold", "v_reset", "v_0", *neuron.dynamics.potentials)
 
 
-def _affine(norm: fx.Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+def _affine(norm: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     """scale, shift in float64, [C]: the norm is scale * x + shift."""
     gamma, beta, mean, var = (
         None if p is None else program.tensor(p.target).double() for p in norm.args[1:5]
@@ -86,8 +85,8 @@ def _affine(norm: fx.Node, program: Program) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _scaled_layer(
-    program: Program, build: Builder, norm: fx.Node, env: dict[fx.Node, fx.Node]
-) -> tuple[fx.Node, torch.Tensor]:
+    program: Program, build: Builder, norm: Node, env: dict[Node, Node]
+) -> tuple[Node, torch.Tensor]:
     """The layer whose output times s [C] is the norm's, and s."""
     layer: Any = norm.args[0]
     x, weight, bias = (*layer.args, None)[:3]
@@ -113,8 +112,8 @@ def _scaled_layer(
 
 
 def _scaled_neuron(
-    build: Builder, n: fx.Node, neuron: Neuron, s: torch.Tensor, env: dict[fx.Node, fx.Node]
-) -> fx.Node:
+    build: Builder, n: Node, neuron: Neuron, s: torch.Tensor, env: dict[Node, Node]
+) -> Node:
     def scaled(value: Any) -> Any:
         # 0 stays a scalar: it has no scale.
         if not isinstance(value, torch.Tensor) and value == 0:
@@ -131,4 +130,3 @@ def _scaled_neuron(
     ]
     x, _, _, layout, T = n.args
     return build.call(NEURON, env[x], tensors, changed.to_json(), layout, T, path=where(n))
-

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from ..errors import Finding, UnsupportedError
-from ..ops import aten
-from ..program import PassReport, Program, seal, where
+from ..ops import Node, aten
+from ..program import PassReport, Program, seal, short, where
 
 _MAX = torch.finfo(torch.float16).max
 
@@ -30,7 +30,7 @@ def cast_float16(program: Program) -> Program:
         UnsupportedError: A weight overflows float16; all of them are named.
     """
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[Node, Node] = {}
     output = graph.graph_copy(program.graph, env)
     tensors, done, findings = {}, [], []
     rounded = set()
@@ -49,13 +49,16 @@ def cast_float16(program: Program) -> Program:
                 if lost:
                     done.append(f"{n.target}: {lost} of {value.numel()} weights flushed to 0")
             tensors[n.target] = value
+        findings += _overflowing_scalars(n)
         if n.kwargs.get("dtype") in (torch.float32, torch.float64):
             n.kwargs = {**n.kwargs, "dtype": torch.float16}
         n.meta["val"] = _half(n.meta["val"])
     for n in [n for n in env.values() if n.target in _TOWARDS]:
         _threshold(graph, n, program, tensors)
     if findings:
-        raise UnsupportedError("float16 cannot hold this network:", findings)
+        # One for each layer and number, not for each of its unrolled nodes.
+        told = {(f.where, f.found): f for f in reversed(findings)}
+        raise UnsupportedError("float16 cannot hold this network:", reversed(told.values()))
     graph.output(output)
     done.insert(
         0,
@@ -88,15 +91,18 @@ _TOWARDS = {
 
 
 def _threshold(
-    graph: fx.Graph, n: fx.Node, program: Program, tensors: dict[str, torch.Tensor]
+    graph: fx.Graph, n: Node, program: Program, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Round what a value is compared with, so that the comparison stays exact."""
     side, towards = n.args[1], _TOWARDS[n.target]
     if isinstance(side, (int, float)):
-        n.args = (n.args[0], _directed(torch.tensor(float(side)), towards).item())
+        n.args = (
+            n.args[0],
+            _directed(torch.tensor(float(side), dtype=program.dtype), towards).item(),
+        )
     elif isinstance(side, fx.Node) and side.op == "get_attr":
         name = f"{side.target}_{'up' if towards > 0 else 'down'}"
-        tensors[name] = _directed(program.tensor(side.target), towards)
+        tensors[name] = _directed(program.tensor(str(side.target)), towards)
         with graph.inserting_before(side):
             rounded = graph.get_attr(name)
         rounded.meta = dict(side.meta)
@@ -117,19 +123,33 @@ def _half(value: object) -> object:
     return value
 
 
-def _overflow(n: fx.Node, value: torch.Tensor) -> list[Finding]:
+def _overflow(n: Node, value: torch.Tensor) -> list[Finding]:
     biggest = value.abs().max().item() if value.numel() else 0.0
     if biggest <= _MAX:
         return []
     users = sorted({where(u) for u in n.users} - {""})
-    return [
-        Finding(
-            rule="float16-overflow",
-            where=", ".join(users) or str(n.target).rpartition(".")[0],
-            node=n.name,
-            found=f"{n.target} reaches {biggest:.6g}",
-            allowed=f"magnitudes up to {_MAX:.0f}",
-            fix="scale the layer and its threshold down by the same factor, or convert with "
-            'dtype="float32"',
-        )
-    ]
+    layer = ", ".join(users) or str(n.target).rpartition(".")[0]
+    return [_too_big(n, layer, f"{n.target} reaches {biggest:.6g}")]
+
+
+def _overflowing_scalars(n: Node) -> list[Finding]:
+    """Constants of the node's own that are finite and no float16 is as large as."""
+    scalars = [a for a in (*n.args, *n.kwargs.values()) if isinstance(a, (int, float))]
+    value = n.meta["val"]
+    if n.op != "call_function" or not isinstance(value, torch.Tensor):
+        return []
+    big = [a for a in scalars if math.isfinite(a) and abs(a) > _MAX]
+    floating = value.is_floating_point() or n.target in _TOWARDS
+    return [_too_big(n, where(n), f"{short(n.target)} with {a:.6g}") for a in big if floating]
+
+
+def _too_big(n: Node, layer: str, found: str) -> Finding:
+    return Finding(
+        rule="float16-overflow",
+        where=layer,
+        node=n.name,
+        found=found,
+        allowed=f"magnitudes up to {_MAX:.0f}",
+        fix="scale the layer and its threshold down by the same factor, or convert with "
+        'dtype="float32"',
+    )

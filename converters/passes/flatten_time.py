@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from .. import ops
-from ..ops import aten, shape
+from ..ops import Node, aten, shape
 from ..program import NEURON, Builder, PassReport, Program, TensorSpec, short, where
 
 
@@ -24,7 +24,7 @@ from ..program import NEURON, Builder, PassReport, Program, TensorSpec, short, w
 class _Folded:
     """node [TN, ...] standing for [T, N, ...]; or [N, ...] if it is the same at every step."""
 
-    node: fx.Node
+    node: Node
     T: int
     N: int
     static: bool = False
@@ -46,9 +46,9 @@ def flatten_time(program: Program) -> Program:
 class _Flatten(Builder):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self.env: dict[fx.Node, fx.Node | _Folded] = {}
+        self.env: dict[Node, Node | _Folded] = {}
         self.kept: list[str] = []
-        self.handlers: dict[Any, Callable[[fx.Node], fx.Node | _Folded | None]] = {
+        self.handlers: dict[Any, Callable[[Node], Node | _Folded | None]] = {
             ops.RESHAPE: self._reshape,
             NEURON: self._neuron,
             aten.expand.default: self._expand,
@@ -71,7 +71,7 @@ class _Flatten(Builder):
 
     def run(self) -> Program:
         inputs = []
-        nodes = self.program.graph.nodes
+        nodes = self.program.walk()
         specs = iter(self.program.inputs)
         for n in nodes:
             if n.op == "placeholder":
@@ -93,7 +93,9 @@ class _Flatten(Builder):
         after = self._reshapes(self.graph.nodes)
         done = [f"reshapes {before} -> {after}, highest rank {self._rank(nodes)} -> "]
         done[0] += str(self._rank(self.graph.nodes))
-        done += [f"input {s.name} {list(s.shape)} is folded on the host" for s in inputs if s.folded]
+        done += [
+            f"input {s.name} {list(s.shape)} is folded on the host" for s in inputs if s.folded
+        ]
         done += [f"output {s.name} is unfolded on the host" for s in outputs if s.folded]
         report = PassReport("flatten_time", tuple(done), tuple(self.kept))
         return self.finish(results, report, inputs=tuple(inputs), outputs=tuple(outputs))
@@ -107,7 +109,7 @@ class _Flatten(Builder):
         values = (n.meta["val"] for n in nodes if "val" in n.meta)
         return max(len(v.shape) for v in values if hasattr(v, "shape"))
 
-    def _input(self, n: fx.Node, spec: TensorSpec) -> TensorSpec:
+    def _input(self, n: Node, spec: TensorSpec) -> TensorSpec:
         value = n.meta["val"]
         if len(spec.shape) <= 4:
             self.env[n] = self.placeholder(n, value)
@@ -117,7 +119,7 @@ class _Flatten(Builder):
         self.env[n] = _Folded(node, T, N)
         return replace(spec, folded=True)
 
-    def _emit(self, n: fx.Node) -> fx.Node | _Folded:
+    def _emit(self, n: Node) -> Node | _Folded:
         handler = self.handlers.get(n.target)
         if handler is None and ops.is_pointwise(n.target):
             handler = self._elementwise
@@ -135,7 +137,7 @@ class _Flatten(Builder):
 
     # Forms of a value
 
-    def _plain(self, n: fx.Node) -> fx.Node:
+    def _plain(self, n: Node) -> Node:
         """The value in the old graph's own shape."""
         value = self.env[n]
         if isinstance(value, fx.Node):
@@ -152,7 +154,7 @@ class _Flatten(Builder):
         node = self.call(aten.cat.default, [value.node] * value.T, 0, path=path)
         return _Folded(node, value.T, value.N)
 
-    def _fold(self, n: fx.Node) -> _Folded:
+    def _fold(self, n: Node) -> _Folded:
         """A value of shape [T, N, ...] in folded form."""
         value = self.env[n]
         if isinstance(value, _Folded):
@@ -160,7 +162,7 @@ class _Flatten(Builder):
         T, N, *rest = shape(value)
         return _Folded(self._to(value, (T * N, *rest), where(n)), T, N)
 
-    def _to(self, node: fx.Node, target: tuple[int, ...], path: str) -> fx.Node:
+    def _to(self, node: Node, target: tuple[int, ...], path: str) -> Node:
         if shape(node) == tuple(target):
             return node
         if node.target is ops.RESHAPE:
@@ -169,22 +171,22 @@ class _Flatten(Builder):
                 return self._to(source, target, path)
         return self.call(ops.RESHAPE, node, list(target), path=path)
 
-    def _inputs(self, n: fx.Node) -> list[fx.Node | _Folded]:
+    def _inputs(self, n: Node) -> list[Node | _Folded]:
         return [self.env[a] for a in n.all_input_nodes]
 
-    def _unit(self, n: fx.Node) -> _Folded | None:
+    def _unit(self, n: Node) -> _Folded | None:
         """The first argument, if it is folded."""
         value = self.env.get(n.args[0]) if isinstance(n.args[0], fx.Node) else None
         return value if isinstance(value, _Folded) else None
 
-    def _replace(self, n: fx.Node, value: _Folded, *args: Any, **kwargs: Any) -> _Folded:
+    def _replace(self, n: Node, value: _Folded, *args: Any, **kwargs: Any) -> _Folded:
         """The operator on the folded node, with these arguments after it."""
         node = self.call(n.target, value.node, *args, path=where(n), **kwargs)
         return replace(value, node=node)
 
     # One method for each kind of operator; None where time and batch cannot stay folded
 
-    def _reshape(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _reshape(self, n: Node) -> Node | _Folded | None:
         x, target, path = self.env[n.args[0]], shape(n), where(n)
         if isinstance(x, fx.Node):
             source = shape(x)
@@ -197,27 +199,27 @@ class _Flatten(Builder):
             return replace(x, node=self._to(x.node, (rows, *target[2:]), path))
         return self._to(self._varying(x, path).node, target, path)
 
-    def _neuron(self, n: fx.Node) -> _Folded:
+    def _neuron(self, n: Node) -> _Folded:
         x = self._fold(n.args[0])
         params = [self.env[p] for p in n.args[1]]
         layout = "static" if x.static else "flat"
         node = self.call(NEURON, x.node, params, n.args[2], layout, x.T, path=where(n))
         return _Folded(node, x.T, x.N)
 
-    def _expand(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _expand(self, n: Node) -> Node | _Folded | None:
         """unsqueeze(x, 0) expanded over a new leading dimension."""
         x = self.env[n.args[0]]
         if isinstance(x, _Folded) and x.T == 1 and shape(n)[1:] == (x.N, *x.rest):
             return _Folded(x.node, shape(n)[0], x.N, static=True)
         return None
 
-    def _unsqueeze(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _unsqueeze(self, n: Node) -> Node | _Folded | None:
         at = ops.dim(n, n.args[1])
         if isinstance(x := self.env[n.args[0]], fx.Node):
             return _Folded(x, 1, shape(x)[0]) if at == 0 and len(shape(x)) > 1 else None
         return self._replace(n, x, at - 1) if at > 1 else None
 
-    def _select(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _select(self, n: Node) -> Node | _Folded | None:
         if (x := self._unit(n)) is None:
             return None
         at = ops.dim(n.args[0], n.args[1])
@@ -225,15 +227,13 @@ class _Flatten(Builder):
             t = n.args[2] % x.T
             if x.static:
                 return x.node
-            return self.call(
-                aten.slice.Tensor, x.node, 0, t * x.N, (t + 1) * x.N, path=where(n)
-            )
+            return self.call(aten.slice.Tensor, x.node, 0, t * x.N, (t + 1) * x.N, path=where(n))
         return self._replace(n, x, at - 1, n.args[2]) if at > 1 else None
 
-    def _slice(self, n: fx.Node) -> _Folded | None:
+    def _slice(self, n: Node) -> _Folded | None:
         if (x := self._unit(n)) is None:
             return None
-        at, start, end, step = (*n.args[1:], *(0, None, None, 1)[len(n.args) - 1 :])
+        at, start, end, step = ops.slice_args(n, 1)
         at = ops.dim(n.args[0], at)
         if at > 1:
             return self._replace(n, x, at - 1, start, end, step)
@@ -242,12 +242,10 @@ class _Flatten(Builder):
         first, last, _ = slice(start, end).indices(x.T)
         if x.static:
             return replace(x, T=last - first)
-        node = self.call(
-            aten.slice.Tensor, x.node, 0, first * x.N, last * x.N, path=where(n)
-        )
+        node = self.call(aten.slice.Tensor, x.node, 0, first * x.N, last * x.N, path=where(n))
         return _Folded(node, last - first, x.N)
 
-    def _stack(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _stack(self, n: Node) -> Node | _Folded | None:
         parts = [self.env[p] for p in n.args[0]]
         at = n.args[1] if len(n.args) > 1 else 0
         plain = [p for p in parts if isinstance(p, fx.Node)]
@@ -256,7 +254,7 @@ class _Flatten(Builder):
         node = self.call(aten.cat.default, plain, 0, path=where(n))
         return _Folded(node, len(parts), shape(plain[0])[0])
 
-    def _cat(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _cat(self, n: Node) -> Node | _Folded | None:
         parts = [self.env[p] for p in n.args[0]]
         if not any(isinstance(p, _Folded) for p in parts):
             return None
@@ -269,7 +267,7 @@ class _Flatten(Builder):
         T = sum(p.T for p in folded) if at == 0 else folded[0].T
         return _Folded(node, T, folded[0].N)
 
-    def _reduce(self, n: fx.Node) -> fx.Node | _Folded | None:
+    def _reduce(self, n: Node) -> Node | _Folded | None:
         if (x := self._unit(n)) is None:
             return None
         keep = n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)
@@ -286,34 +284,35 @@ class _Flatten(Builder):
         node = self.call(n.target, rows, [0], False, path=where(n), **kwargs)
         return self._to(node, shape(n), where(n))
 
-    def _permute(self, n: fx.Node) -> _Folded | None:
+    def _permute(self, n: Node) -> _Folded | None:
         order = [ops.dim(n, d) for d in n.args[1]]
         if (x := self._unit(n)) is None or order[:2] != [0, 1]:
             return None
         return self._replace(n, x, [0, *(d - 1 for d in order[2:])])
 
-    def _transpose(self, n: fx.Node) -> _Folded | None:
+    def _transpose(self, n: Node) -> _Folded | None:
         a, b = (ops.dim(n, d) for d in n.args[1:3])
         if (x := self._unit(n)) is None or min(a, b) < 2:
             return None
         return self._replace(n, x, a - 1, b - 1)
 
-    def _along(self, n: fx.Node) -> _Folded | None:
+    def _along(self, n: Node) -> _Folded | None:
         """Operators with one dimension as their second argument."""
         at = ops.dim(n, n.args[1])
         if (x := self._unit(n)) is None or at < 2:
             return None
         return self._replace(n, x, at - 1, *n.args[2:], **n.kwargs)
 
-    def _trailing(self, n: fx.Node) -> _Folded | None:
+    def _trailing(self, n: Node) -> _Folded | None:
         if (x := self._unit(n)) is None:
             return None
         if n.target is aten.layer_norm.default and len(n.args[1]) > len(x.rest):
             return None
-        args = fx.map_arg(n.args[1:], self.env.__getitem__)
+        weights: Any = self.env.__getitem__
+        args: Any = fx.map_arg(n.args[1:], weights)
         return self._replace(n, x, *args, **n.kwargs)
 
-    def _matmul(self, n: fx.Node) -> _Folded | None:
+    def _matmul(self, n: Node) -> _Folded | None:
         parts = self._inputs(n)
         if len(parts) != 2 or not isinstance(parts[0], _Folded):
             return None
@@ -327,7 +326,7 @@ class _Flatten(Builder):
         left, right = self._varying(left, where(n)), self._varying(right, where(n))
         return replace(left, node=self.call(n.target, left.node, right.node, path=where(n)))
 
-    def _elementwise(self, n: fx.Node) -> _Folded | None:
+    def _elementwise(self, n: Node) -> _Folded | None:
         folded = [v for v in self._inputs(n) if isinstance(v, _Folded)]
         if not folded:
             return None
@@ -337,7 +336,7 @@ class _Flatten(Builder):
         if len(lead.shape) < rank or (lead.T, lead.N) != (T, N):
             return None
         static = all(self._same_each_step(a, rank) for a in n.all_input_nodes)
-        env: dict[fx.Node, fx.Node] = {}
+        env: dict[Node, Node] = {}
         for a in n.all_input_nodes:
             operand = self._operand(a, (T, N), rank, static, where(n))
             if operand is None:
@@ -345,15 +344,15 @@ class _Flatten(Builder):
             env[a] = operand
         return _Folded(self.copy(n, env), T, N, static)
 
-    def _same_each_step(self, n: fx.Node, rank: int) -> bool:
+    def _same_each_step(self, n: Node, rank: int) -> bool:
         value = self.env[n]
         if isinstance(value, _Folded):
             return value.static
         return len(shape(value)) < rank or shape(value)[0] == 1
 
     def _operand(
-        self, n: fx.Node, lead: tuple[int, int], rank: int, static: bool, path: str
-    ) -> fx.Node | None:
+        self, n: Node, lead: tuple[int, int], rank: int, static: bool, path: str
+    ) -> Node | None:
         """One operand, so that it broadcasts against [TN, ...] as it did against [T, N, ...]."""
         T, N = lead
         value = self.env[n]

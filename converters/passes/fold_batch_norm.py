@@ -12,18 +12,20 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..ops import aten
+from ..ops import Node, aten
 from ..program import Builder, PassReport, Program, where
 
-_LAYERS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default})
+_LAYERS = frozenset(
+    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
+)
 
 
 def fold_batch_norm(program: Program) -> Program:
     """Fold every batch norm whose only input is a layer of weights that nothing else uses."""
     build = Builder(program)
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[Node, Node] = {}
     done, skipped = [], []
-    for n in program.graph.nodes:
+    for n in program.walk():
         if n.op == "placeholder":
             env[n] = build.placeholder(n, n.meta["val"])
         elif n.op == "get_attr":
@@ -42,23 +44,22 @@ def fold_batch_norm(program: Program) -> Program:
     return build.finish([env[r] for r in program.results], report)
 
 
-def obstacle(norm: fx.Node) -> str | None:
+def obstacle(norm: Node) -> str | None:
     """Why a batch norm cannot go into what comes before it, or None."""
-    layer = norm.args[0]
+    layer: Node = norm.args[0]
     if not isinstance(layer, fx.Node) or layer.target not in _LAYERS:
         return "no convolution or linear layer comes right before it"
     if len(layer.users) > 1:
         return f"{where(layer)} is used elsewhere too"
-    if layer.args[1].op != "get_attr":
+    weight: Node = layer.args[1]
+    if weight.op != "get_attr":
         return f"the weight of {where(layer)} is computed"
     if layer.target is aten.linear.default and len(layer.meta["val"].shape) != 2:
         return f"{where(layer)} has its features in another dimension than the norm's"
     return None
 
 
-def _fold(
-    program: Program, build: Builder, norm: fx.Node, env: dict[fx.Node, fx.Node]
-) -> fx.Node:
+def _fold(program: Program, build: Builder, norm: Node, env: dict[Node, Node]) -> Node:
     layer = norm.args[0]
     x, weight, bias = (*layer.args, None)[:3]
     W = program.tensor(weight.target)

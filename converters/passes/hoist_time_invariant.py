@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .. import ops
-from ..ops import aten, shape
+from ..ops import Node, aten, shape
 from ..program import NEURON, Builder, PassReport, Program, short, where
 
 
@@ -25,7 +25,7 @@ from ..program import NEURON, Builder, PassReport, Program, short, where
 class _Repeated:
     """base [N, ...], standing for [T, N, ...], or for [TN, ...] if folded."""
 
-    base: fx.Node
+    base: Node
     T: int
     folded: bool
 
@@ -38,13 +38,13 @@ def hoist_time_invariant(program: Program) -> Program:
 class _Hoist(Builder):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self.env: dict[fx.Node, fx.Node] = {}
-        self.repeated: dict[fx.Node, _Repeated] = {}
+        self.env: dict[Node, Node] = {}
+        self.repeated: dict[Node, _Repeated] = {}
         self.moved: list[str] = []
         self.stopped: list[str] = []
 
     def run(self) -> Program:
-        for n in self.program.graph.nodes:
+        for n in self.program.walk():
             if n.op == "placeholder":
                 self.env[n] = self.placeholder(n, n.meta["val"])
             elif n.op == "call_function":
@@ -67,8 +67,15 @@ class _Hoist(Builder):
         report = PassReport("hoist_time_invariant", tuple(done), tuple(self.stopped))
         return self.finish([self.env[r] for r in results], report)
 
-    def _repeat(self, n: fx.Node) -> _Repeated | None:
+    def _repeat(self, n: Node) -> _Repeated | None:
         """Where a repeat over a new leading time dimension begins."""
+        if n.target in (aten.stack.default, aten.cat.default):
+            parts, at = n.args[0], n.args[1] if len(n.args) > 1 else 0
+            x = parts[0]
+            if at == 0 and len(parts) > 1 and set(parts) == {x} and x not in self.repeated:
+                folded = n.target is aten.cat.default
+                return _Repeated(self.env[x], len(parts), folded) if len(shape(x)) > 1 else None
+            return None
         if n.target not in (aten.expand.default, aten.repeat.default):
             return None
         x = n.args[0]
@@ -84,7 +91,7 @@ class _Hoist(Builder):
                 return _Repeated(self.env[x], T, folded=True)
         return None
 
-    def _through(self, n: fx.Node) -> _Repeated | None:
+    def _through(self, n: Node) -> _Repeated | None:
         """The operator on the base alone, if it commutes with the repeat."""
         operands = [self.repeated[a] for a in n.all_input_nodes if a in self.repeated]
         if not operands:
@@ -94,8 +101,10 @@ class _Hoist(Builder):
         if n.target is ops.RESHAPE:
             return self._reshape(n, first)
         weights = [a for a in n.all_input_nodes if a not in self.repeated]
-        if ops.is_pointwise(n.target) and same and all(
-            a.op == "get_attr" and self._constant_over_batch(a, first) for a in weights
+        if (
+            ops.is_pointwise(n.target)
+            and same
+            and all(a.op == "get_attr" and self._constant_over_batch(a, first) for a in weights)
         ):
             return self._apply(n, first)
         constant = all(a.op == "get_attr" for a in weights)
@@ -108,18 +117,19 @@ class _Hoist(Builder):
         return None
 
     @staticmethod
-    def _constant_over_batch(weight: fx.Node, x: _Repeated) -> bool:
+    def _constant_over_batch(weight: Node, x: _Repeated) -> bool:
         """Whether a weight broadcasts over all dimensions before the features."""
         return len(shape(weight)) < len(shape(x.base))
 
-    def _apply(self, n: fx.Node, like: _Repeated) -> _Repeated:
+    def _apply(self, n: Node, like: _Repeated) -> _Repeated:
         inputs = {
-            a: self.repeated[a].base if a in self.repeated else self.env[a] for a in n.all_input_nodes
+            a: self.repeated[a].base if a in self.repeated else self.env[a]
+            for a in n.all_input_nodes
         }
         self.moved.append(where(n) or short(n.target))
         return _Repeated(self.copy(n, inputs), like.T, like.folded)
 
-    def _reshape(self, n: fx.Node, x: _Repeated) -> _Repeated | None:
+    def _reshape(self, n: Node, x: _Repeated) -> _Repeated | None:
         """A reshape that keeps time and batch apart from the rest, or folds them."""
         T, N, target = x.T, shape(x.base)[0], shape(n)
         if target[:2] == (T, N):
@@ -133,7 +143,7 @@ class _Hoist(Builder):
         base = self.call(ops.RESHAPE, x.base, [N, *rest], path=where(n))
         return _Repeated(base, T, folded)
 
-    def _materialise(self, n: fx.Node, user: fx.Node | None) -> None:
+    def _materialise(self, n: Node, user: Node | None) -> None:
         """The repeated value itself, for an operator that does not commute with the repeat."""
         if n in self.env or n not in self.repeated:
             return

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..equations import Symbol
 from ..neurons import Neuron
-from ..ops import aten, shape
+from ..ops import Node, aten, shape
 from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
 
 
@@ -29,7 +29,7 @@ def lower_neurons(program: Program) -> Program:
 class _Value(Symbol):
     """A value of the graph inside a charge equation: arithmetic on it emits nodes."""
 
-    def __init__(self, emit: _Emitter, node: fx.Node) -> None:
+    def __init__(self, emit: _Emitter, node: Node) -> None:
         self.emit, self.node = emit, node
 
     def apply(self, op: str, *args: Any) -> Any:
@@ -98,7 +98,7 @@ class _Emitter:
             return value.item() if value.dim() == 0 else self._tensor(value)
         return value
 
-    def _tensor(self, value: torch.Tensor) -> fx.Node:
+    def _tensor(self, value: torch.Tensor) -> Node:
         value = value.detach().to(self.dtype)
         for i, known in enumerate(self.constants):
             if torch.equal(known, value):
@@ -132,15 +132,15 @@ class _Emitter:
 class _Lower(Builder):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self.env: dict[fx.Node, fx.Node] = {}
+        self.env: dict[Node, Node] = {}
         self.sites = {site.spikes[0]: site for site in program.sites}
         self.lowered: list[Site] = []
         self.done: list[str] = []
         # The state after a single step, by the node of its call: it need not be a node itself.
-        self.states: dict[fx.Node, Any] = {}
+        self.states: dict[Node, Any] = {}
 
     def run(self) -> Program:
-        for n in self.program.graph.nodes:
+        for n in self.program.walk():
             if n.op == "placeholder":
                 self.env[n] = self.placeholder(n, n.meta["val"])
             elif n.op == "get_attr":
@@ -166,7 +166,7 @@ class _Lower(Builder):
         outputs = [self.env[r] for r in self.program.results]
         return self.finish(outputs, report, sites)
 
-    def _site(self, site: Site, drives: list[fx.Node], spikes: list[fx.Node]) -> None:
+    def _site(self, site: Site, drives: list[Node], spikes: list[Node]) -> None:
         names = (tuple(d.name for d in drives), tuple(s.name for s in spikes))
         self.lowered.append(replace(site, drives=names[0], spikes=names[1]))
         self.done.append(f"{site.name}: {site.neuron.describe()}, {site.T} steps")
@@ -175,7 +175,7 @@ class _Lower(Builder):
         """v_0 as the constant that the first step starts from."""
         return torch.as_tensor(neuron.v_0, dtype=dtype).detach()
 
-    def _multi_step(self, n: fx.Node) -> None:
+    def _multi_step(self, n: Node) -> None:
         site = self.sites[n.name]
         neuron = site.neuron
         x, T = self.env[n.args[0]], site.T
@@ -194,7 +194,7 @@ class _Lower(Builder):
         self.env[n] = node
         self._site(site, [x], [node])
 
-    def _single_step(self, n: fx.Node) -> None:
+    def _single_step(self, n: Node) -> None:
         x, before, _, spec, t = n.args
         path = where(n)
         neuron = Neuron.from_json(spec, (self.program.tensor(p.target) for p in n.args[2]))

@@ -37,7 +37,9 @@ def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Reading | list[Fi
 
 def _altered(module: nn.Module, path: str) -> list[Finding]:
     """What was attached to one neuron, and would be lost with the module that it is attached to."""
-    methods = [n for n, value in vars(module).items() if callable(value) and hasattr(type(module), n)]
+    methods = [
+        n for n, value in vars(module).items() if callable(value) and hasattr(type(module), n)
+    ]
     hooks = [n for n in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, n)]
     return [
         Finding(

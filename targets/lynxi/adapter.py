@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from ...converters import ops
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
-from ...converters.ops import aten
+from ...converters.ops import Node, aten
 from ...converters.passes import (
     Pass,
     absorb_batch_norm,
@@ -189,15 +189,15 @@ def _importable(program: Program) -> nn.Module:
     A cast is ``aten::to``, and a selection has tensors on both sides.
     """
     build = Builder(program)
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[Node, Node] = {}
 
-    def tensor(value: Any, dtype: torch.dtype) -> fx.Node:
+    def tensor(value: Any, dtype: torch.dtype) -> Node:
         if isinstance(value, fx.Node):
             return env[value]
         name = f"scalar_{str(float(value)).translate(str.maketrans('.-+', '_mp'))}"
         return build.constant(name, torch.tensor(float(value), dtype=dtype))
 
-    for n in program.graph.nodes:
+    for n in program.walk():
         if n.op == "placeholder":
             env[n] = build.placeholder(n, n.meta["val"])
         elif n.op == "call_function" and n.target is aten._to_copy.default:
