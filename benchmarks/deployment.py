@@ -174,12 +174,10 @@ def speed() -> dict[str, Any]:
                 program = deploy.convert(net, (x,), target=target)
                 deploy.compile(program, f"{folder}/{target}", cache=False, probe=False)
                 models[target] = deploy.load(f"{folder}/{target}")
-            session = _onnxruntime(net, x, Path(folder) / "float32.onnx")
             contenders: dict[str, Callable[[], Any]] = {
                 "SpikingJelly float32": lambda n=net, x=x: source(n, x),
                 "SpikingJelly float16": lambda n=half, x=x16: source(n, x),
-                "converted float32, reference": lambda m=models["reference"], x=x: m(x),
-                "converted float32, ONNX Runtime": lambda s=session, x=x: s(x),
+                "converted float32 (reference)": lambda m=models["reference"], x=x: m(x),
                 "lynxi-sim": lambda m=models["lynxi-sim"], x=x: m(x),
             }
             seconds = _turns(contenders)
@@ -228,21 +226,6 @@ def _turns(contenders: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[s
         for name, run in contenders.items():
             seconds[name].append(_once(run))
     return {name: statistics.median(s) for name, s in seconds.items()}
-
-
-def _onnxruntime(net: nn.Module, x: torch.Tensor, path: Path) -> Callable[[torch.Tensor], Any]:
-    """The lowered float32 graph in ONNX Runtime."""
-    import warnings
-
-    import onnxruntime
-
-    program = deploy.convert(net, (x,), target="lynxi-sim", dtype="float32", verify=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(program.module, (x,), str(path), dynamo=False, opset_version=17)
-    session = onnxruntime.InferenceSession(str(path))
-    name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x.numpy()})
 
 
 def compile_cost() -> dict[str, Any]:
