@@ -1,0 +1,1 @@
+"""Graph to graph, without a vendor: capture, sources, neurons, passes, verification."""

@@ -268,7 +268,7 @@ class _Canonical(Builder):
             index %= base.meta["val"].shape[dim]
             return self._scatter(base, row, dim, index, index + 1, path)
         if target is aten.slice_scatter.default:
-            base, source, *rest = args
+            base, source = args[:2]
             dim, start, end, step = ops.slice_args(n, 2)
             size = base.meta["val"].shape[dim]
             if step == 1:

@@ -91,7 +91,7 @@ def fan_in(node: Node) -> int:
     ):
         return int(torch.Size(shape(weight)[1:]).numel())
     if isinstance(weight, fx.Node) and "conv_transpose" in str(node.target):
-        out, *kernel = shape(weight)[1:]
+        kernel = shape(weight)[2:]
         return int(shape(weight)[0] * torch.Size(kernel).numel())
     if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         first: Any = node.args[0]

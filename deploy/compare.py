@@ -21,18 +21,27 @@ from .pipeline import rewrite_for
 
 
 class Runs(Protocol):
-    """What is compared: a loaded model."""
+    """What is compared: a loaded model, with the batch that it was compiled for."""
 
     batch: int
 
     @property
-    def target(self) -> str: ...
+    def target(self) -> str:
+        """Name of the target."""
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the compiled graph."""
+
     @property
-    def has_probes(self) -> bool: ...
-    def __call__(self, *inputs: torch.Tensor) -> Any: ...
-    def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]: ...
+    def has_probes(self) -> bool:
+        """Whether the layers' spikes can be read."""
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        """The outputs for one batch."""
+
+    def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The outputs, and the spikes [T, N, ...] of each neuron layer."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,9 @@ class Report:
                     "every first divergence lies at the threshold within the device's rounding"
                     if self.explained
                     else "NOT explained by rounding: "
-                    + ", ".join(f"{x.layer} ({x.unexplained})" for x in self.layers if x.unexplained)
+                    + ", ".join(
+                        f"{x.layer} ({x.unexplained})" for x in self.layers if x.unexplained
+                    )
                 )
         if self.note:
             lines.append(self.note)
@@ -185,7 +196,9 @@ def compare(
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
             for x, y in loader:
-                for part, labels in zip(*(torch.split(t, model.batch) for t in (x, y)), strict=True):
+                for part, labels in zip(
+                    *(torch.split(t, model.batch) for t in (x, y)), strict=True
+                ):
                     if samples < layers and model.has_probes:
                         spikes.compare(part, samples)
                     start = time.perf_counter()
@@ -343,4 +356,3 @@ class _Spikes:
             )
             for name, differing in self._differing.items()
         )
-

@@ -1,7 +1,7 @@
 """The main job: a trained checkpoint onto Lynxi HP300, and proof that the chip computes it.
 
-    python examples/deploy_fashion_mnist.py                       on the simulated chip
-    python examples/deploy_fashion_mnist.py --target lynxi        on a card
+python examples/deploy_fashion_mnist.py                       on the simulated chip
+python examples/deploy_fashion_mnist.py --target lynxi        on a card
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def _fold(program: Program, build: Builder, norm: Node, env: dict[Node, Node]) -
     gamma, beta, mean, var = (
         None if p is None else program.tensor(p.target).double() for p in norm.args[1:5]
     )
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     scale = torch.rsqrt(var + norm.args[7])
     scale = scale if gamma is None else gamma * scale
     shift = (-mean if bias is None else program.tensor(bias.target).double() - mean) * scale

@@ -208,7 +208,7 @@ def test_a_wrong_neuron_in_the_program_alone(
             if fault == "compare" and n.target is aten.ge.Scalar and where(n) == "spike3":
                 n.args = (n.args[0], n.args[1] * 1.05)
             if fault == "reset" and where(n) == "spike1" and "where" in str(n.target):
-                n.args = (n.args[0], n.args[2], n.args[2])
+                n.target, n.args = aten.where.self, (n.args[0], n.args[2], n.args[2])
         program.module.recompile()
         return program
 

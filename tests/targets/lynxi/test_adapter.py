@@ -83,9 +83,7 @@ def test_no_tensor_above_rank_4_and_no_write(program) -> None:
     ranks = {n.meta["val"].dim() for n in program.graph.nodes if n.op == "call_function"}
     assert max(ranks) <= 4
     assert not [
-        n
-        for n in program.graph.nodes
-        if n.op == "call_function" and n.target._schema.is_mutable
+        n for n in program.graph.nodes if n.op == "call_function" and n.target._schema.is_mutable
     ]
 
 
