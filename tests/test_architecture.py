@@ -22,8 +22,7 @@ def _sources() -> list[Path]:
 
 def _imports(path: Path) -> set[str]:
     """Full names of what a file imports, relative imports resolved."""
-    package = path.relative_to(ROOT).with_suffix("").parts
-    package = package[:-1] if package[-1] != "__init__" else package[:-1]
+    package = path.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
+
 from spikeport.targets.lynxi.simulator import lyngor, options
 from spikeport.targets.lynxi.simulator.compiled import read
 from spikeport.targets.lynxi.simulator.engine import Engine
-from torch import Tensor, nn
 
 Build = Callable[..., Engine]
 

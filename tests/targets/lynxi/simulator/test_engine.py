@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from spikeport.targets.lynxi.simulator import lyngor, options
 from spikeport.targets.lynxi.simulator.compiled import read
-from torch import Tensor, nn
 
 BINARY = ["add", "sub", "mul", "div", "maximum", "minimum", "where", "ge", "eq", "cat", "lif"]
 UNARY = [

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spikeport.targets.lynxi.simulator import SimulatorWarning, lyngor, lynpy, options
 from torch import Tensor, nn
+
+from spikeport.targets.lynxi.simulator import SimulatorWarning, lyngor, lynpy, options
 
 
 class Pair(nn.Module):

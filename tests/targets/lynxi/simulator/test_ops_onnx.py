@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+
 from spikeport.targets.lynxi.simulator import LyngorError, lyngor, options
 
 IMAGE = [2, 4, 6, 6]

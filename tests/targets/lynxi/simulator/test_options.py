@@ -5,6 +5,7 @@ import sys
 import threading
 
 import pytest
+
 from spikeport.targets.lynxi.simulator import Options, current, options
 
 

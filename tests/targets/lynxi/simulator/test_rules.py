@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from spikeport.targets.lynxi.simulator import LyngorError, SimulatorWarning, lyngor, options
 from torch import Tensor, nn
+
+from spikeport.targets.lynxi.simulator import LyngorError, SimulatorWarning, lyngor, options
 
 
 class Five(nn.Module):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from spikeport.targets.lynxi.simulator import install, lyngor, lynpy, run_script
 
 LINE = "simulation of the Lynxi SDK 1.1.0 by spikeport; no chip takes part\n"
