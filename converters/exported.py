@@ -125,7 +125,8 @@ def _idle(n: fx.Node) -> bool:
 
 def _line(n: fx.Node) -> str:
     """File and line of the user's code that a node came from, or nothing."""
-    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    # torch writes the names of its own files in full or from its root.
+    skip = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "torch/")
     lines = re.findall(r'File "([^"]+)", line (\d+)', n.meta.get("stack_trace") or "")
     lines = [f"{Path(name).name}:{line}" for name, line in lines if not name.startswith(skip)]
     return lines[-1] if lines else ""
@@ -215,6 +216,9 @@ class _Canonical(Builder):
         path = _path(n)
         if getattr(target, "_opname", "") in _CHECKS:
             return
+        if target is operator.getitem and isinstance(args[0], list):
+            self.env[n] = args[0][args[1]]
+            return
         if target is operator.getitem and isinstance(args[0], fx.Node):
             if (
                 args[0].target in (aten.batch_norm.default, aten.max_pool2d.default)
@@ -228,6 +232,9 @@ class _Canonical(Builder):
             or (target is aten._to_copy.default and _same(args[0], kwargs))
         ):
             self.env[n] = args[0]
+            return
+        if target in _PARTS:
+            self.env[n] = self._parts(n, args[0], path)
             return
         if (value := _made(n, args, kwargs)) is not None:
             self.env[n] = self.constant(f"made_{n.name}", value)
@@ -275,6 +282,20 @@ class _Canonical(Builder):
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
 
+    def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
+        """What an operator cuts a tensor into, piece by piece."""
+        given: Any = (n.args[1:] if n.target is aten.unbind.int else n.args[2:]) or (0,)
+        at = ops.dim(x, given[0])
+        sizes = [1 if n.target is aten.unbind.int else piece.shape[at] for piece in n.meta["val"]]
+        pieces, start = [], 0
+        for size in sizes:
+            if n.target is aten.unbind.int:
+                pieces.append(self.call(aten.select.int, x, at, start, path=path))
+            else:
+                pieces.append(self.call(aten.slice.Tensor, x, at, start, start + size, path=path))
+            start += size
+        return pieces
+
     def _scatter(
         self, base: fx.Node, part: fx.Node, dim: int, start: int, end: int, path: str
     ) -> fx.Node:
@@ -292,6 +313,15 @@ class _Canonical(Builder):
         return self.call(aten.cat.default, parts, dim, path=path)
 
 
+#: Operators that cut a tensor into several.
+_PARTS = frozenset(
+    {
+        aten.unbind.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+    }
+)
 #: Operators that ask of their input no more than its shape and dtype.
 _FILLED = frozenset(
     {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from .. import targets as registry
 from ..converters import sources
 from ..converters.capture import capture
 from ..converters.errors import UsageError
@@ -185,7 +187,8 @@ def compare(
         progress: Whether to show a bar on a terminal.
 
     Raises:
-        UsageError: The loader is empty, or the outputs are no class scores.
+        UsageError: The loader is empty or its labels are not as many as its inputs, or the outputs are
+            no class scores.
     """
     right = torch.zeros(2, dtype=torch.int64)
     seconds = [0.0, 0.0]
@@ -196,6 +199,8 @@ def compare(
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
             for x, y in loader:
+                if len(x) != len(y):
+                    raise UsageError(f"a batch of {len(x)} inputs and {len(y)} labels")
                 for part, labels in zip(
                     *(torch.split(t, model.batch) for t in (x, y)), strict=True
                 ):
@@ -242,9 +247,10 @@ def predictions(outputs: Any) -> torch.Tensor:
     Raises:
         UsageError: The first output has another rank.
     """
-    scores = outputs
-    while not isinstance(scores, torch.Tensor):
-        scores = next(iter(scores.values())) if isinstance(scores, dict) else scores[0]
+    found = pytree.tree_leaves(outputs)
+    if not found:
+        raise UsageError("the network returns no tensor, so there are no classes to read")
+    scores: torch.Tensor = found[0]
     if scores.dim() == 3:
         scores = scores.float().mean(0)
     if scores.dim() != 2:
@@ -279,7 +285,10 @@ class _Spikes:
     def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
         if self._programs is None:
             captured = capture(self._net, (x,))
-            self._programs = captured, rewrite_for(captured, self._model.target, self._model.dtype)
+            program = rewrite_for(captured, self._model.target, self._model.dtype)
+            # The device rounds to its own type, whatever the graph's is.
+            arithmetic = registry.get(self._model.target).capabilities.arithmetic
+            self._programs = captured, replace(program, dtype=arithmetic or program.dtype)
         return self._programs
 
     def compare(self, x: torch.Tensor, start: int) -> None:

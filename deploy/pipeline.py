@@ -32,6 +32,8 @@ def check(
         targets: Names of targets.
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
     """
+    if isinstance(targets, str):
+        raise UsageError(f"targets is a name; give a list of names: targets=[{targets!r}]")
     chosen = [registry.get(name) for name in targets]
     try:
         captured = capture(net, args)
@@ -71,7 +73,7 @@ def convert(
     """
     chosen = registry.get(target)
     captured = capture(net, args)
-    captured.examples = (tuple(args),)
+    captured.examples = (tuple(x.detach().clone() for x in args),)
     program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype))
     errors = registry.check(program, chosen).errors
     if errors:

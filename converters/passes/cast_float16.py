@@ -53,12 +53,12 @@ def cast_float16(program: Program) -> Program:
         if n.kwargs.get("dtype") in (torch.float32, torch.float64):
             n.kwargs = {**n.kwargs, "dtype": torch.float16}
         n.meta["val"] = _half(n.meta["val"])
-    for n in [n for n in env.values() if n.target in _TOWARDS]:
-        _threshold(graph, n, program, tensors)
     if findings:
         # One for each layer and number, not for each of its unrolled nodes.
         told = {(f.where, f.found): f for f in reversed(findings)}
         raise UnsupportedError("float16 cannot hold this network:", reversed(told.values()))
+    for n in [n for n in env.values() if n.target in _TOWARDS]:
+        _threshold(graph, n, program, tensors)
     graph.output(output)
     done.insert(
         0,

@@ -740,7 +740,7 @@ def observed(
     return values
 
 
-@settings(RANDOM, max_examples=12)
+@settings(RANDOM, max_examples=8)
 @given(stacks())
 def test_random_networks(stack: Any) -> None:
     net, inputs, _ = stack

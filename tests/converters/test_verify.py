@@ -132,18 +132,19 @@ def one_step_late(build: Builder, n: Any, env: dict[Any, Any]) -> Any:
     return build.call(n.target, late, params, *n.args[2:], path=path)
 
 
+BEHIND = {"norm1": "spike1", "conv1": "spike1", "norm2": "spike2", "conv2": "spike2"}
 SABOTAGE = {
-    "a norm without eps": ("flatten_time", "norm1 batch_norm", replaced(7, lambda _: 0.0), "spike1"),
-    "a norm without beta": ("flatten_time", "norm2 batch_norm", replaced(2, lambda _: None), "spike2"),
-    "a norm without mean": ("flatten_time", "norm2 batch_norm", with_tensor(3, lambda t: t * 0), "spike2"),
-    "a norm's channels permuted": ("flatten_time", "norm1 batch_norm", with_tensor(1, lambda t: t.roll(1)), "spike1"),
-    "a layer without bias": ("flatten_time", "conv2 conv2d", replaced(2, lambda _: None), "spike2"),
-    "input channels permuted": ("flatten_time", "conv1 conv2d", with_tensor(1, lambda w: w.flip(1)), "spike1"),
-    "a kernel transposed": ("flatten_time", "conv2 conv2d", with_tensor(1, lambda w: w.transpose(2, 3).contiguous()), "spike2"),
-    "features permuted": ("flatten_time", "fc linear", with_tensor(1, lambda w: w.roll(1, 1)), "spike3"),
-    "a residual dropped": ("flatten_time", " add", lambda build, n, env: env[n.args[1]], "spike3"),
-    "one step late": ("flatten_time", "spike2 neuron", one_step_late, "spike2"),
-}  # fmt: skip
+    "a norm without eps": ("norm1 batch_norm", replaced(7, lambda _: 0.0)),
+    "a norm without beta": ("norm2 batch_norm", replaced(2, lambda _: None)),
+    "a norm without mean": ("norm2 batch_norm", with_tensor(3, torch.zeros_like)),
+    "a norm's channels permuted": ("norm1 batch_norm", with_tensor(1, lambda t: t.roll(1))),
+    "a layer without bias": ("conv2 conv2d", replaced(2, lambda _: None)),
+    "input channels permuted": ("conv1 conv2d", with_tensor(1, lambda w: w.flip(1))),
+    "a kernel transposed": ("conv2 conv2d", with_tensor(1, lambda w: w.mT.contiguous())),
+    "features permuted": ("fc linear", with_tensor(1, lambda w: w.roll(1, 1))),
+    "a residual dropped": (" add", lambda build, n, env: env[n.args[1]]),
+    "one step late": ("spike2 neuron", one_step_late),
+}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +158,10 @@ SABOTAGE = {
 def test_a_wrong_rewrite_is_found_and_named(
     name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after, at, change, layer = SABOTAGE[name]
-    sabotage(monkeypatch, rewritten(change, at), after)
+    at, change = SABOTAGE[name]
+    path = at.partition(" ")[0]
+    layer = path if path.startswith("spike") else BEHIND.get(path, "spike3")
+    sabotage(monkeypatch, rewritten(change, at), "flatten_time")
     with pytest.raises(MismatchError) as caught:
         convert(Net(), (X,), "lynxi-sim", dtype=dtype)
     # Compared on the network's own spikes, nothing but the layer behind the fault differs.
@@ -225,7 +228,7 @@ def test_a_wrong_cast_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of 7 bits are no float16."""
 
     def coarse(program: Program) -> Program:
-        for name, tensor in program.tensors.items():
+        for tensor in program.tensors.values():
             if tensor.dim() == 4:
                 tensor.copy_((tensor.float() * 64).round() / 64)
         return program

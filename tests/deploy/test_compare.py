@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from spikeport import deploy
 from spikeport.converters.errors import UsageError
 from spikeport.converters.neurons import IFNode, LIFNode
 from spikeport.deploy.compare import compare, predictions
-from torch import nn
 
 T, BATCH, CLASSES = 4, 4, 5
 
