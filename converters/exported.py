@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import ops, sources
 from .errors import CaptureError, Finding, UsageError
-from .ops import aten
+from .ops import aten, shape
 from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
 from .stand_in import StateAccessError
 
@@ -230,6 +230,8 @@ class _Canonical(Builder):
             target in _PASS_THROUGH
             or _idle(n)
             or (target is aten._to_copy.default and _same(args[0], kwargs))
+            # x[:, :, 1:] comes with a slice for each dimension that it leaves whole.
+            or (target is aten.slice.Tensor and n.meta["val"].shape == shape(args[0]))
         ):
             self.env[n] = args[0]
             return
