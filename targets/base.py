@@ -5,6 +5,7 @@ A target never falls back to another: where its SDK is missing it says so and na
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,6 +220,8 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
             )
     if not op:
         return
+    if n.target is operator.getitem:
+        return  # a part of an operator's results; that operator is judged itself
     if can.ops is not None and op not in can.ops:
         if n.target in (NEURON, NEURON_STEP):
             yield "operator", op, "primitive operators", "lower the neurons first"
@@ -229,5 +232,6 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
                 "the operators that the target has (spikeport targets --json lists them)",
                 "replace it in the network's forward by one of those",
             )
-    if not can.in_place and n.target._schema.is_mutable:
+    schema = getattr(n.target, "_schema", None)
+    if not can.in_place and schema is not None and schema.is_mutable:
         yield "in-place", f"{op} writes in place", "functional operators", "use its functional form"

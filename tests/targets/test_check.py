@@ -101,3 +101,17 @@ def test_a_batch_too_large_for_the_chip_is_refused(monkeypatch: pytest.MonkeyPat
     assert finding.rule == "memory"
     assert "batch of 512" in finding.found
     assert finding.fix == "convert with a smaller example input"
+
+
+def test_an_operator_with_several_results_is_judged_once() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spikes = IFNode()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.spikes(x).mean(0).sort(-1).values
+
+    found = deploy.check(Sorted().eval(), (torch.rand(4, 2, 8),), targets=["lynxi"])
+    assert ("operator", "aten.sort") in {(f.rule, f.found) for f in found}
+    assert "getitem" not in {f.found for f in found if f.rule == "operator"}
