@@ -20,7 +20,7 @@ import torch
 from ..neurons import Neuron
 from ..ops import Node, aten
 from ..program import NEURON, Builder, PassReport, Program, where
-from .fold_batch_norm import obstacle
+from .fold_batch_norm import affine, obstacle
 
 
 def absorb_batch_norm(program: Program) -> Program:
@@ -63,26 +63,13 @@ def _neuron_obstacle(norm: Node, program: Program) -> str | None:
     shapes = [t.dim() for name, t in neuron.tensors().items() if name in _potentials(neuron)]
     if any(shapes):
         return "the neuron's potentials are not scalars"
-    if (_affine(norm, program)[0] == 0).any():
+    if (affine(norm, program)[0] == 0).any():
         return "gamma is 0 in a channel"
     return None
 
 
 def _potentials(neuron: Neuron) -> tuple[str, ...]:
     return ("v_threshold", "v_reset", "v_0", *neuron.dynamics.potentials)
-
-
-def _affine(norm: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale, shift in float64, [C]: the norm is scale * x + shift."""
-    gamma, beta, mean, var = (
-        None if p is None else program.tensor(p.target).double() for p in norm.args[1:5]
-    )
-    assert mean is not None
-    assert var is not None
-    scale = torch.rsqrt(var + norm.args[7])
-    scale = scale if gamma is None else gamma * scale
-    shift = -mean * scale
-    return scale, shift if beta is None else shift + beta
 
 
 def _scaled_layer(
@@ -92,7 +79,7 @@ def _scaled_layer(
     layer: Any = norm.args[0]
     x, weight, bias = (*layer.args, None)[:3]
     W = program.tensor(weight.target)
-    scale, shift = _affine(norm, program)
+    scale, shift = affine(norm, program)
     mantissa, exponent = torch.frexp(scale.abs())
     s = 2 * mantissa
     factor = torch.sign(scale) * torch.exp2(exponent.double() - 1)

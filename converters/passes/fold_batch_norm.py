@@ -59,10 +59,8 @@ def obstacle(norm: Node) -> str | None:
     return None
 
 
-def _fold(program: Program, build: Builder, norm: Node, env: dict[Node, Node]) -> Node:
-    layer = norm.args[0]
-    x, weight, bias = (*layer.args, None)[:3]
-    W = program.tensor(weight.target)
+def affine(norm: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale, shift in float64, [C]: the norm is scale * x + shift."""
     gamma, beta, mean, var = (
         None if p is None else program.tensor(p.target).double() for p in norm.args[1:5]
     )
@@ -70,8 +68,17 @@ def _fold(program: Program, build: Builder, norm: Node, env: dict[Node, Node]) -
     assert var is not None
     scale = torch.rsqrt(var + norm.args[7])
     scale = scale if gamma is None else gamma * scale
-    shift = (-mean if bias is None else program.tensor(bias.target).double() - mean) * scale
-    shift = shift if beta is None else shift + beta
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + beta
+
+
+def _fold(program: Program, build: Builder, norm: Node, env: dict[Node, Node]) -> Node:
+    layer = norm.args[0]
+    x, weight, bias = (*layer.args, None)[:3]
+    W = program.tensor(weight.target)
+    scale, shift = affine(norm, program)
+    if bias is not None:
+        shift = shift + scale * program.tensor(bias.target).double()
     folded = W.double() * scale.reshape(-1, *[1] * (W.dim() - 1))
     stem = f"{weight.target.rpartition('.')[0]}.folded_{where(norm).replace('.', '_')}"
     return build.call(
