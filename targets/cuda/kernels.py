@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -45,7 +45,7 @@ def triton() -> Any:
     return triton
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(source: str, name: str) -> Any:
     """The kernel of this source."""
     package = triton()
@@ -129,7 +129,7 @@ def allocate(
 def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """x [T, ...] as the kernels read it, a copy only if nothing else will do, and its layout."""
     order = sorted(
-        (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride(d), d)
+        (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride()[d], d)
     )
     strides, size = [1] * x.dim(), 1
     for d in reversed(order):
@@ -327,5 +327,5 @@ def backward(call: Call, asked: Backward, tensors: Sequence[torch.Tensor]) -> No
     call.launch(source, "backward", [call.x, *tensors])
 
 
-_forward_source = lru_cache(maxsize=None)(forward_source)
-_backward_source = lru_cache(maxsize=None)(backward_source)
+_forward_source = cache(forward_source)
+_backward_source = cache(backward_source)

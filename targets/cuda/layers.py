@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...converters.errors import UsageError
-from .nodes import FusedNode, fused, fused_is_possible
+from .nodes import FusedNode, fused_is_possible
 
 
 class SeqToANN(nn.Sequential):
@@ -15,7 +15,15 @@ class SeqToANN(nn.Sequential):
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> y_seq [T, N, ...]."""
-        return super().forward(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
+        x = x_seq.flatten(0, 1)
+        for layer in self:
+            x = layer(x)
+        return _unfold(x, x_seq)
+
+
+def _unfold(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[TN, ...] as [T, N, ...], T and N as those of ``like``."""
+    return x.reshape(*like.shape[:2], *x.shape[1:])
 
 
 class LayerByLayer(nn.Sequential):
@@ -30,22 +38,24 @@ class LayerByLayer(nn.Sequential):
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> y_seq [T, N, ...]."""
-        shape, x, layers = x_seq.shape[:2], x_seq.flatten(0, 1), [*self]
+        x, layers = x_seq.flatten(0, 1), [*self]
         i = 0
         while i < len(layers):
             layer = layers[i]
             after = layers[i + 1] if i + 1 < len(layers) else None
-            if isinstance(layer, _BatchNorm) and isinstance(after, FusedNode):
-                if fuses(layer, after, x):
-                    x = batch_norm_neuron(layer, after, x.unflatten(0, shape)).flatten(0, 1)
-                    i += 2
-                    continue
-            if isinstance(layer, FusedNode):
-                x = layer(x.unflatten(0, shape)).flatten(0, 1)
+            if (
+                isinstance(layer, _BatchNorm)
+                and isinstance(after, FusedNode)
+                and fuses(layer, after, x)
+            ):
+                x = batch_norm_neuron(layer, after, _unfold(x, x_seq)).flatten(0, 1)
+                i += 1
+            elif isinstance(layer, FusedNode):
+                x = layer(_unfold(x, x_seq)).flatten(0, 1)
             else:
                 x = layer(x)
             i += 1
-        return x.unflatten(0, shape)
+        return _unfold(x, x_seq)
 
     def step_by_step(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> y_seq [T, N, ...], every layer called T times."""
@@ -54,7 +64,12 @@ class LayerByLayer(nn.Sequential):
         try:
             for m in nodes:
                 m.step_mode, m.state = "s", m.state if m.keep_state else None
-            return torch.stack([super(LayerByLayer, self).forward(x) for x in x_seq])
+            steps = []
+            for x in x_seq:
+                for layer in self:
+                    x = layer(x)
+                steps.append(x)
+            return torch.stack(steps)
         finally:
             for m, (mode, state) in zip(nodes, before, strict=True):
                 m.step_mode = mode
@@ -93,23 +108,14 @@ def batch_norm_neuron(norm: _BatchNorm, node: FusedNode, x_seq: torch.Tensor) ->
     if batch_statistics:
         mean, var = _statistics(norm, x_seq)
     else:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         mean, var = norm.running_mean.float(), norm.running_var.float()
     rstd = torch.rsqrt(var + norm.eps)
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
-    spikes, _, _ = fused(
-        node.neuron,
-        x_seq,
-        [mean, rstd, weight, bias],
-        None,
-        node.surrogate,
-        node.detach_reset,
-        final=False,
-        v_seq=False,
-        batch_statistics=batch_statistics,
-    )
-    return spikes
+    norms = [mean, rstd, weight, bias]
+    return node.fused(x_seq, norms, batch_statistics=batch_statistics)[0]
 
 
 @torch.no_grad()
@@ -119,7 +125,8 @@ def _statistics(norm: _BatchNorm, x_seq: torch.Tensor) -> tuple[torch.Tensor, to
     var, mean = torch.var_mean(x_seq.float() if not x_seq.is_cuda else x_seq, dims, correction=0)
     mean, var = mean.float(), var.float()
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        assert norm.running_var is not None and norm.num_batches_tracked is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         count = x_seq.numel() / x_seq.shape[2]
         momentum = norm.momentum

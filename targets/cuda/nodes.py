@@ -23,9 +23,7 @@ from torch import nn
 
 from ...converters import neurons, sources
 from ...converters.errors import TargetUnavailableError, UsageError
-from ...converters.neurons import Neuron
 from ...converters.sources import Reading
-from ...converters.surrogates import Surrogate
 from . import ops
 from .codegen import Backward, Forward, backward_source, forward_source
 from .kernels import DTYPES, Call, interpreted
@@ -52,6 +50,8 @@ class FusedNode(neurons.Node):
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         super().__init__(*args, **options)
+        self._declaration = self._declared.to_json()
+        self._names = tuple(self._declared.tensors())
         self.backend: Backend = backend
         self.step_mode = step_mode
         self.keep_state = keep_state
@@ -85,26 +85,74 @@ class FusedNode(neurons.Node):
         return self._run(x_seq, keep=self.keep_state)
 
     def _run(self, x: torch.Tensor, keep: bool) -> torch.Tensor:
-        neuron = self.neuron
         state = self.state if keep else None
-        problems = _problems(neuron, x, state)
-        if problems:
+        if problems := _problems(self._tensors(), x, state):
             raise UsageError(f"{type(self).__name__}: " + "; ".join(problems))
-        spikes, after, v_seq = run(
-            neuron,
-            x,
-            state,
-            surrogate=self.surrogate,
-            detach_reset=self.detach_reset,
-            backend=self.backend,
-            final=keep,
-            v_seq=self.store_v_seq,
-        )
+        possible = fused_is_possible(x)
+        if self.backend == "fused" and not possible:
+            _refuse(x)
+        if self.backend == "torch" or not possible:
+            spikes, after, v_seq = self._torch(x, state, keep)
+        else:
+            initial = None if state is None else torch.stack([part.float() for part in state])
+            spikes, last, v_seq = self.fused(x, [], initial, final=keep, v_seq=self.store_v_seq)
+            after = last.unbind() if keep else ()
         if keep:
             self.state = after
         if self.store_v_seq:
             self.v_seq = v_seq
         return spikes
+
+    def fused(
+        self,
+        x: torch.Tensor,
+        norm: list[torch.Tensor],
+        initial: torch.Tensor | None = None,
+        *,
+        batch_statistics: bool = False,
+        final: bool = False,
+        v_seq: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The operator of :mod:`.ops` with this layer's parameters."""
+        params = [*self._tensors().values()]
+        inputs = [x, *norm, *params, *([] if initial is None else [initial])]
+        checkpoints = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        spikes, last, v, _ = ops.fused_neuron(
+            x,
+            norm,
+            params,
+            initial,
+            self._declaration,
+            self.surrogate.to_json(),
+            self.detach_reset,
+            batch_statistics,
+            final,
+            v_seq,
+            checkpoints,
+        )
+        return spikes, last, v
+
+    def _torch(
+        self, x_seq: torch.Tensor, state: tuple[torch.Tensor, ...] | None, keep: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        neuron = self.neuron
+        if not x_seq.shape[0]:
+            last = neuron.initial(x_seq.new_empty(x_seq.shape[1:])) if state is None else state
+            return torch.empty_like(x_seq), last, torch.empty_like(x_seq)
+        if not (torch.is_grad_enabled() or self.store_v_seq):
+            spikes, h, last = neuron.trace(x_seq, state, charged=False)
+            return spikes, last, h
+        first = 0 if state is None else 1
+        state = neuron.initial(x_seq[0]) if state is None else state
+        spikes_seq, v_seq = [], []
+        for t, x in enumerate(x_seq):
+            s, state, _ = neuron.train_step(state, x, self.surrogate, self.detach_reset, first + t)
+            spikes_seq.append(s)
+            v_seq.append(state[0])
+        return torch.stack(spikes_seq), state, torch.stack(v_seq)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in self._names}
 
     def __getstate__(self) -> dict[str, Any]:
         # A state inside a graph can neither be copied nor pickled; its values can.
@@ -150,19 +198,18 @@ for _kind in (Node, IFNode, LIFNode, ParametricLIFNode):
     sources.register(_kind, _read)
 
 
-def _problems(neuron: Neuron, x: torch.Tensor, state: tuple[torch.Tensor, ...] | None) -> list[str]:
+def _problems(
+    tensors: dict[str, torch.Tensor], x: torch.Tensor, state: tuple[torch.Tensor, ...] | None
+) -> list[str]:
     """Why a layer cannot run on x [T, N, ...]."""
     found = []
     if x.dim() < 2:
         return [f"the input has shape {list(x.shape)}; allowed: [T, N, ...]"]
-    for name, tensor in neuron.tensors().items():
+    for name, tensor in tensors.items():
         if tensor.device != x.device:
             found.append(f"{name} is on {tensor.device}, the input on {x.device}; move one")
-        try:
-            fits = torch.broadcast_shapes(tensor.shape, x.shape[1:]) == x.shape[1:]
-        except RuntimeError:
-            fits = False
-        if not fits:
+        pairs = zip(reversed(tensor.shape), reversed(x.shape[1:]), strict=False)
+        if tensor.dim() >= x.dim() or any(a not in (1, b) for a, b in pairs):
             found.append(
                 f"{name} has shape {list(tensor.shape)}, which does not broadcast against "
                 f"{list(x.shape[1:])}; one value a channel is [C, 1, 1]"
@@ -194,88 +241,6 @@ def _refuse(x: torch.Tensor) -> None:
         "input to one, use backend='auto', which takes torch here, or for a test of the kernels set "
         "TRITON_INTERPRET=1 before Python starts"
     )
-
-
-def run(
-    neuron: Neuron,
-    x: torch.Tensor,
-    state: tuple[torch.Tensor, ...] | None = None,
-    *,
-    surrogate: Surrogate,
-    detach_reset: bool = False,
-    backend: Backend = "auto",
-    final: bool = False,
-    v_seq: bool = False,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """A layer of neurons on x [T, N, ...]: spikes, the last state, v after each step [T, N, ...].
-
-    The state is empty unless ``final``, v None unless ``v_seq``.
-    """
-    possible = fused_is_possible(x)
-    if backend == "fused" and not possible:
-        _refuse(x)
-    if backend == "torch" or not possible:
-        return _torch(neuron, x, state, surrogate, detach_reset, final, v_seq)
-    spikes, last, v = fused(neuron, x, [], state, surrogate, detach_reset, final, v_seq)
-    return spikes, tuple(last.unbind()) if final else (), v if v_seq else None
-
-
-def fused(
-    neuron: Neuron,
-    x: torch.Tensor,
-    norm: list[torch.Tensor],
-    state: tuple[torch.Tensor, ...] | None,
-    surrogate: Surrogate,
-    detach_reset: bool,
-    final: bool,
-    v_seq: bool,
-    batch_statistics: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator of :mod:`.ops` for a neuron."""
-    params = [*neuron.tensors().values()]
-    initial = None if state is None else torch.stack([part.float() for part in state])
-    inputs = [x, *norm, *params, *([] if initial is None else [initial])]
-    checkpoints = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    spikes, last, v, _ = ops.fused_neuron(
-        x,
-        norm,
-        params,
-        initial,
-        neuron.to_json(),
-        surrogate.to_json(),
-        detach_reset,
-        batch_statistics,
-        final,
-        v_seq,
-        checkpoints,
-    )
-    return spikes, last, v
-
-
-def _torch(
-    neuron: Neuron,
-    x_seq: torch.Tensor,
-    state: tuple[torch.Tensor, ...] | None,
-    surrogate: Surrogate,
-    detach_reset: bool,
-    final: bool,
-    v_seq: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
-    if not x_seq.shape[0]:
-        last = neuron.initial(x_seq.new_empty(x_seq.shape[1:])) if state is None else state
-        return torch.empty_like(x_seq), last if final else (), torch.empty_like(x_seq)
-    if not (torch.is_grad_enabled() or v_seq):
-        spikes, _, last = neuron.trace(x_seq, state, charged=False)
-        return spikes, last if final else (), None
-    first = 0 if state is None else 1
-    state = neuron.initial(x_seq[0]) if state is None else state
-    spikes_seq, v = [], []
-    for t, x in enumerate(x_seq):
-        s, state, _ = neuron.train_step(state, x, surrogate, detach_reset, first + t)
-        spikes_seq.append(s)
-        v.append(state[0])
-    membrane = torch.stack(v) if v_seq else None
-    return torch.stack(spikes_seq), state if final else (), membrane
 
 
 @dataclass(frozen=True)

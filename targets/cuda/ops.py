@@ -164,7 +164,7 @@ def fused_neuron_backward(
         run_backward(call, Backward(*flags, "x", (*wanted,)), [*given, g_x, *into_initial, *sums])
         return g_x, g_initial, [], _totals(call, wanted, sums, params)
 
-    mean, rstd, weight, bias = norm
+    _, rstd, weight, bias = norm
     if not batch_statistics:
         wanted = ["norm_scale", "norm_shift", *wanted]
         sums = [_sums(call, n) for n in wanted]
@@ -246,13 +246,14 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, norm, params, initial, neuron, surrogate, detach_reset, batch_statistics, *_ = inputs
+    x, norm, params, initial, neuron, surrogate, detach_reset, batch_statistics, *asked = inputs
     ctx.set_materialize_grads(False)
     tensors = [x, output[3], *norm, *params]
     ctx.save_for_backward(*tensors, *([] if initial is None else [initial]))
     ctx.counts, ctx.initial = (len(norm), len(params)), initial is not None
     ctx.options = (neuron, surrogate, detach_reset, batch_statistics)
     ctx.wrt = [p.requires_grad for p in params]
+    ctx.final, ctx.v_seq, _ = asked
 
 
 def _backward(
@@ -274,8 +275,8 @@ def _backward(
         initial,
         checkpoints,
         g_spikes,
-        g_final,
-        g_v_seq,
+        g_final if ctx.final else None,
+        g_v_seq if ctx.v_seq else None,
         *ctx.options,
         ctx.wrt,
     )
