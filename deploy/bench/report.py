@@ -135,7 +135,7 @@ def _charts(results: Results, folder: Path) -> list[Path]:
     groups = [*cells_by(results)]
     written = []
     for title, attribute, words in PASSES:
-        figure = Figure(figsize=(7 * min(len(groups), 2), 4 * -(-len(groups) // 2) + 1.2))
+        figure = Figure(figsize=(7 * min(len(groups), 2), 5 * -(-len(groups) // 2) + 1))
         axes = figure.subplots(-(-len(groups) // 2), min(len(groups), 2), squeeze=False).flat
         for ax, (neuron, dtype, cells) in zip(axes, groups, strict=False):
             columns = names(cells)
@@ -160,7 +160,7 @@ def _charts(results: Results, folder: Path) -> list[Path]:
             ax.set_xticks(range(len(cells)), [str(cell.T) for cell in cells])
             ax.set(title=f"{neuron}, {dtype}, N = {cells[0].N}", xlabel="T", ylabel="time, ms")
             ax.set_yscale("log")
-            ax.legend(fontsize="x-small")
+            ax.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         figure.suptitle(f"{title}, {results.machine['device']}")
         figure.tight_layout()
         for suffix in ("png", "svg"):
