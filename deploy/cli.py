@@ -331,6 +331,24 @@ def _simulate(args: argparse.Namespace) -> int:
     return code
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import neurons, report
+
+    report.prepare(args.out)
+    options = neurons.Options(
+        args.device,
+        args.neurons,
+        args.T or neurons.Options.T,
+        tuple(args.dtype or neurons.Options.dtypes),
+        args.quick,
+    )
+    results = neurons.run(options, progress=_logger.info)
+    files = report.write(results, args.out)
+    text = "\n\n".join([report.tables(results), "\n".join(f"written: {file}" for file in files)])
+    _report(args, text, {**results.to_dict(), "files": [str(file) for file in files]})
+    return OK
+
+
 # Shared by commands
 
 
@@ -455,7 +473,33 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("vendor", choices=["lynxi"], help="whose SDK")
     simulate.add_argument("script", metavar="SCRIPT", help="a Python file")
     simulate.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="go to the script")
+
+    bench = command("bench", _bench, "how fast the neurons' kernels are, beside other frameworks")
+    bench.add_argument("what", choices=["neurons"], help="what is measured")
+    bench.add_argument("--device", metavar="NAME", help="such as cuda:1 or cpu; default: a GPU")
+    bench.add_argument(
+        "--neurons",
+        type=int,
+        metavar="N",
+        help="neurons of the layer (2^20 on a GPU, 2^12 on a CPU)",
+    )
+    bench.add_argument("--T", type=_numbers, metavar="T,T,...", help="time steps (8,16,32,64,128)")
+    bench.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float32", "float16", "bfloat16"],
+        help="may be repeated (float32 and float16)",
+    )
+    bench.add_argument(
+        "--out", type=Path, default=Path("build/bench"), metavar="DIR", help="for JSON and charts"
+    )
+    bench.add_argument("--quick", action="store_true", help="few repeats, for a trial")
     return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def _net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
