@@ -235,8 +235,9 @@ class _Launched:
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs, where the first input lies."""
-        with _device_errors(self._device, self._need), _inference(self._device):
-            outputs = self._executor.run(*(x.to(self._device) for x in inputs))
+        device = self._device
+        with _device_errors(device, self._need), _exact(device), torch.inference_mode():
+            outputs = self._executor.run(*(x.to(device) for x in inputs))
             return [y.to(inputs[0].device, copy=True) for y in outputs]
 
     def close(self) -> None:
@@ -257,7 +258,7 @@ class _Captured:
         self._device, self._need = device, need
         # The buffers are one: calls take turns, also from several threads or streams.
         self._turn = threading.Lock()
-        with _device_errors(device, need), _inference(device):
+        with _device_errors(device, need), _exact(device), torch.inference_mode():
             # A stream of its own: libraries keep a workspace for each, which a graph goes on using.
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -288,7 +289,8 @@ class _Captured:
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs, where the first input lies."""
-        with self._turn, _device_errors(self._device, self._need), _inference(self._device):
+        on = torch.cuda.device(self._device)
+        with self._turn, _device_errors(self._device, self._need), on, torch.inference_mode():
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             for mine, x in zip(self._inputs, inputs, strict=True):
@@ -307,23 +309,24 @@ class _Captured:
 
 
 @contextmanager
-def _inference(device: torch.device) -> Iterator[None]:
-    """No gradients, and sums in float32 without TF32: what the verification's bounds allow.
+def _exact(device: torch.device) -> Iterator[None]:
+    """Sums in float32 without TF32, which is what the verification's bounds allow.
 
     Algorithms are deterministic, so that an artifact's recorded outputs come again bit for bit.
     """
     if device.type == "cpu":
-        with torch.inference_mode():
-            yield
+        yield
         return
     matmul = torch.backends.cuda.matmul
     names = ("allow_tf32", "allow_fp16_reduced_precision_reduction")
     before = {name: getattr(matmul, name) for name in names}
     for name in names:
         setattr(matmul, name, False)
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     try:
-        with torch.cuda.device(device), exact, torch.inference_mode():
+        with (
+            torch.cuda.device(device),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
             yield
     finally:
         for name, value in before.items():
