@@ -258,11 +258,12 @@ class _Captured:
         self._device, self._need = device, need
         # The buffers are one: calls take turns, also from several threads or streams.
         self._turn = threading.Lock()
+        with _device_errors(device, need):
+            self._executor = _Executor(module, device)
         with _device_errors(device, need), _exact(device), torch.inference_mode():
             # A stream of its own: libraries keep a workspace for each, which a graph goes on using.
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._executor = _Executor(module, device)
             self._inputs = [torch.zeros(s, dtype=dtype, device=device) for s, dtype in inputs]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
