@@ -1,15 +1,9 @@
-"""Kernels run on the GPU if there is one, and else, interpreted, on the CPU."""
+"""Tests that need a GPU are left out where there is none."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Triton reads it when it is imported, which is before any fixture.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
