@@ -1,6 +1,7 @@
 """The kernels run on a GPU where there is one, else on the CPU through Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ if not ON_GPU:
         del os.environ["TRITON_INTERPRET"]
 
 
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ON_GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.fixture(autouse=True, scope="module")
+def interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
 
 
 @pytest.fixture
