@@ -47,7 +47,7 @@ class CSNN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, 1, 28, 28] -> firing rates [N, 10]."""
-        return self.conv_fc(x.repeat(self.T, 1, 1, 1, 1)).mean(0)
+        return self.conv_fc(x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)).mean(0)
 
 
 if __name__ == "__main__":
