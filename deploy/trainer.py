@@ -60,6 +60,8 @@ class TorchTrainer:
 
     def __init__(self, net: nn.Module, options: Options, ranks: Ranks, classes: int) -> None:
         device = options.torch_device
+        if not any(p.requires_grad for p in net.parameters()):
+            raise UsageError("the network has no parameters that learn; there is nothing to train")
         if options.backend is not None:
             _set_backend(net, options.backend)
         if ranks.size > 1 and options.sync_batch_norm:
