@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..converters.errors import DeviceError, UsageError
 
+Backend = Literal["torch", "fused", "auto"]
 #: What may differ between a training and one that it resumes; all else decides the result.
 _NOT_RESULT = frozenset(
     {
@@ -46,7 +47,7 @@ class Options:
     amp: bool = False
     seed: int = 0
     limit: int | None = None
-    backend: str | None = None
+    backend: Backend | None = None
     channels_last: bool = False
     sync_batch_norm: bool = False
     device: str = "cpu"
@@ -63,6 +64,8 @@ class Options:
         ]
         if not self.lr > 0:
             problems.append("lr must be above 0")
+        if self.backend not in (None, *get_args(Backend)):
+            problems.append(f"backend is {self.backend!r}; allowed: {', '.join(get_args(Backend))}")
         if self.half and self.amp:
             problems.append("half and amp exclude each other")
         if problems:

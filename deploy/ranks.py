@@ -63,7 +63,7 @@ def join(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         return
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        if device.index is not None:
+        if str(device) != "cuda":
             raise UsageError(
                 f"{size} processes were given one GPU, {device}; give --device cuda, and each takes "
                 "its own"

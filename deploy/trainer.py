@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..converters import sources
 from ..converters.errors import UsageError
 from ..targets.cuda import FusedNode
-from .options import Options
+from .options import Backend, Options
 from .ranks import ALONE, Ranks
 
 
@@ -70,10 +70,10 @@ class TorchTrainer:
                     f"--sync-batch-norm is for GPUs, and the device is {device}; train there in one "
                     "process, or without it"
                 )
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         self.net = net.to(device, options.dtype).train()
         if options.channels_last:
-            self.net.to(memory_format=torch.channels_last)
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._options, self._ranks, self._classes = options, ranks, classes
         self._optimizer = torch.optim.SGD(
             self.net.parameters(), lr=options.lr, momentum=options.momentum
@@ -95,7 +95,7 @@ class TorchTrainer:
             self._check(rate, len(label))
             loss = _loss(rate, label)
         # DDP averages over processes, whose shares may differ in size.
-        self._scaler.scale(loss * (part * self._ranks.size)).backward()
+        torch.autograd.backward(self._scaler.scale(loss * (part * self._ranks.size)))
         self._scaler.step(self._optimizer)
         self._scaler.update()
         sources.reset(self.net)
@@ -144,7 +144,7 @@ def evaluate(
     training = net.training
     net.eval()
     sums = torch.zeros(2, device=x.device, dtype=torch.double)
-    for samples, label in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    for samples, label in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         samples, label = ranks.share(samples), ranks.share(label)
         if not len(label):
             continue  # fewer samples than processes
@@ -167,7 +167,7 @@ def _loss(rate: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(rate, F.one_hot(label, rate.shape[1]).to(rate.dtype))
 
 
-def _set_backend(net: nn.Module, backend: str) -> None:
+def _set_backend(net: nn.Module, backend: Backend) -> None:
     nodes = [m for m in net.modules() if isinstance(m, FusedNode)]
     if not nodes:
         raise UsageError(

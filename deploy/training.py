@@ -152,7 +152,7 @@ class Training:
         rng = torch.Generator().manual_seed(seed)
         images = augment(x, self._options.crop, self._options.flip, rng)
         order = torch.randperm(len(y), generator=rng).to(y.device)
-        batches = order.split(size)[: len(order) // size]  # no partial one
+        batches = torch.split(order, size)[: len(order) // size]  # no partial one
         sums = torch.zeros(2, device=y.device, dtype=torch.double)
         hidden = None if ranks.first else True
         for batch in tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=hidden):

@@ -24,7 +24,7 @@ from spikeport.converters.errors import (
 )
 from spikeport.deploy import cli, data, network, training
 from spikeport.deploy.options import Options, differences
-from spikeport.deploy.ranks import Ranks
+from spikeport.deploy.ranks import Ranks, join
 from spikeport.deploy.trainer import TorchTrainer, evaluate
 from spikeport.deploy.training import Epoch, Training
 
@@ -268,6 +268,23 @@ def test_two_processes_with_batch_norms_of_their_own(folder, tmp_path):
     torch.testing.assert_close(found, dict(net.state_dict()), rtol=1e-4, atol=1e-5)
 
 
+def test_processes_on_gpus_that_are_not_there(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "99")):
+        monkeypatch.setenv(name, value)
+    for device, said in (
+        ("cuda:0", "2 processes were given one GPU, cuda:0"),
+        ("cuda", "has no GPU"),
+    ):
+        with pytest.raises(UsageError, match=said), join(torch.device(device)):
+            pass
+
+
+def test_sync_batch_norm_needs_gpus():
+    options = Options(sync_batch_norm=True)
+    with pytest.raises(UsageError, match="--sync-batch-norm is for GPUs, and the device is cpu"):
+        TorchTrainer(network.build("conv", SMALL), options, Ranks(0, 2), 10)
+
+
 # What is refused
 
 
@@ -361,8 +378,10 @@ def test_backends(make):
 
 
 def test_options_say_all_that_is_wrong_with_them():
-    with pytest.raises(UsageError, match=r"epochs must .* 1; lr must be above 0; half and amp"):
-        Options(epochs=0, lr=0, half=True, amp=True)
+    with pytest.raises(
+        UsageError, match=r"epochs must .* 1; lr must be above 0; backend is .x.; .*; half and amp"
+    ):
+        Options(epochs=0, lr=0, backend="x", half=True, amp=True)
     with pytest.raises(UsageError, match="device is 'gpu'; allowed: cpu, cuda"):
         Options(device="gpu")
     with pytest.raises(DeviceError, match="there is no device cuda:99"):
