@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikeport.converters.capture import capture
 from spikeport.converters.errors import UsageError
+from spikeport.converters.program import NEURON
+from spikeport.converters.stand_in import StandIn
 from spikeport.deploy import cli, data
 from spikeport.deploy.options import differences
 from spikeport.deploy.trainer import evaluate
+from spikeport.targets.cuda import layers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "conv_fashion_mnist.py"
@@ -110,3 +114,16 @@ def test_shipped_checkpoint_in_float32(test_set):
 @pytest.mark.slow
 def test_shipped_checkpoint_on_all_images(test_set):
     assert evaluate(shipped_net(), test_set.x, test_set.y)[1] >= 0.92
+
+
+def test_capture_sees_the_neurons_where_kernels_would_take_the_batch_norm_in(monkeypatch):
+    """On a GPU a layer's neuron and its batch norm are one kernel; in the graph they stay two."""
+
+    def one_kernel(norm, node, x_seq):
+        assert not isinstance(node, StandIn)
+        return node(norm(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2]))
+
+    monkeypatch.setattr(layers, "batch_norm_neuron", one_kernel)
+    monkeypatch.setattr(layers, "fused_is_possible", lambda x: True)
+    program = capture(example.CSNN(2, 2), (torch.rand(2, 1, 28, 28),))
+    assert sum(n.target is NEURON for n in program.graph.nodes) == 4
