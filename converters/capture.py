@@ -60,7 +60,9 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     # What that call has cached would be taken for a constant: a fresh copy is exported.
     fresh = _traceable(net, watched, state)
     state.v.clear()
-    program = to_program(export(fresh, _fresh(args)), net, args)
+    with sources.isolated(fresh):
+        exported = export(fresh, _fresh(args))
+    program = to_program(exported, net, args)
     if not _equal(first, _outputs(work, args, state)):
         raise CaptureError(_HEADLINE, [_surviving()])
     if not _equal(watched.outputs, first):
@@ -89,7 +91,8 @@ def _copy(net: nn.Module) -> nn.Module:
                     where="",
                     found=f"the network cannot be copied ({error})",
                     allowed="a network that keeps no tensor of an earlier training step",
-                    fix="reset it first (SpikingJelly: functional.reset_net(net))",
+                    fix="reset it first (SpikingJelly: functional.reset_net(net), snnTorch: "
+                    "utils.reset(net))",
                 )
             ],
         ) from error
@@ -164,7 +167,7 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
         module.register_forward_pre_hook(_tell_hidden(path, seen))
     before, inputs = _snapshot(work), _fresh(args)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sources.isolated(work):
             seen.outputs = work(*inputs)
     except Exception as error:
         seen.findings.append(_failed(error, args))
@@ -203,8 +206,14 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.calls[path] = seen.calls.get(path, 0) + 1
         shape = "[T, N, ...]" if reading.step_mode == "m" else "[N, ...]"
+        most = 1 if reading.state is None else 2
         wrong = ""
-        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+        if (
+            not args
+            or len(args) + len(kwargs) > most
+            or not {*kwargs} <= {reading.state}
+            or not isinstance(args[0], torch.Tensor)
+        ):
             wrong = f"called with {len(args)} positional and {len(kwargs)} keyword arguments"
         elif not args[0].is_floating_point():
             wrong = f"called with {args[0].dtype}"
@@ -216,7 +225,8 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
                     rule="neuron-input",
                     where=path,
                     found=wrong,
-                    allowed=f"one floating-point tensor {shape}",
+                    allowed=f"one floating-point tensor {shape}"
+                    + (f", and {reading.state}" if reading.state else ""),
                     fix="give it time and batch as leading dimensions, as floating-point numbers",
                 )
             )
@@ -353,7 +363,7 @@ def _outer_loops(seen: _Watched) -> list[Finding]:
 def _outputs(net: nn.Module, args: Sequence[torch.Tensor], state: State) -> Any:
     state.v.clear()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sources.isolated(net):
             return net(*_fresh(args))
     except StateAccessError as error:
         raise CaptureError(_HEADLINE, [_touched(error)]) from error
@@ -405,18 +415,18 @@ def _first_difference(
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def record(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, x: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        def hook(_: nn.Module, x: tuple[torch.Tensor, ...], y: Any) -> None:
             if path not in seen:
                 seen.append(path)
             inputs.setdefault(path, []).append(x[0].clone())
-            outputs.setdefault(path, []).append(y.clone())
+            outputs.setdefault(path, []).append(readings[path].spikes(y).clone())
 
         return hook
 
     for path, module in work.named_modules():
         if path in readings:
             module.register_forward_hook(record(path))
-    with torch.no_grad():
+    with torch.no_grad(), sources.isolated(work):
         work(*_fresh(args))
     for path in seen:
         multi = readings[path].step_mode == "m"

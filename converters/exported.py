@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import ops, sources
 from .errors import CaptureError, Finding, UsageError
+from .neurons import Neuron
 from .ops import aten, shape
 from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
 from .stand_in import StateAccessError
@@ -174,6 +175,8 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
                 specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
         elif n.op == "call_function":
             build.emit(n)
+    if build.findings:
+        raise CaptureError(_HEADLINE, build.findings)
     results = exported.graph.output_node().args[0]
     constant = [str(r) for r in results if not isinstance(r, fx.Node)]
     if constant:
@@ -208,6 +211,7 @@ class _Canonical(Builder):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.env: dict[fx.Node, Any] = {}
+        self.findings: list[Finding] = []
 
     def emit(self, n: fx.Node) -> None:
         target: Any = n.target
@@ -241,6 +245,8 @@ class _Canonical(Builder):
         if (value := _made(n, args, kwargs)) is not None:
             self.env[n] = self.constant(f"made_{n.name}", value)
             return
+        if target is NEURON_STEP:
+            args = self._in_its_place(args, path)
         self.env[n] = self._spelled(target, args, kwargs, path, n)
         if target is NEURON_STEP and all(u.args[1] != 0 for u in n.users):
             # Spikes that nothing uses are a step of the layer all the same.
@@ -284,6 +290,26 @@ class _Canonical(Builder):
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
 
+    def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
+        """A neuron's step with its number, which follows from where the membrane comes from."""
+        x, v, params, spec, t = step
+        before: Any = v.args[0] if v.target is operator.getitem and v.args[1] == 1 else None
+        if before is not None and before.args[2:4] == (params, spec):
+            t = before.args[4] + 1
+        elif t > 0 and self._starts(v, params, spec):
+            t = 0
+        elif t > 0 and not any(f.where == path for f in self.findings):
+            self.findings.append(_foreign_state(path, v))
+        return x, v, params, spec, t
+
+    def _starts(self, v: fx.Node, params: Sequence[fx.Node], spec: str) -> bool:
+        """Whether a membrane is the constant v_0."""
+        if v.op != "get_attr":
+            return False
+        neuron = Neuron.from_json(spec, (self.tensors[str(p.target)] for p in params))
+        value = self.tensors[str(v.target)]
+        return bool((value == torch.as_tensor(neuron.v_0).to(value)).all())
+
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
         given: Any = (n.args[1:] if n.target is aten.unbind.int else n.args[2:]) or (0,)
@@ -313,6 +339,19 @@ class _Canonical(Builder):
         if len(parts) == 1:
             return part
         return self.call(aten.cat.default, parts, dim, path=path)
+
+
+def _foreign_state(path: str, v: fx.Node) -> Finding:
+    kind = {"placeholder": "an input of the network", "get_attr": "a constant other than v_0"}
+    return Finding(
+        rule="neuron-state",
+        where=path,
+        node=v.name,
+        found=f"the membrane that is handed to it is {kind.get(v.op, f'the result of {short(v.target)}')}",
+        allowed="the membrane that its last call returned, or its initial state",
+        fix="start it from its initial state inside the forward (mem = lif.reset_mem()), which is how "
+        "each call starts, and hand back what it returned",
+    )
 
 
 #: Operators that cut a tensor into several.

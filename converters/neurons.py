@@ -7,11 +7,14 @@ a neuron comes from these two: the reference in torch, training, and the lowerin
 
 One step, with h the membrane potential after charging and s the spikes::
 
+    v[t-1] = reset(v[t-1], r[t])             only if reset_at is "before"
     h[t] = charge(v[t-1], x[t])
-    h[t] = reset(h[t], s[t-1])               only if reset_at is "next"
+    h[t] = reset(h[t], r[t])                 only if reset_at is "next" or "ahead"
     s[t] = h[t] >= v_threshold               or >, as `fires` says
     v[t] = reset(h[t], s[t])                 if reset_at is "now", else h[t]
+    v[t] = h[t] - (s[t] - r[t]) v_threshold  if reset_at is "ahead"
 
+    r[t] = v[t-1] >= v_threshold             or >; the reset that is still to come; none at t = 0
     reset(h, s) = v_reset where s, else h    hard
                   h - v_threshold where s    soft
                   h                          none
@@ -33,7 +36,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -49,6 +52,8 @@ __all__ = [
     "Dynamics",
     "IFNode",
     "LIFNode",
+    "Lapicque",
+    "Leaky",
     "Neuron",
     "Node",
     "ParametricLIF",
@@ -61,6 +66,7 @@ __all__ = [
 ]
 
 Parameter: TypeAlias = "float | torch.Tensor"
+ResetAt: TypeAlias = Literal["now", "next", "before", "ahead"]
 
 
 @dynamics(potentials=())
@@ -98,6 +104,22 @@ def ParametricLIF(  # noqa: N802
     return v - (v - v_rest) * sigmoid(w) + x
 
 
+@dynamics(potentials=())
+def Leaky(v: Any, x: Any, *, beta: Any) -> Any:  # noqa: N802
+    """LIF with decay rate beta: h = beta v + x, Eshraghian et al. 2023, arXiv:2109.12894, eq. 4."""
+    return beta * v + x
+
+
+@dynamics(potentials=())
+def Lapicque(v: Any, x: Any, *, R: Any, C: Any, dt: Any) -> Any:  # noqa: N802
+    """RC circuit, forward Euler: h = (dt / RC) R x + (1 - dt / RC) v; dt in the unit of RC.
+
+    Lapicque's model as in Eshraghian et al. 2023, arXiv:2109.12894, eq. 2, in snnTorch's order of
+    rounding.
+    """
+    return x * R * (1 / (R * C)) * dt + (1 - dt / (R * C)) * v
+
+
 def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
     """torch.where by arithmetic: exact for finite values, and several times faster on a CPU."""
     rest = torch.addcmul(no, s, no, value=-1)
@@ -126,7 +148,9 @@ class Neuron:
         v_threshold: The threshold, scalar or tensor likewise.
         v_reset: The potential after a spike; used by a hard reset.
         reset: ``"hard"``, ``"soft"`` or ``"none"``.
-        reset_at: ``"now"``, or ``"next"``: after the charge of the next step.
+        reset_at: ``"now"``; or ``"next"``: after the charge of the next step; or ``"before"``: before
+            that charge, but after the step's potential has been read; or ``"ahead"``: as next, with
+            what that reset will change applied at once (soft only).
         fires: ``">="`` or ``">"``.
         v_0: The membrane potential before the first step of each call.
 
@@ -139,7 +163,7 @@ class Neuron:
     v_threshold: Parameter = 1.0
     v_reset: Parameter = 0.0
     reset: Literal["hard", "soft", "none"] = "hard"
-    reset_at: Literal["now", "next"] = "now"
+    reset_at: ResetAt = "now"
     fires: Literal[">=", ">"] = ">="
     v_0: Parameter = 0.0
 
@@ -160,11 +184,13 @@ class Neuron:
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         for name, value, allowed in (
             ("reset", self.reset, ("hard", "soft", "none")),
-            ("reset_at", self.reset_at, ("now", "next")),
+            ("reset_at", self.reset_at, get_args(ResetAt)),
             ("fires", self.fires, (">=", ">")),
         ):
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.reset_at == "ahead" and self.reset == "hard":
+            raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
 
     def charge(self, v: Any, x: Any) -> Any:
         """The membrane potential after charging."""
@@ -195,12 +221,26 @@ class Neuron:
         def after(h: Any, spikes: Any) -> Any:
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
-        h = self.charge(v, x)
         if self.reset == "none":
+            h = self.charge(v, x)
             return fire(h), h, h
-        if self.reset_at == "next" and t > 0:
-            h = after(h, fire(v))
+        late = self.reset_at != "now" and t > 0
+        due = fire(v) if late else None
+        if late and self.reset_at == "before":
+            v = after(v, due)
+        h = self.charge(v, x)
+        if late and self.reset_at != "before":
+            h = after(h, due)
+        silent, again = h, None
+        if self.reset_at == "ahead":
+            again = h - self.v_threshold
+        if late and self.reset_at == "ahead":
+            # The reset that was due is taken already: it is not taken twice, and given back if the
+            # membrane stayed silent after it.
+            silent, again = select(due, h + self.v_threshold, h), select(due, h, again)
         spikes = fire(h)
+        if self.reset_at == "ahead":
+            return spikes, select(spikes, again, silent), h
         return spikes, after(h, spikes) if self.reset_at == "now" else h, h
 
     def single_step(
@@ -213,6 +253,14 @@ class Neuron:
     def multi_step(self, x_seq: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from v or v_0."""
         return self.trace(x_seq, v, charged=False)[0]
+
+    def membranes(self, x_seq: torch.Tensor) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> the v that each step ends with, [T, N, ...], from v_0."""
+        v, v_seq = self.initial(x_seq[0]), torch.empty_like(x_seq)
+        for t, x in enumerate(x_seq):
+            _, v = self.single_step(x, v, t)
+            v_seq[t] = v
+        return v_seq
 
     def trace(
         self, x_seq: torch.Tensor, v: torch.Tensor | None = None, charged: bool = True
@@ -320,7 +368,12 @@ class Neuron:
             "soft": "soft reset",
             "none": "no reset",
         }[self.reset]
-        late = ", at the next step" if self.reset_at == "next" and self.reset != "none" else ""
+        late = {
+            "now": "",
+            "next": ", at the next step",
+            "before": ", before the next step",
+            "ahead": ", at the next step and ahead of it",
+        }[self.reset_at if self.reset != "none" else "now"]
         return (
             f"{self.dynamics.name}({', '.join(parts)}), fires at h {self.fires} "
             f"{show(self.v_threshold)}, {resets}{late}, v_0={show(self.v_0)}"
@@ -337,7 +390,7 @@ class Node(nn.Module):
         kind: The dynamics.
         v_threshold: The threshold.
         v_reset: The potential after a spike; None for a soft reset.
-        reset_at: ``"now"`` or ``"next"``.
+        reset_at: ``"now"``, ``"next"``, ``"before"`` or ``"ahead"``, as in :class:`Neuron`.
         fires: ``">="`` or ``">"``.
         v_0: Potential before the first step; v_reset, or 0 for a soft reset, unless given.
         surrogate: Surrogate gradient for training.
@@ -351,7 +404,7 @@ class Node(nn.Module):
         *,
         v_threshold: Parameter = 1.0,
         v_reset: Parameter | None = 0.0,
-        reset_at: Literal["now", "next"] = "now",
+        reset_at: ResetAt = "now",
         fires: Literal[">=", ">"] = ">=",
         v_0: Parameter | None = None,
         surrogate: Surrogate | None = None,

@@ -55,7 +55,8 @@ class StandIn(nn.Module):
             memories: Names of its attributes that change when it is called.
         """
         kind = type(original)
-        made: type[StandIn] = type(kind.__name__, (cls, kind), {})
+        restart = dict.fromkeys(reading.restart, cls.restart)
+        made: type[StandIn] = type(kind.__name__, (cls, kind), restart)
         return made(path, reading, state, original, memories)
 
     def __init__(
@@ -70,6 +71,8 @@ class StandIn(nn.Module):
         tensors = reading.neuron.tensors()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
+        if reading.gain is not None:
+            self.register_buffer("gain", reading.gain)
         self._path, self._reading, self._steps = path, reading, state
         self._names = list(tensors)
         self._spec = reading.neuron.to_json()
@@ -77,18 +80,29 @@ class StandIn(nn.Module):
         self._hidden = frozenset({*memories, *getattr(original, "_memories", ()), "v_seq"})
         self._sealed = True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The operator that the neuron is in the graph."""
+    def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
+        """The operator that the neuron is in the graph; ``given`` is the membrane, handed back."""
         params = [getattr(self, name) for name in self._names]
-        spikes: torch.Tensor
         if self._reading.step_mode == "m":
-            spikes = NEURON(x, params, self._spec, "stepped", x.shape[0])
-            return spikes
+            return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
         v, t = self._steps.v.get(self._path) or (neuron.initial(x), 0)
+        for state in (*given, *named.values()):
+            if state is not None:
+                # Whether it is the first step shows in the graph, by where the membrane comes from.
+                v, t = state, 1
+        if v.shape != x.shape:
+            v, t = neuron.initial(x), 0
         spikes, v = NEURON_STEP(x, v, params, self._spec, t)
         self._steps.v[self._path] = (v, t + 1)
-        return spikes
+        if self._reading.gain is not None:
+            spikes = spikes * self.gain
+        return (spikes, v) if self._reading.returns_state else spikes
+
+    def restart(self) -> torch.Tensor:
+        """As the methods of the original that return the state to start from."""
+        self.reset()
+        return torch.zeros(0)
 
     def reset(self) -> None:
         """As the original's, for a forward that resets its neurons itself."""

@@ -29,6 +29,7 @@ from .errors import Finding, MismatchError, UnsupportedError
 from .passes.lower_neurons import lower_neurons
 from .probes import probe_inputs
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
+from .sources import Reading
 from .rounding import CERTAINTY, Bounds
 
 
@@ -281,11 +282,11 @@ def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The network's own neuron, a copy of it, on x [T, 1, ...] from before its first step."""
     module = copy.deepcopy(module).eval()
     sources.reset(module)
+    (reading,) = (r for _, _, r in sources.read_all(module) if isinstance(r, Reading))
     with torch.no_grad():
-        if getattr(module, "step_mode", "m") == "s":
-            return torch.stack([module(step) for step in x])
-        spikes: torch.Tensor = module(x)
-        return spikes
+        if reading.step_mode == "s":
+            return torch.stack([reading.spikes(module(step)) for step in x])
+        return reading.spikes(module(x))
 
 
 def _differs(

@@ -7,18 +7,29 @@ itself is not needed here. Whatever only resembles a known neuron is reported, n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
 from ..errors import Finding
 from .base import Reading, Source
 from .native import Native
+from .snntorch import SnnTorch
 from .spikingjelly import SpikingJelly
 
-__all__ = ["SOURCES", "Reading", "Source", "framework", "read_all", "register", "reset"]
+__all__ = [
+    "SOURCES",
+    "Reading",
+    "Source",
+    "framework",
+    "isolated",
+    "read_all",
+    "register",
+    "reset",
+]
 
 _NATIVE = Native()
-SOURCES: tuple[Source, ...] = (_NATIVE, SpikingJelly())
+SOURCES: tuple[Source, ...] = (_NATIVE, SpikingJelly(), SnnTorch())
 
 
 def register(kind: type[nn.Module], read: Callable[[nn.Module], Reading]) -> None:
@@ -59,7 +70,17 @@ def reset(net: nn.Module) -> None:
             source.reset(module)
 
 
+@contextmanager
+def isolated(net: nn.Module) -> Iterator[None]:
+    """While the network runs, what its forward calls does not reach into other networks."""
+    with ExitStack() as stack:
+        for source in SOURCES:
+            stack.enter_context(source.isolated(net))
+        yield
+
+
 def framework(net: nn.Module) -> str:
     """Name of the framework whose modules the network uses."""
     used = {type(m).__module__.split(".")[0] for m in net.modules()}
-    return "spikingjelly" if "spikingjelly" in used else "torch"
+    names = [source.name for source in SOURCES if source.name in used - {_NATIVE.name}]
+    return ", ".join(names) or _NATIVE.name
