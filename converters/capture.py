@@ -206,12 +206,11 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.calls[path] = seen.calls.get(path, 0) + 1
         shape = "[T, N, ...]" if reading.step_mode == "m" else "[N, ...]"
-        most = 1 if reading.state is None else 2
         wrong = ""
         if (
             not args
-            or len(args) + len(kwargs) > most
-            or not {*kwargs} <= {reading.state}
+            or len(args) + len(kwargs) > 1 + len(reading.states)
+            or not kwargs.keys() <= reading.states.keys()
             or not isinstance(args[0], torch.Tensor)
         ):
             wrong = f"called with {len(args)} positional and {len(kwargs)} keyword arguments"
@@ -226,7 +225,7 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
                     where=path,
                     found=wrong,
                     allowed=f"one floating-point tensor {shape}"
-                    + (f", and {reading.state}" if reading.state else ""),
+                    + "".join(f", {name}" for name in reading.states),
                     fix="give it time and batch as leading dimensions, as floating-point numbers",
                 )
             )

@@ -291,24 +291,26 @@ class _Canonical(Builder):
         return self.call(target, *args, path=path, **kwargs)
 
     def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
-        """A neuron's step with its number, which follows from where the membrane comes from."""
-        x, v, params, spec, t = step
-        before: Any = v.args[0] if v.target is operator.getitem and v.args[1] == 1 else None
-        if before is not None and before.args[2:4] == (params, spec):
-            t = before.args[4] + 1
-        elif t > 0 and self._starts(v, params, spec):
+        """A neuron's step with its number, which follows from where its state comes from."""
+        x, state, params, spec, t = step
+        state = _unchanged(state)
+        if state.target is operator.getitem and state.args[0].args[2:4] == (params, spec):
+            t = state.args[0].args[4] + 1
+        elif t > 0 and self._starts(state, params, spec):
             t = 0
         elif t > 0 and not any(f.where == path for f in self.findings):
-            self.findings.append(_foreign_state(path, v))
-        return x, v, params, spec, t
+            self.findings.append(_foreign_state(path, state))
+        return x, state, params, spec, t
 
-    def _starts(self, v: fx.Node, params: Sequence[fx.Node], spec: str) -> bool:
-        """Whether a membrane is the constant v_0."""
-        if v.op != "get_attr":
+    def _starts(self, state: fx.Node, params: Sequence[fx.Node], spec: str) -> bool:
+        """Whether a state is the one before the first step, as constants."""
+        parts: Any = state.args[0] if state.target is aten.stack.default else [state]
+        if any(p.op != "get_attr" for p in parts):
             return False
         neuron = Neuron.from_json(spec, (self.tensors[str(p.target)] for p in params))
-        value = self.tensors[str(v.target)]
-        return bool((value == torch.as_tensor(neuron.v_0).to(value)).all())
+        values = [self.tensors[str(p.target)] for p in parts]
+        initial = neuron.initial(values[0])
+        return all(torch.equal(a, b) for a, b in zip(values, initial, strict=True))
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
@@ -341,14 +343,32 @@ class _Canonical(Builder):
         return self.call(aten.cat.default, parts, dim, path=path)
 
 
-def _foreign_state(path: str, v: fx.Node) -> Finding:
-    kind = {"placeholder": "an input of the network", "get_attr": "a constant other than v_0"}
+def _unchanged(state: fx.Node) -> fx.Node:
+    """The state itself where its parts were taken out of it and put together again."""
+    parts: Any = state.args[0] if state.target is aten.stack.default else ()
+    sources = {p.args[0] for p in parts if p.target is aten.select.int and p.args[1] == 0}
+    indices = [p.args[2] for p in parts if p.target is aten.select.int]
+    if len(sources) != 1 or indices != list(range(len(parts))):
+        return state
+    (source,) = sources
+    whole = source.target is operator.getitem and shape(source)[0] == len(parts)
+    return source if whole else state
+
+
+def _foreign_state(path: str, state: fx.Node) -> Finding:
+    parts: Any = state.args[0] if state.target is aten.stack.default else [state]
+    v = next((p for p in parts if p.op == "placeholder"), parts[0])
+    kind = {
+        "placeholder": "an input of the network",
+        "get_attr": "another constant than it starts from",
+    }
     return Finding(
         rule="neuron-state",
         where=path,
         node=v.name,
-        found=f"the membrane that is handed to it is {kind.get(v.op, f'the result of {short(v.target)}')}",
-        allowed="the membrane that its last call returned, or its initial state",
+        found="the state that is handed to it is "
+        + kind.get(v.op, f"the result of {short(v.target)}"),
+        allowed="the state that its last call returned, or the one that it starts from",
         fix="start it from its initial state inside the forward (mem = lif.reset_mem()), which is how "
         "each call starts, and hand back what it returned",
     )

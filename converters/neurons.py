@@ -8,7 +8,7 @@ a neuron comes from these two: the reference in torch, training, and the lowerin
 One step, with h the membrane potential after charging and s the spikes::
 
     v[t-1] = reset(v[t-1], r[t])             only if reset_at is "before"
-    h[t] = charge(v[t-1], x[t])
+    h[t] = charge(v[t-1], x[t])              with other states, h[t], w[t] = charge(v[t-1], w[t-1], x[t])
     h[t] = reset(h[t], r[t])                 only if reset_at is "next" or "ahead"
     s[t] = h[t] >= v_threshold               or >, as `fires` says
     v[t] = reset(h[t], s[t])                 if reset_at is "now", else h[t]
@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from . import surrogates
-from .equations import POPULATION, Dynamics, dynamics, exp, named, sigmoid, tanh
+from .equations import POPULATION, SPIKES, Dynamics, dynamics, exp, named, sigmoid, tanh
 from .errors import UsageError
 from .surrogates import Surrogate
 
@@ -192,9 +192,9 @@ class Neuron:
         if self.reset_at == "ahead" and self.reset == "hard":
             raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
 
-    def charge(self, v: Any, x: Any) -> Any:
-        """The membrane potential after charging."""
-        return self.dynamics.charge(v, x, **self.params)
+    def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+        """The state after charging, v as h."""
+        return self.dynamics(state, x, self.params)
 
     def fired(self, h: Any) -> Any:
         """Where h crosses the threshold, as booleans."""
@@ -202,16 +202,16 @@ class Neuron:
 
     def step(
         self,
-        v: Any,
+        state: tuple[Any, ...],
         x: Any,
         fire: Callable[[Any], Any],
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
-    ) -> tuple[Any, Any, Any]:
-        """One time step on values of any kind: (spikes, v, h).
+    ) -> tuple[Any, tuple[Any, ...], Any]:
+        """One time step on values of any kind: (spikes, state, h).
 
         Args:
-            v: Membrane potential before the step.
+            state: (v, *states) before the step.
             x: Input.
             fire: ``h -> spikes``, in whatever form ``select`` takes.
             select: ``(spikes, a, b) -> a where there is a spike, else b``.
@@ -219,58 +219,65 @@ class Neuron:
         """
 
         def after(h: Any, spikes: Any) -> Any:
+            if self.reset == "none":
+                return h
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
-        if self.reset == "none":
-            h = self.charge(v, x)
-            return fire(h), h, h
-        late = self.reset_at != "now" and t > 0
-        due = fire(v) if late else None
+        late = self.reset_at != "now" and t > 0 and self.reset != "none"
+        due = fire(state[0]) if late else None
         if late and self.reset_at == "before":
-            v = after(v, due)
-        h = self.charge(v, x)
+            state = (after(state[0], due), *state[1:])
+        h, *others = self.charge(state, x)
         if late and self.reset_at != "before":
             h = after(h, due)
-        silent, again = h, None
-        if self.reset_at == "ahead":
-            again = h - self.v_threshold
-        if late and self.reset_at == "ahead":
+        ahead = self.reset_at == "ahead" and self.reset != "none"
+        silent, again = h, h - self.v_threshold if ahead else None
+        if ahead and late:
             # The reset that was due is taken already: it is not taken twice, and given back if the
             # membrane stayed silent after it.
             silent, again = select(due, h + self.v_threshold, h), select(due, h, again)
         spikes = fire(h)
-        if self.reset_at == "ahead":
-            return spikes, select(spikes, again, silent), h
-        return spikes, after(h, spikes) if self.reset_at == "now" else h, h
+        v = select(spikes, again, silent) if ahead else h
+        if self.reset_at == "now":
+            v = after(h, spikes)
+        for i, name in enumerate(self.dynamics.states):
+            if name == SPIKES:
+                others[i] = spikes
+        return spikes, (v, *others), h
 
     def single_step(
-        self, x: torch.Tensor, v: torch.Tensor, t: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference of one step: x, v [N, ...] -> spikes, v [N, ...]."""
-        spikes, v, _ = self.step(v, x, lambda h: self.fired(h).to(x.dtype), _select, t)
-        return spikes, v
+        self, x: torch.Tensor, state: tuple[torch.Tensor, ...], t: int = 1
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Reference of one step: x and each of the state [N, ...] -> spikes, state [N, ...]."""
+        spikes, state, _ = self.step(state, x, lambda h: self.fired(h).to(x.dtype), _select, t)
+        return spikes, state
 
-    def multi_step(self, x_seq: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from v or v_0."""
-        return self.trace(x_seq, v, charged=False)[0]
+    def multi_step(
+        self, x_seq: torch.Tensor, state: tuple[torch.Tensor, ...] | None = None
+    ) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from a state or the initial one."""
+        return self.trace(x_seq, state, charged=False)[0]
 
-    def membranes(self, x_seq: torch.Tensor) -> torch.Tensor:
-        """Reference: x_seq [T, N, ...] -> the v that each step ends with, [T, N, ...], from v_0."""
-        v, v_seq = self.initial(x_seq[0]), torch.empty_like(x_seq)
+    def states(self, x_seq: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> the state of this index that each step ends with, likewise."""
+        state, kept = self.initial(x_seq[0]), torch.empty_like(x_seq)
         for t, x in enumerate(x_seq):
-            _, v = self.single_step(x, v, t)
-            v_seq[t] = v
-        return v_seq
+            _, state = self.single_step(x, state, t)
+            kept[t] = state[index]
+        return kept
 
     def trace(
-        self, x_seq: torch.Tensor, v: torch.Tensor | None = None, charged: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], and the last v [N, ...].
+        self,
+        x_seq: torch.Tensor,
+        state: tuple[torch.Tensor, ...] | None = None,
+        charged: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], last state, each [N, ...].
 
         Without ``charged``, h is left out (an empty tensor).
         """
-        first = 0 if v is None else 1
-        v = self.initial(x_seq[0]) if v is None else v
+        first = 0 if state is None else 1
+        state = self.initial(x_seq[0]) if state is None else state
         spikes = torch.empty_like(x_seq)
         h_seq = torch.empty_like(x_seq) if charged else x_seq.new_empty(0)
         compare: Any = torch.ge if self.fires == ">=" else torch.gt
@@ -281,21 +288,28 @@ class Neuron:
             return partial(compare, other=self.v_threshold, out=out)
 
         for t, x in enumerate(x_seq):
-            _, v, h = self.step(v, x, into(spikes[t]), _select, first + t)
+            _, state, h = self.step(state, x, into(spikes[t]), _select, first + t)
             if charged:
                 h_seq[t] = h
-        return spikes, h_seq, v
+        return spikes, h_seq, state
 
-    def initial(self, x: torch.Tensor) -> torch.Tensor:
-        """v_0 in the shape of x [N, ...]."""
+    def initial(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The state before the first step, each part in the shape of x [N, ...]."""
         if isinstance(self.v_0, torch.Tensor):
-            return self.v_0.to(x).expand_as(x)
-        return torch.full_like(x, self.v_0)
+            v = self.v_0.to(x).expand_as(x)
+        else:
+            v = torch.full_like(x, self.v_0)
+        return (v, *(torch.full_like(x, value) for value in self.dynamics.states.values()))
 
     def train_step(
-        self, v: torch.Tensor, x: torch.Tensor, surrogate: Surrogate, detach_reset: bool, t: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`single_step`, with gradients: through h as it is, through the step as declared.
+        self,
+        state: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        surrogate: Surrogate,
+        detach_reset: bool,
+        t: int = 1,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """As :meth:`step`, with gradients: through h as it is, through the step as declared.
 
         ``detach_reset`` keeps the gradient from flowing through the reset.
         """
@@ -308,8 +322,7 @@ class Neuron:
             after: torch.Tensor = s * yes + (1.0 - s) * no
             return after
 
-        s, v, _ = self.step(v, x, fire, select, t)
-        return s, v
+        return self.step(state, x, fire, select, t)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those parameters that are tensors, by name."""
@@ -443,9 +456,9 @@ class Node(nn.Module):
         neuron = self.neuron
         if not torch.is_grad_enabled():
             return neuron.multi_step(x_seq)
-        v, spikes = neuron.initial(x_seq[0]), []
+        state, spikes = neuron.initial(x_seq[0]), []
         for t, x in enumerate(x_seq):
-            s, v = neuron.train_step(v, x, self.surrogate, self.detach_reset, t)
+            s, state, _ = neuron.train_step(state, x, self.surrogate, self.detach_reset, t)
             spikes.append(s)
         return torch.stack(spikes)
 

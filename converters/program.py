@@ -1,8 +1,9 @@
 """The graph that every conversion works on, and how it is run.
 
-A :class:`Program` is a ``torch.fx`` graph of plain ATen calls plus this project's own operators, one
-for each neuron layer: ``spikeport::neuron`` over all time steps and ``spikeport::neuron_step`` for
-one; ``spikeport::membrane`` are the potentials of a layer whose spikes are a ``neuron``. Each node carries the path of the module that it came from. It is callable after every pass.
+A :class:`Program` is a ``torch.fx`` graph of plain ATen calls plus this project's own operators:
+``spikeport::neuron`` is a layer of neurons over all time steps, ``spikeport::neuron_step`` one step of
+it, and ``spikeport::state`` a state, such as v, of a layer whose spikes are a ``neuron``. Each node
+carries the path of the module that it came from. It is callable after every pass.
 """
 
 from __future__ import annotations
@@ -37,19 +38,24 @@ def neuron_op(
     return spikes if layout == "stepped" else spikes.flatten(0, 1)
 
 
-@torch.library.custom_op("spikeport::membrane", mutates_args=())
-def membrane_op(
-    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int
+@torch.library.custom_op("spikeport::state", mutates_args=())
+def state_op(
+    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int, index: int
 ) -> torch.Tensor:
-    """The membrane potentials that the steps of ``spikeport::neuron`` end with, in its layouts."""
-    v_seq = Neuron.from_json(spec, params).membranes(steps(x, layout, T))
-    return v_seq if layout == "stepped" else v_seq.flatten(0, 1)
+    """What the steps of ``spikeport::neuron`` end with in one of its states, in its layouts."""
+    kept = Neuron.from_json(spec, params).states(steps(x, layout, T), index)
+    return kept if layout == "stepped" else kept.flatten(0, 1)
 
 
 @neuron_op.register_fake
-@membrane_op.register_fake
+@state_op.register_fake
 def _(
-    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int
+    x: torch.Tensor,
+    params: Sequence[torch.Tensor],
+    spec: str,
+    layout: str,
+    T: int,
+    index: int = 0,
 ) -> torch.Tensor:
     if layout == "static":
         return x.new_empty((T * x.shape[0], *x.shape[1:]))
@@ -58,22 +64,22 @@ def _(
 
 @torch.library.custom_op("spikeport::neuron_step", mutates_args=())
 def neuron_step_op(
-    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step t of a layer of neurons: x, v [N, ...] -> spikes, v [N, ...]."""
-    spikes, after = Neuron.from_json(spec, params).single_step(x, v, t)
-    return spikes, after.clone() if after is x or after is v else after
+    """Step t of a layer of neurons: x [N, ...], state [states, N, ...] -> spikes [N, ...], state."""
+    spikes, after = Neuron.from_json(spec, params).single_step(x, state.unbind(), t)
+    return spikes, torch.stack(after)
 
 
 @neuron_step_op.register_fake
 def _(
-    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+    return torch.empty_like(x), torch.empty_like(state)
 
 
 NEURON = torch.ops.spikeport.neuron.default
-MEMBRANE = torch.ops.spikeport.membrane.default
+STATE = torch.ops.spikeport.state.default
 NEURON_STEP = torch.ops.spikeport.neuron_step.default
 
 
@@ -586,6 +592,16 @@ def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[
                 spikes,
             )
     return tuple(sites)
+
+
+def state_of(n: Node) -> fx.Node | None:
+    """The call of a single-step neuron that a node takes one part of the state of."""
+    state = n.args[0] if n.target is aten.select.int else None
+    if not isinstance(state, fx.Node) or state.target is not operator.getitem:
+        return None
+    call = state.args[0]
+    step = isinstance(call, fx.Node) and call.target is NEURON_STEP
+    return call if step and n.args[1] == 0 and state.args[1] == 1 else None  # type: ignore[return-value]
 
 
 def _is_site(n: Node) -> bool:

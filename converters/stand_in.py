@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,23 +86,32 @@ class StandIn(nn.Module):
         if self._reading.step_mode == "m":
             return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
-        v, t = self._steps.v.get(self._path) or (neuron.initial(x), 0)
-        for state in (*given, *named.values()):
-            if state is not None:
-                # Whether it is the first step shows in the graph, by where the membrane comes from.
-                v, t = state, 1
-        if v.shape != x.shape:
-            v, t = neuron.initial(x), 0
-        spikes, v = NEURON_STEP(x, v, params, self._spec, t)
-        self._steps.v[self._path] = (v, t + 1)
+        state, t = self._steps.v.get(self._path) or (torch.stack(neuron.initial(x)), 0)
+        if (handed := self._handed(given, named)) is not None:
+            # Whether it is the first step shows in the graph, by where the state comes from.
+            state, t = handed, 1
+        if state.shape[1:] != x.shape:
+            state, t = torch.stack(neuron.initial(x)), 0
+        spikes, state = NEURON_STEP(x, state, params, self._spec, t)
+        self._steps.v[self._path] = (state, t + 1)
         if self._reading.gain is not None:
             spikes = spikes * self.gain
-        return (spikes, v) if self._reading.returns_state else spikes
+        if not self._reading.returns_state:
+            return spikes
+        return (spikes, *(state[i] for i in self._reading.states.values()))
 
-    def restart(self) -> torch.Tensor:
+    def _handed(self, given: Sequence[Any], named: Mapping[str, Any]) -> torch.Tensor | None:
+        """The state that the caller hands back, in the order of the declaration."""
+        places = self._reading.states
+        parts = {**dict(zip(places, given, strict=False)), **named}
+        parts = {places[name]: part for name, part in parts.items() if part is not None}
+        return torch.stack([parts[i] for i in sorted(parts)]) if parts else None
+
+    def restart(self) -> Any:
         """As the methods of the original that return the state to start from."""
         self.reset()
-        return torch.zeros(0)
+        empty = tuple(torch.zeros(0) for _ in self._reading.states)
+        return empty if len(empty) > 1 else empty[0]
 
     def reset(self) -> None:
         """As the original's, for a forward that resets its neurons itself."""

@@ -29,8 +29,8 @@ from .errors import Finding, MismatchError, UnsupportedError
 from .passes.lower_neurons import lower_neurons
 from .probes import probe_inputs
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
-from .sources import Reading
 from .rounding import CERTAINTY, Bounds
+from .sources import Reading
 
 
 @dataclass(frozen=True)

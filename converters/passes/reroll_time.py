@@ -31,20 +31,21 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .. import ops
+from ..graphs import components
 from ..ops import Node, aten, shape
 from ..program import (
-    MEMBRANE,
     NEURON,
     NEURON_STEP,
+    STATE,
     Builder,
     PassReport,
     Program,
     Site,
     short,
+    state_of,
     where,
 )
 from ..stacked import over_time
-from ..graphs import components
 
 #: What is emitted as one: a layer's label, or a node that stands alone.
 _Unit: TypeAlias = "int | Node"
@@ -117,7 +118,7 @@ class _Labels:
             self.sites[label] = self.calls[n][0]
 
     def _key(self, n: Node) -> tuple[tuple[Any, ...], int | None]:
-        if n.op != "call_function" or n.target in (NEURON, MEMBRANE):
+        if n.op != "call_function" or n.target in (NEURON, STATE):
             return ("alone", n.name), None
         if n in self.calls:
             site, t = self.calls[n]
@@ -296,7 +297,11 @@ class _Reroll(Builder):
         """The nodes cut into consecutive steps of one stack, repeats of one node, and the rest."""
         runs: list[list[Node]] = []
         for n in nodes:
-            if runs and self._kind(n) == self._kind(runs[-1][-1]) and self._follows(runs[-1][-1], n):
+            if (
+                runs
+                and self._kind(n) == self._kind(runs[-1][-1])
+                and self._follows(runs[-1][-1], n)
+            ):
                 runs[-1].append(n)
             else:
                 runs.append([n])
@@ -366,9 +371,7 @@ class _Reroll(Builder):
         node, path = self._gather(parts), where(n)
         if at:
             rest = list(range(1, len(shape(node))))
-            node = self.call(
-                aten.permute.default, node, [*rest[:at], 0, *rest[at:]], path=path
-            )
+            node = self.call(aten.permute.default, node, [*rest[:at], 0, *rest[at:]], path=path)
         if n.target is aten.cat.default:
             node = self.call(ops.RESHAPE, node, list(shape(n)), path=path)
         self.env[n] = node
@@ -381,12 +384,17 @@ class _Reroll(Builder):
         self._tell_difference(site, drives)
         params = [self._value(p) for p in calls[0].args[2]]
         spec, path = calls[0].args[3], where(calls[0])
-        spikes, membranes = ([u for c in calls for u in c.users if u.args[1] == i] for i in (0, 1))
         node = self.call(NEURON, x, params, spec, "stepped", site.T, path=path)
-        self.stacks |= {self.labels.at(s).label: (node, 0) for s in spikes}
-        if any(u.target is not NEURON_STEP for v in membranes for u in v.users):
-            v_seq = self.call(MEMBRANE, x, params, spec, "stepped", site.T, path=path)
-            self.stacks |= {self.labels.at(v).label: (v_seq, 0) for v in membranes}
+        parts: dict[int, Node] = {}
+        for part in (u for call in calls for u in call.users):
+            if part.args[1] == 0:
+                self.stacks[self.labels.at(part).label] = (node, 0)
+                continue
+            for state in (u for u in part.users if state_of(u) is not None):
+                i = state.args[2]
+                if i not in parts:
+                    parts[i] = self.call(STATE, x, params, spec, "stepped", site.T, i, path=path)
+                self.stacks[self.labels.at(state).label] = (parts[i], 0)
         self.rolled[site.name] = replace(
             site, layout="stepped", drives=(x.name,), spikes=(node.name,)
         )
@@ -438,6 +446,8 @@ class _Reroll(Builder):
 
 def _call(n: Node) -> Node | None:
     """The call of a single-step neuron that a node is a part of the result of."""
+    if (call := state_of(n)) is not None:
+        return call
     source = n.args[0] if n.target is operator.getitem else None
     return source if isinstance(source, fx.Node) and source.target is NEURON_STEP else None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,15 +21,16 @@ class Reading:
     Attributes:
         neuron: Its declaration.
         step_mode: ``"m"`` if a call takes x_seq [T, N, ...], ``"s"`` if it takes x [N, ...].
-        state: Name of the argument by which a caller may hand the membrane potential back, or None.
-        returns_state: Whether a call returns the membrane potential after the spikes.
+        states: Names of the arguments by which a caller may hand its state back, in their order, with
+            their places in the declared state (v, ...).
+        returns_state: Whether a call returns these after the spikes.
         gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
-        restart: Names of its methods that return the state to start from.
+        restart: Names of its methods that return what to start from.
     """
 
     neuron: Neuron
     step_mode: Literal["s", "m"] = "m"
-    state: str | None = None
+    states: Mapping[str, int] = field(default_factory=dict)
     returns_state: bool = False
     gain: torch.Tensor | None = None
     restart: tuple[str, ...] = ()

@@ -120,7 +120,7 @@ def _neuron(module: Any) -> Reading:
     return Reading(
         neuron,
         step_mode="s",
-        state="mem",
+        states={"mem": 0},
         returns_state=bool(module.output or not module.init_hidden),
         gain=None if (gain == 1).all() else gain.float(),
         restart=("reset_mem", f"init_{type(module).__name__.lower()}"),
