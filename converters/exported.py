@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 import traceback
@@ -15,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import ops, sources
+from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
 from .neurons import Neuron
 from .ops import aten, shape
@@ -293,7 +295,7 @@ class _Canonical(Builder):
     def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
         """A neuron's step with its number, which follows from where its state comes from."""
         x, state, params, spec, t = step
-        state = _unchanged(state)
+        state = _unchanged(state, spec)
         if state.target is operator.getitem and state.args[0].args[2:4] == (params, spec):
             t = state.args[0].args[4] + 1
         elif t > 0 and self._starts(state, params, spec):
@@ -304,13 +306,13 @@ class _Canonical(Builder):
 
     def _starts(self, state: fx.Node, params: Sequence[fx.Node], spec: str) -> bool:
         """Whether a state is the one before the first step, as constants."""
-        parts: Any = state.args[0] if state.target is aten.stack.default else [state]
-        if any(p.op != "get_attr" for p in parts):
+        parts = _told(state, spec)
+        if any(p.op != "get_attr" for p in parts.values()):
             return False
         neuron = Neuron.from_json(spec, (self.tensors[str(p.target)] for p in params))
-        values = [self.tensors[str(p.target)] for p in parts]
+        values = {i: self.tensors[str(p.target)] for i, p in parts.items()}
         initial = neuron.initial(values[0])
-        return all(torch.equal(a, b) for a, b in zip(values, initial, strict=True))
+        return all(torch.equal(value, initial[i]) for i, value in values.items())
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
@@ -343,16 +345,22 @@ class _Canonical(Builder):
         return self.call(aten.cat.default, parts, dim, path=path)
 
 
-def _unchanged(state: fx.Node) -> fx.Node:
+def _told(state: fx.Node, spec: str) -> dict[int, fx.Node]:
+    """The parts that a state was put together of, less those that follow from others."""
+    parts: Any = state.args[0] if state.target is aten.stack.default else [state]
+    states = ("v", *named(json.loads(spec)["dynamics"]).states)
+    return {i: p for i, p in enumerate(parts) if len(parts) == 1 or states[i] != SPIKES}
+
+
+def _unchanged(state: fx.Node, spec: str) -> fx.Node:
     """The state itself where its parts were taken out of it and put together again."""
-    parts: Any = state.args[0] if state.target is aten.stack.default else ()
-    sources = {p.args[0] for p in parts if p.target is aten.select.int and p.args[1] == 0}
-    indices = [p.args[2] for p in parts if p.target is aten.select.int]
-    if len(sources) != 1 or indices != list(range(len(parts))):
+    parts = _told(state, spec)
+    sources = {p.args[0] if p.target is aten.select.int else None for p in parts.values()}
+    source: Any = sources.pop()
+    if sources or source is None or source.target is not operator.getitem:
         return state
-    (source,) = sources
-    whole = source.target is operator.getitem and shape(source)[0] == len(parts)
-    return source if whole else state
+    same = all(p.args[1:] == (0, i) for i, p in parts.items())
+    return source if same else state
 
 
 def _foreign_state(path: str, state: fx.Node) -> Finding:

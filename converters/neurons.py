@@ -49,6 +49,7 @@ from .surrogates import Surrogate
 __all__ = [
     "IF",
     "LIF",
+    "Alpha",
     "Dynamics",
     "IFNode",
     "LIFNode",
@@ -58,6 +59,7 @@ __all__ = [
     "Node",
     "ParametricLIF",
     "ParametricLIFNode",
+    "Synaptic",
     "dynamics",
     "exp",
     "named",
@@ -118,6 +120,42 @@ def Lapicque(v: Any, x: Any, *, R: Any, C: Any, dt: Any) -> Any:  # noqa: N802
     rounding.
     """
     return x * R * (1 / (R * C)) * dt + (1 - dt / (R * C)) * v
+
+
+@dynamics(states={"syn": 0.0}, potentials=())
+def Synaptic(v: Any, syn: Any, x: Any, *, alpha: Any, beta: Any) -> Any:  # noqa: N802
+    """Leaky with a synaptic current that decays at rate alpha: syn = alpha syn + x, h = beta v + syn."""
+    syn = alpha * syn + x
+    return beta * v + syn, syn
+
+
+@dynamics(states={"syn_exc": 0.0, "syn_inh": 0.0, "s": 0.0})
+def Alpha(  # noqa: N802
+    v: Any,
+    syn_exc: Any,
+    syn_inh: Any,
+    s: Any,
+    x: Any,
+    *,
+    alpha: Any,
+    beta: Any,
+    tau: Any,
+    jump: Any = 0.0,
+    zero: bool = False,
+    subtract: bool = False,
+) -> Any:
+    """The membrane is the difference of a slower and a faster current, tau (syn_exc + syn_inh).
+
+    A reset acts on the currents too, so it is part of the charge: to zero, or, as snnTorch subtracts,
+    by ``jump``, its threshold.
+    """
+    exc, inh = alpha * syn_exc + x, beta * syn_inh - x
+    h = tau * (exc + inh)
+    if zero:
+        return h - h * s, exc - exc * s, inh - inh * s
+    if subtract:
+        return h + syn_inh * s, exc - jump * s, inh - inh * s
+    return h, exc, inh
 
 
 def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .equations import SPIKES
 from .errors import UsageError
 from .neurons import Neuron
 from .program import NEURON, NEURON_STEP
@@ -15,10 +16,13 @@ from .sources import Reading
 
 
 class State:
-    """Membranes of single-step neurons during one forward, by path; each forward starts without."""
+    """States of single-step neurons during one forward, by path; each forward starts without.
+
+    With each the number of steps that led to it, and its parts as they were returned.
+    """
 
     def __init__(self) -> None:
-        self.v: dict[str, tuple[torch.Tensor, int]] = {}
+        self.v: dict[str, tuple[torch.Tensor, int, dict[str, torch.Tensor]]] = {}
 
 
 class StateAccessError(Exception):
@@ -86,26 +90,28 @@ class StandIn(nn.Module):
         if self._reading.step_mode == "m":
             return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
-        state, t = self._steps.v.get(self._path) or (torch.stack(neuron.initial(x)), 0)
-        if (handed := self._handed(given, named)) is not None:
-            # Whether it is the first step shows in the graph, by where the state comes from.
-            state, t = handed, 1
+        initial = neuron.initial(x)
+        state, t, returned = self._steps.v.get(self._path) or (torch.stack(initial), 0, {})
+        places = self._reading.states
+        handed = {**dict(zip(places, given, strict=False)), **named}
+        handed = {name: part for name, part in handed.items() if part is not None}
         if state.shape[1:] != x.shape:
-            state, t = torch.stack(neuron.initial(x)), 0
+            state, t = torch.stack(initial), 0
+        if any(part is not returned.get(name) for name, part in handed.items()):
+            parts = list(state.unbind()) if t else list(initial)
+            for name, part in handed.items():
+                parts[places[name]] = part if part.shape == x.shape else initial[places[name]]
+            if SPIKES in neuron.dynamics.states:
+                at = 1 + [*neuron.dynamics.states].index(SPIKES)
+                parts[at] = neuron.fired(parts[0]).to(x.dtype)
+            # Whether it is the first step shows in the graph, by where the state comes from.
+            state, t = torch.stack(parts), 1
         spikes, state = NEURON_STEP(x, state, params, self._spec, t)
-        self._steps.v[self._path] = (state, t + 1)
+        returned = {name: state[i] for name, i in places.items()}
+        self._steps.v[self._path] = (state, t + 1, returned)
         if self._reading.gain is not None:
             spikes = spikes * self.gain
-        if not self._reading.returns_state:
-            return spikes
-        return (spikes, *(state[i] for i in self._reading.states.values()))
-
-    def _handed(self, given: Sequence[Any], named: Mapping[str, Any]) -> torch.Tensor | None:
-        """The state that the caller hands back, in the order of the declaration."""
-        places = self._reading.states
-        parts = {**dict(zip(places, given, strict=False)), **named}
-        parts = {places[name]: part for name, part in parts.items() if part is not None}
-        return torch.stack([parts[i] for i in sorted(parts)]) if parts else None
+        return (spikes, *returned.values()) if self._reading.returns_state else spikes
 
     def restart(self) -> Any:
         """As the methods of the original that return the state to start from."""

@@ -2,8 +2,8 @@
 
 Both releases compute the same. What sets their neurons apart: they fire above the threshold, not at
 it; the reset belongs to the next step (``reset_delay``); ``reset_mechanism="zero"`` clears the
-membrane of Leaky before that step's decay, and what Lapicque computed after it; and the membrane may
-be kept on the module (``init_hidden``) or handed from call to call by the network.
+membrane of Leaky before that step's decay, and what Lapicque computed after it; and the state may be
+kept on the module (``init_hidden``) or handed from call to call by the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import Finding
 from ..neurons import Neuron, ResetAt
 from .base import Reading, comparison, look_alike, surrogate_output
 
-_KNOWN = ("Leaky", "Lapicque")
+_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha")
 #: What a neuron's state function, chosen when it was made, does at a reset.
 _RESETS: dict[str, tuple[int, Literal["hard", "soft", "none"]]] = {
     "_base_sub": (0, "soft"),
@@ -38,7 +38,7 @@ def _is_neuron(kind: type) -> bool:
 
 
 class SnnTorch:
-    """Reads Leaky and Lapicque; refuses every other neuron by name."""
+    """Reads Leaky, Lapicque, Synaptic and Alpha; refuses every other neuron by name."""
 
     name = "snntorch"
 
@@ -91,23 +91,16 @@ def _lists_instances(kind: type) -> bool:
 
 
 def _neuron(module: Any) -> Reading:
+    kind = type(module).__name__
+    dynamics, params = getattr(neurons, kind), _PARAMETERS[kind](module)
     reset = _RESETS[module.state_function.__name__][1]
     reset_at: ResetAt = "next"
-    dynamics, params = neurons.Leaky, dict[str, Any]()
-    if type(module).__name__ == "Leaky":
-        params["beta"] = _value(module.beta.clamp(0, 1))
-        if reset == "hard":
-            reset_at = "before" if module.reset_delay else "now"
-        elif not module.reset_delay:
-            reset_at = "ahead"
-    else:
-        # Their products are taken in float32, as the module does, so they stay tensors.
-        dynamics = neurons.Lapicque
-        params = {
-            "R": module.R.detach().float(),
-            "C": module.C.detach().float(),
-            "dt": module.time_step.detach().float(),
-        }
+    if not getattr(module, "reset_delay", True):
+        reset_at = "now" if reset == "hard" else "ahead"
+    elif kind == "Leaky" and reset == "hard":
+        reset_at = "before"
+    if kind == "Alpha":
+        reset = "none"
     gain = module.graded_spikes_factor.detach()
     neuron = Neuron(
         dynamics,
@@ -120,11 +113,48 @@ def _neuron(module: Any) -> Reading:
     return Reading(
         neuron,
         step_mode="s",
-        states={"mem": 0},
+        states=_STATES.get(kind, {"mem": 0}),
         returns_state=bool(module.output or not module.init_hidden),
         gain=None if (gain == 1).all() else gain.float(),
-        restart=("reset_mem", f"init_{type(module).__name__.lower()}"),
+        restart=("reset_mem", f"init_{kind.lower()}"),
     )
+
+
+#: The states that a call takes and returns, in order, with their places in the declared state.
+_STATES = {
+    "Synaptic": {"syn": 1, "mem": 0},
+    "Alpha": {"syn_exc": 1, "syn_inh": 2, "mem": 0},
+}
+
+
+def _leaky(module: Any) -> dict[str, Any]:
+    return {"beta": _value(module.beta.clamp(0, 1))}
+
+
+def _lapicque(module: Any) -> dict[str, Any]:
+    # Their products are taken in float32, as the module does, so they stay tensors.
+    tensors = {"R": module.R, "C": module.C, "dt": module.time_step}
+    return {name: tensor.detach().float() for name, tensor in tensors.items()}
+
+
+def _synaptic(module: Any) -> dict[str, Any]:
+    return {"alpha": _value(module.alpha.clamp(0, 1)), **_leaky(module)}
+
+
+def _alpha(module: Any) -> dict[str, Any]:
+    a, b = module.alpha.detach().clamp(0, 1), module.beta.detach().clamp(0, 1)
+    tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
+    name = module.state_function.__name__
+    return {
+        **_synaptic(module),
+        "tau": _value(tau),
+        "jump": _value(module.threshold),
+        "zero": name == "_base_zero",
+        "subtract": name == "_base_sub",
+    }
+
+
+_PARAMETERS = {"Leaky": _leaky, "Lapicque": _lapicque, "Synaptic": _synaptic, "Alpha": _alpha}
 
 
 def _value(tensor: torch.Tensor) -> Any:
@@ -169,8 +199,8 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             "factors other than 0",
             "take the neuron out",
         )
-    for name in ("beta", "threshold", "graded_spikes_factor"):
-        value = getattr(module, name)
+    for name in ("alpha", "beta", "threshold", "graded_spikes_factor"):
+        value = getattr(module, name, torch.zeros(()))
         if value.dim() and value.dtype != torch.float32:
             yield finding(
                 "parameter-dtype",
