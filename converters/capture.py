@@ -80,8 +80,15 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
 
 def _copy(net: nn.Module) -> nn.Module:
     """A copy in eval mode, its states reset and its parametrizations computed."""
+    # A state that training left behind has a history, which copy refuses; its values are reset anyway.
+    states = {
+        id(value): value.detach().clone()
+        for _, module, _ in sources.read_all(net)
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
     try:
-        work = copy.deepcopy(net)
+        work = copy.deepcopy(net, states)
     except Exception as error:
         raise CaptureError(
             _HEADLINE,
@@ -142,6 +149,7 @@ class _Watched:
         readings: Its neurons, by path.
         calls: How often each was called.
         memories: Names of the attributes of each that changed.
+        handed: Those that were handed their state by the network.
     """
 
     outputs: Any = None
@@ -149,6 +157,7 @@ class _Watched:
     readings: dict[str, Reading] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     memories: dict[str, set[str]] = field(default_factory=dict)
+    handed: set[str] = field(default_factory=set)
 
 
 def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
@@ -181,8 +190,48 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
             seen.memories[path] = changes[path]
         elif path in changes:
             seen.findings.append(_kept(path, changes[path]))
-    seen.findings += _outer_loops(seen)
+    once = [
+        path
+        for path, reading in seen.readings.items()
+        if reading.step_mode == "s" and seen.calls.get(path) == 1 and path not in seen.handed
+    ]
+    if once and not seen.findings:
+        restarted = _restarted(work, args, before, seen)
+        seen.findings += [_outer_loop(path) for path in once if path not in restarted]
     return seen
+
+
+def _restarted(
+    work: nn.Module,
+    args: Sequence[torch.Tensor],
+    before: dict[str, dict[str, Any]],
+    seen: _Watched,
+) -> set[str]:
+    """Neurons whose state the forward itself puts back before it calls them, seen in a second run."""
+    found = set[str]()
+
+    def look(path: str, names: set[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            now = _snapshot(module)[""]
+            if names and not any(_moved(before[path][n], now[n]) for n in names):
+                found.add(path)
+
+        return hook
+
+    for path, module in work.named_modules():
+        if path in seen.readings:
+            names = seen.memories.get(path, set())
+            states = seen.readings[path].states
+            module.register_forward_pre_hook(look(path, names & states.keys() if states else names))
+    with torch.no_grad(), sources.isolated(work):
+        work(*_fresh(args))
+    return found
+
+
+def _moved(start: Any, now: Any) -> bool:
+    """Whether a state is another than at the start, where an empty one stands for zeros."""
+    empty = isinstance(start, torch.Tensor) and not start.numel()
+    return bool(now.any()) if empty else _differs(start, now)
 
 
 def _weights(net: nn.Module) -> list[Finding]:
@@ -205,6 +254,8 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.calls[path] = seen.calls.get(path, 0) + 1
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            seen.handed.add(path)
         shape = "[T, N, ...]" if reading.step_mode == "m" else "[N, ...]"
         wrong = ""
         if (
@@ -340,20 +391,16 @@ def _kept(path: str, names: set[str]) -> Finding:
     )
 
 
-def _outer_loops(seen: _Watched) -> list[Finding]:
-    return [
-        Finding(
-            rule="time-loop-outside",
-            where=path,
-            found="a single-step neuron that the forward calls once: its time loop lies outside the "
-            "network, and its state would survive from one call to the next",
-            allowed="all time steps inside one call",
-            fix="set step_mode='m' (SpikingJelly: functional.set_step_mode(net, 'm')) and give "
-            "[T, N, ...], or put the loop over time into a module's forward",
-        )
-        for path, reading in seen.readings.items()
-        if reading.step_mode == "s" and seen.calls.get(path) == 1
-    ]
+def _outer_loop(path: str) -> Finding:
+    return Finding(
+        rule="time-loop-outside",
+        where=path,
+        found="a single-step neuron that the forward calls once: its time loop lies outside the "
+        "network, and its state would survive from one call to the next",
+        allowed="all time steps inside one call; a single step where the forward resets the neuron",
+        fix="set step_mode='m' (SpikingJelly: functional.set_step_mode(net, 'm')) and give "
+        "[T, N, ...], or put the loop over time into a module's forward",
+    )
 
 
 # The stand-ins' run

@@ -7,14 +7,13 @@ itself is not needed here. Whatever only resembles a known neuron is reported, n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
 from ..errors import Finding
 from .base import Reading, Source
 from .native import Native
-from .snntorch import SnnTorch
+from .snntorch import SnnTorch, isolated
 from .spikingjelly import SpikingJelly
 
 __all__ = [
@@ -68,15 +67,6 @@ def reset(net: nn.Module) -> None:
     for module in net.modules():
         for source in SOURCES:
             source.reset(module)
-
-
-@contextmanager
-def isolated(net: nn.Module) -> Iterator[None]:
-    """While the network runs, what its forward calls does not reach into other networks."""
-    with ExitStack() as stack:
-        for source in SOURCES:
-            stack.enter_context(source.isolated(net))
-        yield
 
 
 def framework(net: nn.Module) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -51,9 +50,6 @@ class Source(Protocol):
 
     def reset(self, module: nn.Module) -> None:
         """Put the module's own state back to its value before the first step."""
-
-    def isolated(self, net: nn.Module) -> AbstractContextManager[None]:
-        """While the network runs, its framework's functions touch no other network's state."""
 
 
 def comparison(surrogate: Any) -> Literal[">=", ">"] | None:

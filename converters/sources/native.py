@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
@@ -35,7 +34,3 @@ class Native:
 
     def reset(self, module: nn.Module) -> None:
         """A Node keeps no state from one call to the next."""
-
-    def isolated(self, net: nn.Module) -> AbstractContextManager[None]:
-        """Nothing here reaches beyond a module."""
-        return nullcontext()

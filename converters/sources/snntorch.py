@@ -70,20 +70,23 @@ class SnnTorch:
         if _is_neuron(type(module)) and type(module).__name__ in _KNOWN:
             module.reset_mem()  # type: ignore[operator]
 
-    @contextmanager
-    def isolated(self, net: nn.Module) -> Iterator[None]:
-        """``snntorch.utils.reset`` clears every neuron ever made; here those of ``net`` alone."""
-        roots = {k for m in net.modules() for k in type(m).__mro__ if _lists_instances(k)}
-        kept = [(root, root.instances) for root in roots]  # type: ignore[attr-defined]
-        for root in roots:
-            root.instances = [  # type: ignore[attr-defined]
-                m for m in net.modules() if isinstance(m, root) and _is_neuron(type(m))
-            ]
-        try:
-            yield
-        finally:
-            for root, instances in kept:
-                root.instances = instances  # type: ignore[attr-defined]
+
+@contextmanager
+def isolated(net: nn.Module) -> Iterator[None]:
+    """While a network runs, ``snntorch.utils.reset``, which clears every neuron ever made, reaches those
+    of ``net`` alone.
+    """
+    roots = {k for m in net.modules() for k in type(m).__mro__ if _lists_instances(k)}
+    kept = [(root, root.instances) for root in roots]  # type: ignore[attr-defined]
+    for root in roots:
+        root.instances = [  # type: ignore[attr-defined]
+            m for m in net.modules() if isinstance(m, root) and _is_neuron(type(m))
+        ]
+    try:
+        yield
+    finally:
+        for root, instances in kept:
+            root.instances = instances  # type: ignore[attr-defined]
 
 
 def _lists_instances(kind: type) -> bool:

@@ -7,7 +7,6 @@ declaration tells apart: 0.0.0.0.14 is the one whose neurons have a ``backend``.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch import nn
@@ -100,7 +99,3 @@ class SpikingJelly:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
-
-    def isolated(self, net: nn.Module) -> AbstractContextManager[None]:
-        """Nothing here reaches beyond a module."""
-        return nullcontext()

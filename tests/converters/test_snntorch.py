@@ -296,7 +296,6 @@ def test_the_framework_is_named_and_the_network_left_as_it_was() -> None:
     net = Hidden()
     x = normal(4, 2, 2, 8, 8)
     net(x)  # leaves membranes with a history on the modules, as training does
-    utils.reset(net)
     before = {n: (b, b.clone()) for n, b in net.named_buffers()}
     assert capture(net, (x,)).source["framework"] == "snntorch"
     for name, buffer in net.named_buffers():
@@ -304,11 +303,16 @@ def test_the_framework_is_named_and_the_network_left_as_it_was() -> None:
         assert torch.equal(buffer, before[name][1])
 
 
-def test_one_step_inside_the_forward() -> None:
-    net = Tutorial(steps=1)
-    program = capture(net, (normal(3, 64),))
-    x = normal(3, 64, seed=2)
-    assert all(map(torch.equal, program(x), reference(net, x)))
+@pytest.mark.parametrize("made", [lambda: Tutorial(steps=1), Hidden])
+def test_one_step_inside_the_forward(made: Callable[[], nn.Module]) -> None:
+    """A single call is no time loop outside where the forward itself starts the neuron anew."""
+    net = made()
+    size = (3, 64) if isinstance(net, Tutorial) else (1, 2, 2, 8, 8)
+    rolled = reroll_time(capture(net, (normal(*size),)))
+    assert {site.layout for site in rolled.sites} == {"stepped"}
+    x = normal(*size, seed=2)
+    for ours, theirs in zip(rolled(x), reference(net, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 # What is refused
@@ -377,4 +381,9 @@ def test_a_state_that_comes_with_the_input() -> None:
         def forward(self, x: torch.Tensor, mem: torch.Tensor) -> Any:
             return self.lif(x, mem)
 
-    assert ("time-loop-outside", "lif") in refused(Net(), normal(N, F), torch.zeros(N, F))
+    assert refused(Net(), normal(N, F), torch.zeros(N, F)) == [("neuron-state", "lif")]
+
+
+def test_a_time_loop_outside() -> None:
+    net = nn.Sequential(nn.Linear(F, F), snn.Leaky(beta=0.9, init_hidden=True))
+    assert refused(net, normal(N, F)) == [("time-loop-outside", "1")]
