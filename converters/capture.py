@@ -80,15 +80,8 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
 
 def _copy(net: nn.Module) -> nn.Module:
     """A copy in eval mode, its states reset and its parametrizations computed."""
-    # A state that training left behind has a history, which copy refuses; its values are reset anyway.
-    states = {
-        id(value): value.detach().clone()
-        for _, module, _ in sources.read_all(net)
-        for value in (*vars(module).values(), *module._buffers.values())
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }
     try:
-        work = copy.deepcopy(net, states)
+        work = sources.copied(net)
     except Exception as error:
         raise CaptureError(
             _HEADLINE,

@@ -15,7 +15,6 @@ So whatever differs end to end follows from rounding, and its first site is know
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -280,7 +279,7 @@ def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
 
 def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The network's own neuron, a copy of it, on x [T, 1, ...] from before its first step."""
-    module = copy.deepcopy(module).eval()
+    module = sources.copied(module).eval()
     sources.reset(module)
     (reading,) = (r for _, _, r in sources.read_all(module) if isinstance(r, Reading))
     with torch.no_grad():

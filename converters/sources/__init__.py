@@ -6,8 +6,10 @@ itself is not needed here. Whatever only resembles a known neuron is reported, n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from ..errors import Finding
@@ -20,6 +22,7 @@ __all__ = [
     "SOURCES",
     "Reading",
     "Source",
+    "copied",
     "framework",
     "isolated",
     "read_all",
@@ -67,6 +70,17 @@ def reset(net: nn.Module) -> None:
     for module in net.modules():
         for source in SOURCES:
             source.reset(module)
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A deep copy, in which no neuron's state has a history; torch copies no tensor that has one."""
+    states = {
+        id(value): value.detach().clone()
+        for _, module, _ in read_all(net)
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(net, states)
 
 
 def framework(net: nn.Module) -> str:
