@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Tutorial(nn.Module):
         super().__init__()
         sizes = [784, *[1000] * layers, 10]
         self.steps = steps
-        self.fc = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.fc = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.lif = nn.ModuleList(snn.Leaky(beta=0.95) for _ in self.fc)
 
     def forward(self, x: torch.Tensor) -> Any:

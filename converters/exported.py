@@ -19,7 +19,7 @@ from . import ops, sources
 from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
 from .neurons import Neuron
-from .ops import aten, shape
+from .ops import Node, aten, shape
 from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
 from .stand_in import StateAccessError
 
@@ -304,7 +304,7 @@ class _Canonical(Builder):
             self.findings.append(_foreign_state(path, state))
         return x, state, params, spec, t
 
-    def _starts(self, state: fx.Node, params: Sequence[fx.Node], spec: str) -> bool:
+    def _starts(self, state: Node, params: Sequence[Node], spec: str) -> bool:
         """Whether a state is the one before the first step, as constants."""
         parts = _told(state, spec)
         if any(p.op != "get_attr" for p in parts.values()):
@@ -345,14 +345,14 @@ class _Canonical(Builder):
         return self.call(aten.cat.default, parts, dim, path=path)
 
 
-def _told(state: fx.Node, spec: str) -> dict[int, fx.Node]:
+def _told(state: Node, spec: str) -> dict[int, Node]:
     """The parts that a state was put together of, less those that follow from others."""
     parts: Any = state.args[0] if state.target is aten.stack.default else [state]
     states = ("v", *named(json.loads(spec)["dynamics"]).states)
     return {i: p for i, p in enumerate(parts) if len(parts) == 1 or states[i] != SPIKES}
 
 
-def _unchanged(state: fx.Node, spec: str) -> fx.Node:
+def _unchanged(state: Node, spec: str) -> Node:
     """The state itself where its parts were taken out of it and put together again."""
     parts = _told(state, spec)
     sources = {p.args[0] if p.target is aten.select.int else None for p in parts.values()}
@@ -363,7 +363,7 @@ def _unchanged(state: fx.Node, spec: str) -> fx.Node:
     return source if same else state
 
 
-def _foreign_state(path: str, state: fx.Node) -> Finding:
+def _foreign_state(path: str, state: Node) -> Finding:
     parts: Any = state.args[0] if state.target is aten.stack.default else [state]
     v = next((p for p in parts if p.op == "placeholder"), parts[0])
     kind = {

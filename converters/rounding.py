@@ -151,7 +151,8 @@ class Bounds(fx.Interpreter):
         if target is NEURON_STEP:
             return self._neuron_step(n)
         if target is operator.getitem:
-            return self.env[n.args[0]]  # a step's state; its spikes are given
+            state: _Pair = self.env[n.args[0]]  # of a step; its spikes are given
+            return state
         if target is STATE:
             return self._state(n)
         pairs = [self.env[a] for a in n.all_input_nodes]
@@ -273,7 +274,9 @@ class Bounds(fx.Interpreter):
 
 def _doubt(a: torch.Tensor, b: Any, reach: Any) -> torch.Tensor:
     """1 where a comparison of a and b may come out otherwise, else 0."""
-    return ((a - b).abs() <= reach).float() * (torch.as_tensor(reach) > 0)
+    reach = torch.as_tensor(reach)
+    doubt: torch.Tensor = ((a - b).abs() <= reach) & (reach > 0)
+    return doubt.float()
 
 
 def _selected(args: Sequence[Any], errors: Sequence[Any]) -> torch.Tensor:
