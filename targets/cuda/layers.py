@@ -80,6 +80,7 @@ def fuses(norm: _BatchNorm, node: FusedNode, x: torch.Tensor) -> bool:
     """Whether a batch norm and the neuron after it run as one kernel on x [TN, C, ...]."""
     return (
         node.backend != "torch"
+        and type(node).forward is FusedNode.forward  # not so where a network is captured
         and fused_is_possible(x)
         and x.dim() >= 2
         and x.numel() > 0
