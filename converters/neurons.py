@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from . import surrogates
-from .equations import POPULATION, SPIKES, Dynamics, dynamics, exp, named, sigmoid, tanh
+from .equations import POPULATION, SPIKES, Dynamics, Symbol, dynamics, exp, named, sigmoid, tanh
 from .errors import UsageError
 from .surrogates import Surrogate
 
@@ -167,8 +167,8 @@ def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A parameter's value as a float, a flag or a tensor."""
-    if isinstance(value, (bool, torch.Tensor)):
+    """A parameter's value as a float, a flag or a tensor, or a symbol for one."""
+    if isinstance(value, (bool, torch.Tensor, Symbol)):
         return value
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
