@@ -214,7 +214,7 @@ class Model:
         if n < self.batch:
             self._check_padding()
         full = [
-            _pad(x.detach().cpu(), p.batch_dim, self.batch)
+            _pad(x.detach(), p.batch_dim, self.batch)
             for p, x in zip(self.inputs, inputs, strict=True)
         ]
         return fold([p.spec for p in self.inputs], full, self.dtype), n

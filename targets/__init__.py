@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 from ..converters.errors import UsageError
 from .base import SDK, Capabilities, Compiled, Loaded, Target, check
+from .cuda.target import Cuda
 from .lynxi import Lynxi
 from .reference import Reference
 
 __all__ = ["SDK", "TARGETS", "Capabilities", "Compiled", "Loaded", "Target", "check", "get"]
 
 TARGETS: dict[str, Callable[[], Target]] = {
+    "cuda": Cuda,
     "lynxi": lambda: Lynxi(simulated=False),
     "lynxi-sim": lambda: Lynxi(simulated=True),
     "reference": Reference,

@@ -79,7 +79,10 @@ class Loaded(Protocol):
     """A compiled graph on a device."""
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The graph's outputs for the graph's inputs, in shapes and dtypes of the graph."""
+        """The graph's outputs for the graph's inputs, in shapes and dtypes of the graph.
+
+        Inputs may lie on any device of torch.
+        """
 
     def close(self) -> None:
         """Free the device."""

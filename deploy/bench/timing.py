@@ -56,10 +56,11 @@ class Timer:
             return samples
         with torch.cuda.device(self.device):
             flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+            event: Any = torch.cuda.Event
             events = []
             for _ in range(count):
-                start_event = torch.cuda.Event(enable_timing=True)
-                end_event = torch.cuda.Event(enable_timing=True)
+                start_event = event(enable_timing=True)
+                end_event = event(enable_timing=True)
                 flush.zero_()
                 start_event.record()
                 call()

@@ -40,7 +40,7 @@ def triton() -> Any:
     except ImportError as error:
         raise TargetUnavailableError(
             "Triton is not installed; it comes with PyTorch's CUDA builds, or: pip install triton. "
-            "backend='torch' needs none"
+            "a layer with backend='torch' needs none"
         ) from error
     return triton
 
@@ -153,7 +153,8 @@ def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     elif not dense and len(parts) == 2 and parts[1][1] == 1:
         strided = (x.stride(0), parts[1][0], parts[0][1])
     elif not dense:
-        return layout(x.contiguous())
+        repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
+        return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
     return x, Layout(x.shape, tuple(strides), tuple(order), strided)
 
 

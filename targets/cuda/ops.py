@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List  # noqa: UP035
 
 import torch
 
@@ -137,11 +137,11 @@ def fused_neuron_backward(
     detach_reset: bool,
     batch_statistics: bool,
     wrt: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> List[torch.Tensor]:  # noqa: UP006 -- torch 2.6 knows no other name of it
     """Derivatives of :func:`fused_neuron`.
 
-    ``wrt`` says for each of ``params`` whether its gradient is wanted. Returns the gradients of x and of
-    initial (empty without one), of the norm's weight and bias (none without one), and of those params.
+    ``wrt`` says for each of ``params`` whether its gradient is wanted. Returns the gradients of x, of
+    initial (empty without one), of the norm's weight and bias if there is one, and of those params.
     """
     call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
     lay = call.lay
@@ -151,7 +151,7 @@ def fused_neuron_backward(
     wanted = [n for n, w in zip(own, wrt, strict=True) if w]
     if not x.numel():
         zeros = [torch.zeros_like(p) for p, w in zip(params, wrt, strict=True) if w]
-        return g_x, g_initial.zero_(), [torch.zeros_like(n) for n in norm[2:]], zeros
+        return [g_x, g_initial.zero_(), *(torch.zeros_like(n) for n in norm[2:]), *zeros]
     given = [lay.align(g_spikes)]
     given += [lay.align(g_v_seq)] if g_v_seq is not None else []
     given += [lay.align_state(g_final)] if g_final is not None else []
@@ -162,7 +162,7 @@ def fused_neuron_backward(
     if not norm:
         sums = [_sums(call, n) for n in wanted]
         run_backward(call, Backward(*flags, "x", (*wanted,)), [*given, g_x, *into_initial, *sums])
-        return g_x, g_initial, [], _totals(call, wanted, sums, params)
+        return [g_x, g_initial, *_totals(call, wanted, sums, params)]
 
     _, rstd, weight, bias = norm
     if not batch_statistics:
@@ -170,7 +170,7 @@ def fused_neuron_backward(
         sums = [_sums(call, n) for n in wanted]
         run_backward(call, Backward(*flags, "x", (*wanted,)), [*given, g_x, *into_initial, *sums])
         scale, shift, *rest = _totals(call, wanted, sums, params)
-        return g_x, g_initial, [(scale * rstd).to(weight), shift.to(bias)], rest
+        return [g_x, g_initial, (scale * rstd).to(weight), shift.to(bias), *rest]
     # Ioffe and Szegedy 2015, arXiv:1502.03167: what the mean and the variance pass on needs sums over
     # all of a channel first. The recursion runs twice, which moves less than writing its result would.
     wanted = ["norm_scale", "norm_shift", *wanted]
@@ -181,7 +181,7 @@ def fused_neuron_backward(
     minus = rstd * weight * shift / count
     slope = rstd * weight * scale * rstd.square() / count
     run_backward(call, Backward(*flags, "norm", ()), [*given, g_x, *into_initial, minus, slope])
-    return g_x, g_initial, [(scale * rstd).to(weight), shift.to(bias)], rest
+    return [g_x, g_initial, (scale * rstd).to(weight), shift.to(bias), *rest]
 
 
 def _sums(call: Call, name: str) -> torch.Tensor:
@@ -232,7 +232,7 @@ def _(
     detach_reset: bool,
     batch_statistics: bool,
     wrt: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> list[torch.Tensor]:
     _, lay = layout(x)
     g_x = torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
     g_initial = x.new_empty(0)
@@ -242,7 +242,7 @@ def _(
             initial.shape, strides, dtype=torch.float32, device=x.device
         )
     wanted = [torch.empty_like(p) for p, w in zip(params, wrt, strict=True) if w]
-    return g_x, g_initial, [torch.empty_like(n) for n in norm[2:]], wanted
+    return [g_x, g_initial, *(torch.empty_like(n) for n in norm[2:]), *wanted]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -268,7 +268,7 @@ def _backward(
     norm, params = rest[:a], rest[a : a + b]
     initial = rest[-1] if ctx.initial else None
     g_spikes = torch.zeros_like(x) if g_spikes is None else g_spikes
-    g_x, g_initial, g_norm, wanted = torch.ops.spikeport.fused_neuron_backward(
+    g_x, g_initial, *rest = torch.ops.spikeport.fused_neuron_backward(
         x,
         norm,
         params,
@@ -280,9 +280,9 @@ def _backward(
         *ctx.options,
         ctx.wrt,
     )
-    found = iter(wanted)
+    found = iter(rest)
+    into_norm = [None, None, next(found), next(found)] if norm else []
     g_params = [next(found) if w else None for w in ctx.wrt]
-    into_norm = [None, None, *g_norm] if norm else []
     return g_x, into_norm, g_params, g_initial if ctx.initial else None, *[None] * 7
 
 

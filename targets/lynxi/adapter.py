@@ -170,7 +170,7 @@ class _Model:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, copied out of the buffer that the next call overwrites."""
         parts = [
-            x.to(dtype).contiguous().numpy().reshape(-1).view(np.uint8)
+            x.to(dtype).cpu().contiguous().numpy().reshape(-1).view(np.uint8)
             for x, dtype in zip(inputs, self._dtypes, strict=True)
         ]
         try:
