@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from ..converters.errors import DeviceError, UsageError
-from ..converters.passes import Pass, flatten_time, fold_batch_norm, hoist_time_invariant
+from ..converters.passes import (
+    Pass,
+    flatten_time,
+    fold_batch_norm,
+    hoist_time_invariant,
+    reroll_time,
+)
 from ..converters.program import Program
 from . import graphs
 from .base import SDK, Capabilities, Compiled, Loaded
@@ -38,7 +44,7 @@ class Reference:
         """
         if dtype != torch.float32:
             raise UsageError("the reference target computes in float32; leave dtype out")
-        return hoist_time_invariant, flatten_time, fold_batch_norm
+        return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
 
     def sdk(self) -> SDK:
         """PyTorch itself."""

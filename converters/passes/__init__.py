@@ -14,6 +14,7 @@ from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
 from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
+from .reroll_time import reroll_time
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -25,4 +26,5 @@ __all__ = [
     "fold_batch_norm",
     "hoist_time_invariant",
     "lower_neurons",
+    "reroll_time",
 ]

@@ -20,7 +20,7 @@ from torch import fx
 
 from ..errors import Finding, UnsupportedError
 from ..ops import Node, aten
-from ..program import NEURON, NEURON_STEP, PassReport, Program, seal, short, where
+from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, seal, short, where
 
 _MAX = torch.finfo(torch.float16).max
 
@@ -87,7 +87,7 @@ def cast_float16(program: Program) -> Program:
 
 def _only_of_neurons(n: Node) -> bool:
     """Whether a tensor is nothing but a parameter of neurons."""
-    return all(u.target in (NEURON, NEURON_STEP) and u.args[0] is not n for u in n.users)
+    return all(u.target in (NEURON, NEURON_STEP, STATE) and u.args[0] is not n for u in n.users)
 
 
 #: Where the second side of a comparison is rounded to: up, or down.

@@ -23,6 +23,7 @@ from ...converters.passes import (
     flatten_time,
     fold_batch_norm,
     hoist_time_invariant,
+    reroll_time,
 )
 from ...converters.program import NEURON, NEURON_STEP, Program, steps
 from ...converters.surrogates import ATan
@@ -76,10 +77,10 @@ class Cuda:
         """
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (hoist_time_invariant, flatten_time, *absorb, cast_float16)
+            return (reroll_time, hoist_time_invariant, flatten_time, *absorb, cast_float16)
         if dtype != torch.float32:
             raise UsageError(f"the cuda target computes in float32 or float16, not in {dtype}")
-        return hoist_time_invariant, flatten_time, fold_batch_norm
+        return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
 
     def sdk(self) -> SDK:
         """PyTorch with its CUDA version; the device ids are those of torch."""

@@ -26,6 +26,7 @@ from ...converters.passes import (
     fold_batch_norm,
     hoist_time_invariant,
     lower_neurons,
+    reroll_time,
 )
 from ...converters.program import Builder, PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded
@@ -66,8 +67,15 @@ class Lynxi:
         """
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (hoist_time_invariant, flatten_time, *absorb, lower_neurons, cast_float16)
-        return hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons
+            return (
+                reroll_time,
+                hoist_time_invariant,
+                flatten_time,
+                *absorb,
+                lower_neurons,
+                cast_float16,
+            )
+        return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons
 
     def _import(self, name: str) -> Any:
         if self.simulated:
