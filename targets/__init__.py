@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..converters.errors import UsageError
 from .base import SDK, Capabilities, Compiled, Loaded, Target, check
 from .lynxi import Lynxi
+from .onnx import Onnx
 from .reference import Reference
 
 __all__ = ["SDK", "TARGETS", "Capabilities", "Compiled", "Loaded", "Target", "check", "get"]
@@ -15,6 +16,7 @@ __all__ = ["SDK", "TARGETS", "Capabilities", "Compiled", "Loaded", "Target", "ch
 TARGETS: dict[str, Callable[[], Target]] = {
     "lynxi": lambda: Lynxi(simulated=False),
     "lynxi-sim": lambda: Lynxi(simulated=True),
+    "onnx": Onnx,
     "reference": Reference,
 }
 
