@@ -7,7 +7,7 @@ a neuron comes from these two: the reference in torch, training, and the lowerin
 
 One step, with h the membrane potential after charging and s the spikes::
 
-    h[t] = charge(v[t-1], x[t])
+    h[t] = charge(v[t-1], x[t])              with other states, h[t], w[t] = charge(v[t-1], w[t-1], x[t])
     h[t] = reset(h[t], s[t-1])               only if reset_at is "next"
     s[t] = h[t] >= v_threshold               or >, as `fires` says
     v[t] = reset(h[t], s[t])                 if reset_at is "now", else h[t]
@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 from . import surrogates
-from .equations import POPULATION, Dynamics, dynamics, exp, named, sigmoid, tanh
+from .equations import POPULATION, SPIKES, Dynamics, Symbol, dynamics, exp, named, sigmoid, tanh
 from .errors import UsageError
 from .surrogates import Surrogate
 
@@ -107,8 +107,8 @@ def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A parameter's value as a float, a flag or a tensor."""
-    if isinstance(value, (bool, torch.Tensor)):
+    """A parameter's value as a float, a flag or a tensor, or a symbol for one."""
+    if isinstance(value, (bool, torch.Tensor, Symbol)):
         return value
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
@@ -166,9 +166,9 @@ class Neuron:
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
-    def charge(self, v: Any, x: Any) -> Any:
-        """The membrane potential after charging."""
-        return self.dynamics.charge(v, x, **self.params)
+    def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+        """The state after charging, v as h."""
+        return self.dynamics(state, x, self.params)
 
     def fired(self, h: Any) -> Any:
         """Where h crosses the threshold, as booleans."""
@@ -176,16 +176,16 @@ class Neuron:
 
     def step(
         self,
-        v: Any,
+        state: tuple[Any, ...],
         x: Any,
         fire: Callable[[Any], Any],
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
-    ) -> tuple[Any, Any, Any]:
-        """One time step on values of any kind: (spikes, v, h).
+    ) -> tuple[Any, tuple[Any, ...], Any]:
+        """One time step on values of any kind: (spikes, state, h).
 
         Args:
-            v: Membrane potential before the step.
+            state: (v, *states) before the step.
             x: Input.
             fire: ``h -> spikes``, in whatever form ``select`` takes.
             select: ``(spikes, a, b) -> a where there is a spike, else b``.
@@ -193,36 +193,45 @@ class Neuron:
         """
 
         def after(h: Any, spikes: Any) -> Any:
+            if self.reset == "none":
+                return h
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
-        h = self.charge(v, x)
-        if self.reset == "none":
-            return fire(h), h, h
-        if self.reset_at == "next" and t > 0:
-            h = after(h, fire(v))
+        h, *others = self.charge(state, x)
+        if self.reset_at == "next" and t > 0 and self.reset != "none":
+            h = after(h, fire(state[0]))
         spikes = fire(h)
-        return spikes, after(h, spikes) if self.reset_at == "now" else h, h
+        v = after(h, spikes) if self.reset_at == "now" else h
+        for i, name in enumerate(self.dynamics.states):
+            if name == SPIKES:
+                others[i] = spikes
+        return spikes, (v, *others), h
 
     def single_step(
-        self, x: torch.Tensor, v: torch.Tensor, t: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference of one step: x, v [N, ...] -> spikes, v [N, ...]."""
-        spikes, v, _ = self.step(v, x, lambda h: self.fired(h).to(x.dtype), _select, t)
-        return spikes, v
+        self, x: torch.Tensor, state: tuple[torch.Tensor, ...], t: int = 1
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Reference of one step: x and each of the state [N, ...] -> spikes, state [N, ...]."""
+        spikes, state, _ = self.step(state, x, lambda h: self.fired(h).to(x.dtype), _select, t)
+        return spikes, state
 
-    def multi_step(self, x_seq: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from v or v_0."""
-        return self.trace(x_seq, v, charged=False)[0]
+    def multi_step(
+        self, x_seq: torch.Tensor, state: tuple[torch.Tensor, ...] | None = None
+    ) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from a state or the initial one."""
+        return self.trace(x_seq, state, charged=False)[0]
 
     def trace(
-        self, x_seq: torch.Tensor, v: torch.Tensor | None = None, charged: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], and the last v [N, ...].
+        self,
+        x_seq: torch.Tensor,
+        state: tuple[torch.Tensor, ...] | None = None,
+        charged: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], last state, each [N, ...].
 
         Without ``charged``, h is left out (an empty tensor).
         """
-        first = 0 if v is None else 1
-        v = self.initial(x_seq[0]) if v is None else v
+        first = 0 if state is None else 1
+        state = self.initial(x_seq[0]) if state is None else state
         spikes = torch.empty_like(x_seq)
         h_seq = torch.empty_like(x_seq) if charged else x_seq.new_empty(0)
         compare: Any = torch.ge if self.fires == ">=" else torch.gt
@@ -233,21 +242,28 @@ class Neuron:
             return partial(compare, other=self.v_threshold, out=out)
 
         for t, x in enumerate(x_seq):
-            _, v, h = self.step(v, x, into(spikes[t]), _select, first + t)
+            _, state, h = self.step(state, x, into(spikes[t]), _select, first + t)
             if charged:
                 h_seq[t] = h
-        return spikes, h_seq, v
+        return spikes, h_seq, state
 
-    def initial(self, x: torch.Tensor) -> torch.Tensor:
-        """v_0 in the shape of x [N, ...]."""
+    def initial(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The state before the first step, each part in the shape of x [N, ...]."""
         if isinstance(self.v_0, torch.Tensor):
-            return self.v_0.to(x).expand_as(x)
-        return torch.full_like(x, self.v_0)
+            v = self.v_0.to(x).expand_as(x)
+        else:
+            v = torch.full_like(x, self.v_0)
+        return (v, *(torch.full_like(x, value) for value in self.dynamics.states.values()))
 
     def train_step(
-        self, v: torch.Tensor, x: torch.Tensor, surrogate: Surrogate, detach_reset: bool, t: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`single_step`, with gradients: through h as it is, through the step as declared.
+        self,
+        state: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        surrogate: Surrogate,
+        detach_reset: bool,
+        t: int = 1,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """As :meth:`step`, with gradients: through h as it is, through the step as declared.
 
         ``detach_reset`` keeps the gradient from flowing through the reset.
         """
@@ -260,8 +276,7 @@ class Neuron:
             after: torch.Tensor = s * yes + (1.0 - s) * no
             return after
 
-        s, v, _ = self.step(v, x, fire, select, t)
-        return s, v
+        return self.step(state, x, fire, select, t)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those parameters that are tensors, by name."""
@@ -390,9 +405,9 @@ class Node(nn.Module):
         neuron = self.neuron
         if not torch.is_grad_enabled():
             return neuron.multi_step(x_seq)
-        v, spikes = neuron.initial(x_seq[0]), []
+        state, spikes = neuron.initial(x_seq[0]), []
         for t, x in enumerate(x_seq):
-            s, v = neuron.train_step(v, x, self.surrogate, self.detach_reset, t)
+            s, state, _ = neuron.train_step(state, x, self.surrogate, self.detach_reset, t)
             spikes.append(s)
         return torch.stack(spikes)
 

@@ -48,18 +48,18 @@ def _(
 
 @torch.library.custom_op("spikeport::neuron_step", mutates_args=())
 def neuron_step_op(
-    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step t of a layer of neurons: x, v [N, ...] -> spikes, v [N, ...]."""
-    spikes, after = Neuron.from_json(spec, params).single_step(x, v, t)
-    return spikes, after.clone() if after is x or after is v else after
+    """Step t of a layer of neurons: x [N, ...], state [states, N, ...] -> spikes [N, ...], state."""
+    spikes, after = Neuron.from_json(spec, params).single_step(x, state.unbind(), t)
+    return spikes, torch.stack(after)
 
 
 @neuron_step_op.register_fake
 def _(
-    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+    return torch.empty_like(x), torch.empty_like(state)
 
 
 NEURON = torch.ops.spikeport.neuron.default

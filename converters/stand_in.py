@@ -85,9 +85,9 @@ class StandIn(nn.Module):
             spikes = NEURON(x, params, self._spec, "stepped", x.shape[0])
             return spikes
         neuron = Neuron.from_json(self._spec, params)
-        v, t = self._steps.v.get(self._path) or (neuron.initial(x), 0)
-        spikes, v = NEURON_STEP(x, v, params, self._spec, t)
-        self._steps.v[self._path] = (v, t + 1)
+        state, t = self._steps.v.get(self._path) or (torch.stack(neuron.initial(x)), 0)
+        spikes, state = NEURON_STEP(x, state, params, self._spec, t)
+        self._steps.v[self._path] = (state, t + 1)
         return spikes
 
     def reset(self) -> None:

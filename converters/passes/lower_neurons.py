@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..equations import Symbol
+from ..equations import SPIKES, Symbol
 from ..neurons import Neuron
 from ..ops import Node, aten, shape
 from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
@@ -171,9 +171,22 @@ class _Lower(Builder):
         self.lowered.append(replace(site, drives=names[0], spikes=names[1]))
         self.done.append(f"{site.name}: {site.neuron.describe()}, {site.T} steps")
 
-    def _initial(self, neuron: Neuron, dtype: torch.dtype) -> torch.Tensor:
-        """v_0 as the constant that the first step starts from."""
-        return torch.as_tensor(neuron.v_0, dtype=dtype).detach()
+    def _initial(self, neuron: Neuron, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The constants that the first step starts from."""
+        values = (neuron.v_0, *neuron.dynamics.states.values())
+        return tuple(torch.as_tensor(value, dtype=dtype).detach() for value in values)
+
+    def _step(
+        self, neuron: Neuron, state: tuple[Any, ...], x: _Value, t: int
+    ) -> tuple[Node, tuple[Any, ...]]:
+        """Spikes in the dtype of x, and the state after the step."""
+        emit, dtype = x.emit, x.node.meta["val"].dtype
+        fired, state, _ = neuron.step(state, x, neuron.fired, emit.where, t)
+        cast = self.call(aten._to_copy.default, fired.node, path=emit.path, dtype=dtype)
+        # The charge may multiply the last step's spikes, which a boolean does not take.
+        spikes = _Value(emit, cast)
+        parts = zip(state[1:], neuron.dynamics.states, strict=True)
+        return cast, (state[0], *(spikes if name == SPIKES else part for part, name in parts))
 
     def _multi_step(self, n: Node) -> None:
         site = self.sites[n.name]
@@ -182,14 +195,14 @@ class _Lower(Builder):
         dtype, path = x.meta["val"].dtype, where(n)
         emit = _Emitter(self, path, site.name, dtype)
         N = shape(x)[0] // (1 if site.layout == "static" else T)
-        v: Any = self._initial(neuron, dtype)
+        state = self._initial(neuron, dtype)
         spikes = []
         for t in range(T):
             xt = x
             if site.layout != "static" and T > 1:
                 xt = self.call(aten.slice.Tensor, x, 0, t * N, (t + 1) * N, path=path)
-            fired, v, _ = neuron.step(v, _Value(emit, xt), neuron.fired, emit.where, t)
-            spikes.append(self.call(aten._to_copy.default, fired.node, path=path, dtype=dtype))
+            s, state = self._step(neuron, state, _Value(emit, xt), t)
+            spikes.append(s)
         node = spikes[0] if T == 1 else self.call(aten.cat.default, spikes, 0, path=path)
         self.env[n] = node
         self._site(site, [x], [node])
@@ -200,15 +213,10 @@ class _Lower(Builder):
         neuron = Neuron.from_json(spec, (self.program.tensor(p.target) for p in n.args[2]))
         dtype = x.meta["val"].dtype
         emit = _Emitter(self, path, f"{path}.step_{t}", dtype)
-        v: Any = self._initial(neuron, dtype)
+        state = self._initial(neuron, dtype)
         if before.target is operator.getitem and before.args[0] in self.states:
-            v = self.states[before.args[0]]
-        fired, after, _ = neuron.step(v, _Value(emit, self.env[x]), neuron.fired, emit.where, t)
-        self.states[n] = _Value(emit, after.node) if isinstance(after, _Value) else after
+            state = self.states[before.args[0]]
+        spikes, self.states[n] = self._step(neuron, state, _Value(emit, self.env[x]), t)
         for user in n.users:
             if user.args[1] == 0:
-                self.env[user] = self.call(
-                    aten._to_copy.default, fired.node, path=path, dtype=dtype
-                )
-            else:
-                self.env[user] = self.states[n].node
+                self.env[user] = spikes

@@ -38,7 +38,7 @@ class SingleStep(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         v = torch.zeros_like(x) if isinstance(self.v, float) else self.v
-        spikes, self.v = Neuron(IF).single_step(x, v)
+        spikes, (self.v,) = Neuron(IF).single_step(x, (v,))
         return spikes
 
 
