@@ -220,10 +220,7 @@ class _Canonical(Builder):
             self.env[n] = args[0][args[1]]
             return
         if target is operator.getitem and isinstance(args[0], fx.Node):
-            if (
-                args[0].target in (aten.batch_norm.default, aten.max_pool2d.default)
-                and args[1] == 0
-            ):
+            if not isinstance(args[0].meta["val"], (tuple, list)) and args[1] == 0:
                 self.env[n] = args[0]
                 return
         elif (
@@ -268,6 +265,12 @@ class _Canonical(Builder):
             )
         if target is aten.max_pool2d_with_indices.default and _only_first(n):
             return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
+        if target is aten.avg_pool1d.default:
+            return self._average_pool(args, kwargs, path)
+        if target is aten.max.dim and _only_first(n):
+            return self.call(aten.amax.default, args[0], [args[1]], *args[2:], path=path)
+        if target in _ADAPTIVE_MAX and _only_first(n):
+            return self._adaptive_max(n, args[0], path)
         if target is aten.copy.default:
             like = args[0].meta["val"]
             return self.call(aten.expand.default, args[1], list(like.shape), path=path)
@@ -283,6 +286,28 @@ class _Canonical(Builder):
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
+        """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
+        x, kernel, stride, padding, *rest = (*args, *([], [0])[max(len(args) - 2, 0) :])
+        row = self.call(aten.unsqueeze.default, x, -2, path=path)
+        windows = ([1, *kernel], [1, *(stride or kernel)], [0, *padding], *rest)
+        pooled = self.call(aten.avg_pool2d.default, row, *windows, path=path, **kwargs)
+        return self.call(aten.squeeze.dim, pooled, -2, path=path)
+
+    def _adaptive_max(self, n: fx.Node, x: fx.Node, path: str) -> fx.Node:
+        """Adaptive max pooling as what it is where all its windows are alike."""
+        target: Any = n.target
+        wanted = n.args[1]
+        pool = _ADAPTIVE_MAX[target]
+        sizes = shape(x)[-len(wanted) :]
+        if set(wanted) == {1}:
+            spatial = list(range(-len(wanted), 0))
+            return self.call(aten.amax.default, x, spatial, True, path=path)
+        if any(a % b for a, b in zip(sizes, wanted, strict=True)):
+            return self.call(target, x, wanted, path=path)
+        kernel = [a // b for a, b in zip(sizes, wanted, strict=True)]
+        return self.call(pool, x, kernel, kernel, path=path)
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
@@ -315,6 +340,12 @@ class _Canonical(Builder):
         return self.call(aten.cat.default, parts, dim, path=path)
 
 
+#: Adaptive max pooling, and the pooling that it is with windows of one size.
+_ADAPTIVE_MAX = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
 #: Operators that cut a tensor into several.
 _PARTS = frozenset(
     {

@@ -18,7 +18,13 @@ from torch import fx
 
 from ..converters.errors import DeviceError, UsageError
 from ..converters.ops import aten
-from ..converters.passes import Pass, flatten_time, fold_batch_norm, hoist_time_invariant
+from ..converters.passes import (
+    Pass,
+    flatten_time,
+    fold_batch_norm,
+    fold_constants,
+    hoist_time_invariant,
+)
 from ..converters.program import Program
 from ..converters.serial import graph_from_data, graph_to_data
 from .base import SDK, Capabilities, Compiled, Loaded
@@ -44,7 +50,7 @@ class Reference:
         """
         if dtype != torch.float32:
             raise UsageError("the reference target computes in float32; leave dtype out")
-        return hoist_time_invariant, flatten_time, fold_batch_norm
+        return fold_constants, hoist_time_invariant, flatten_time, fold_batch_norm
 
     def sdk(self) -> SDK:
         """PyTorch itself."""

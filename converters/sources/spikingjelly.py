@@ -17,7 +17,19 @@ from ..errors import Finding
 from ..neurons import Neuron
 from .base import Reading, look_alike
 
-_KNOWN = ("IFNode", "LIFNode", "ParametricLIFNode")
+#: Names of the neurons that are read, with the modules of the package that they are defined in.
+_KNOWN = {
+    "IFNode": ("neuron",),
+    "LIFNode": ("neuron",),
+    "ParametricLIFNode": ("neuron",),
+    # LIF whose training is online; in eval mode they fire at the threshold, whatever the surrogate.
+    "OTTTLIFNode": ("neuron",),
+    "SLTTLIFNode": ("neuron",),
+    # LIF that remembers the mean of its potential for the search of an architecture.
+    "save_v_LIFNode": ("model", "spike_dhs"),
+}
+_ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
+_NOT_LIF = ("IFNode", "ParametricLIFNode")
 _STATELESS_IN_EVAL = ("Dropout", "Dropout2d")
 
 
@@ -26,7 +38,7 @@ def _ours(kind: type) -> bool:
 
 
 class SpikingJelly:
-    """Reads IFNode, LIFNode and ParametricLIFNode; refuses every other keeper of state by name."""
+    """Reads the neurons above; refuses every other keeper of state by name."""
 
     name = "spikingjelly"
 
@@ -41,7 +53,8 @@ class SpikingJelly:
             return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
         if kind.__name__ in _STATELESS_IN_EVAL:
             return None
-        if kind.__name__ not in _KNOWN or ".neuron" not in kind.__module__:
+        home = _KNOWN.get(kind.__name__, ())
+        if not home or list(home) != kind.__module__.split(".")[2 : 2 + len(home)]:
             return [
                 Finding(
                     rule="unknown-neuron",
@@ -58,7 +71,7 @@ class SpikingJelly:
     def _neuron(self, module: Any, path: str) -> Reading | list[Finding]:
         old, kind = hasattr(module, "backend"), type(module).__name__
         # 0.0.0.0.14 asks the surrogate of IFNode and LIFNode in training only.
-        ignored = old and kind != "ParametricLIFNode"
+        ignored = kind in _ONLINE or (old and kind != "ParametricLIFNode")
         fires = ">=" if ignored else _comparison(module.surrogate_function)
         if fires is None or not getattr(module.surrogate_function, "spiking", True):
             return [
@@ -87,7 +100,7 @@ class SpikingJelly:
         if kind != "IFNode":
             plain = old and not module.decay_input
             params = {"decay_input": module.decay_input, "v_rest": v_reset}
-        if kind == "LIFNode":
+        if kind not in _NOT_LIF:
             dynamics, params["tau"] = neurons.LIF, module.tau
             params["factored"] = plain and not hard
         elif kind == "ParametricLIFNode":

@@ -24,6 +24,7 @@ from ...converters.passes import (
     cast_float16,
     flatten_time,
     fold_batch_norm,
+    fold_constants,
     hoist_time_invariant,
     lower_neurons,
 )
@@ -64,10 +65,11 @@ class Lynxi:
         For float16 a batch norm is absorbed rather than folded where that is possible, because
         folding rounds the weights once more, and the cast comes last.
         """
+        layout: tuple[Pass, ...] = (fold_constants, hoist_time_invariant, flatten_time)
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (hoist_time_invariant, flatten_time, *absorb, lower_neurons, cast_float16)
-        return hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons
+            return (*layout, *absorb, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:

@@ -17,6 +17,7 @@ from ...converters.passes import (
     cast_float16,
     flatten_time,
     fold_batch_norm,
+    fold_constants,
     hoist_time_invariant,
     lower_neurons,
 )
@@ -48,10 +49,11 @@ class Onnx:
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
+        layout: tuple[Pass, ...] = (fold_constants, hoist_time_invariant, flatten_time)
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (hoist_time_invariant, flatten_time, *absorb, lower_neurons, cast_float16)
-        return hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons
+            return (*layout, *absorb, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, lower_neurons)
 
     def sdk(self) -> SDK:
         """The onnx package, which compiles; ONNX Runtime, which runs, may be missing."""

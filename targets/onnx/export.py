@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ class Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.bytes = 0
-        self._values: dict[Node, Any] = {}
+        self._values: dict[Node, str] = {}
         self._by_content: dict[tuple[Any, ...], str] = {}
         self._names: set[str] = set()
         self._node: Node = None
@@ -82,7 +81,7 @@ class Emitter:
         """A graph node's value, or a number, in this dtype."""
         if not isinstance(x, fx.Node):
             return self.constant(torch.tensor(x, dtype=dtype))
-        name: str = self._values[x]
+        name = self._values[x]
         return name if dtype is None else self.cast(name, x.meta["val"].dtype, dtype)
 
     def cast(self, name: str, given: torch.dtype, wanted: torch.dtype) -> str:
@@ -145,8 +144,6 @@ class Emitter:
                 self._values[n] = next(specs).name
             elif n.op == "get_attr":
                 self._values[n] = self.constant(program.tensor(n.target), n.target)
-            elif n.target is operator.getitem:
-                self._values[n] = self._values[n.args[0]][n.args[1]]
             elif n.op == "call_function":
                 try:
                     if n.target not in OPERATORS:
@@ -186,7 +183,7 @@ class Emitter:
         return {
             value: (n.meta["val"].dtype, shape(n))
             for n, value in self._values.items()
-            if isinstance(value, str) and n.op == "call_function"
+            if n.op == "call_function"
         }
 
 

@@ -1,7 +1,6 @@
 """ATen operators in ONNX, one small function each.
 
-An exporter takes the emitter and a node and gives the name of the value, or a list of names for an
-operator with several results, None for those that it does not give.
+An exporter takes the emitter and a node and gives the name of the node's value.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ...converters import ops
 from ...converters.ops import Node, aten, shape
 from .export import Emitter, NotInOnnx
 
-Exporter = Callable[[Emitter, Node], Any]
+Exporter = Callable[[Emitter, Node], str]
 
 
 def _dtype(n: Node) -> torch.dtype:
@@ -353,17 +352,6 @@ def _adaptive_average_pool(d: int) -> Exporter:
     return emit
 
 
-def _adaptive_max_pool(d: int) -> Exporter:
-    def emit(e: Emitter, n: Node) -> list[str | None]:
-        value = n.meta["val"][0]
-        kernel = _regular(shape(n.args[0])[-d:], tuple(value.shape)[-d:])
-        if kernel is None:
-            raise NotInOnnx("bins of unequal sizes")
-        return [e("MaxPool", n.args[0], kernel_shape=kernel, strides=kernel), None]
-
-    return emit
-
-
 def _regular(sizes: Sequence[int], wanted: Sequence[int]) -> list[int] | None:
     """The kernel of a pool with these many equal windows, if there is one."""
     if any(a % b for a, b in zip(sizes, wanted, strict=True)):
@@ -487,12 +475,19 @@ def _reduce(op: str, since: int) -> Exporter:
     return emit
 
 
-def _max_with_indices(e: Emitter, n: Node) -> list[str | None]:
-    if any(u.args[1] != 0 for u in n.users):
-        raise NotInOnnx("where the largest is")
-    x, at = n.args[:2]
-    keep = bool(_argument(n, 2, "keepdim", False))
-    return [_axes(e, "ReduceMax", x, [ops.dim(x, at)], keep, 18), None]
+def _variance(e: Emitter, n: Node) -> str:
+    """Var, whose divisor is the number of values less ``correction`` (or ``unbiased``, 1)."""
+    x = n.args[0]
+    axes = [ops.dim(x, d) for d in _argument(n, 1, "dim", None) or range(len(shape(x)))]
+    correction = n.kwargs.get("correction", 1)
+    if n.target is aten.var.dim:
+        correction = int(_argument(n, 2, "unbiased", True))
+    keep = bool(n.kwargs.get("keepdim", n.args[3] if len(n.args) > 3 else False))
+    count = math.prod(shape(x)[d] for d in axes)
+    centred = e("Sub", x, _mean(e, x, axes, True))
+    total = _axes(e, "ReduceSum", e("Mul", centred, centred), axes, keep, 13)
+    divisor = count - (1 if correction is None else correction)
+    return e("Div", total, e.value(float(divisor), _dtype(n)))
 
 
 def _argmax(e: Emitter, n: Node) -> str:
@@ -604,9 +599,6 @@ OPERATORS: dict[Any, Exporter] = {
     aten.adaptive_avg_pool2d.default: _adaptive_average_pool(2),
     aten._adaptive_avg_pool2d.default: _adaptive_average_pool(2),
     aten.adaptive_avg_pool3d.default: _adaptive_average_pool(3),
-    aten.adaptive_max_pool1d.default: _adaptive_max_pool(1),
-    aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
-    aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
     aten.upsample_nearest2d.default: _resize("nearest"),
     aten.upsample_nearest2d.vec: _resize("nearest"),
     aten.upsample_bilinear2d.default: _resize("linear"),
@@ -635,6 +627,7 @@ OPERATORS: dict[Any, Exporter] = {
     aten.sum.default: _reduce("ReduceSum", 13),
     aten.amax.default: _reduce("ReduceMax", 18),
     aten.amin.default: _reduce("ReduceMin", 18),
-    aten.max.dim: _max_with_indices,
+    aten.var.dim: _variance,
+    aten.var.correction: _variance,
     aten.argmax.default: _argmax,
 }
