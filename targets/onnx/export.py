@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,16 @@ class Emitter:
                 self._values[n] = next(specs).name
             elif n.op == "get_attr":
                 self._values[n] = self.constant(program.tensor(n.target), n.target)
+            elif n.target is operator.getitem:
+                self._values[n] = self._values[n.args[0]]  # of a node that is refused
             elif n.op == "call_function":
                 try:
                     if n.target not in OPERATORS:
                         raise NotInOnnx("no exporter knows this form of the operator")
                     self._values[n] = OPERATORS[n.target](self, n)
                 except NotInOnnx as error:
-                    findings.setdefault((where(n), str(error)), _refused(n, str(error)))
+                    found = f"{n.target}: {error}"
+                    findings.setdefault((where(n), found), _refused(n, found))
                     self._values[n] = self(short(n.target), *n.all_input_nodes)
         if findings:
             raise UnsupportedError("ONNX cannot say this network:", findings.values())
@@ -193,7 +197,7 @@ def _refused(n: Node, found: str) -> Finding:
         where=where(n),
         node=n.name,
         target="onnx",
-        found=f"{n.target}: {found}",
+        found=found,
         allowed="operators of standard ONNX",
         fix="replace it in the network's forward",
     )

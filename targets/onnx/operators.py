@@ -446,7 +446,16 @@ def _pad(e: Emitter, n: Node) -> str:
     rank, pairs = len(shape(x)), list(zip(flat[::2], flat[1::2], strict=True))[::-1]
     rest = [0] * (rank - len(pairs))
     pads = [*rest, *(a for a, _ in pairs), *rest, *(b for _, b in pairs)]
-    return e("Pad", x, e.ints(pads), e.value(_argument(n, 2, "value", 0) or 0, _dtype(n)))
+    mode, value = "constant", _argument(n, 2, "value", None)
+    if n.target is aten.pad.default:
+        mode, value = _argument(n, 2, "mode", "constant"), _argument(n, 3, "value", None)
+    if mode not in _PADDING:
+        raise NotInOnnx(f"padding in mode {mode}")
+    filled = e.value(value or 0, _dtype(n)) if mode == "constant" else None
+    return e("Pad", x, e.ints(pads), *filter(None, [filled]), mode=_PADDING[mode])
+
+
+_PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 
 
 # Reduction
@@ -568,6 +577,9 @@ OPERATORS: dict[Any, Exporter] = {
     aten.bitwise_or.Tensor: _logical("Or"),
     aten.bitwise_xor.Tensor: _logical("Xor"),
     aten.bitwise_not.default: _logical("Not"),
+    aten.__and__.Tensor: _logical("And"),
+    aten.__or__.Tensor: _logical("Or"),
+    aten.__xor__.Tensor: _logical("Xor"),
     **dict.fromkeys(ops.SELECT, _where),
     # Layers
     aten.conv1d.default: _conv,
@@ -592,7 +604,6 @@ OPERATORS: dict[Any, Exporter] = {
     aten.max_pool1d.default: _max_pool(1),
     aten.max_pool2d.default: _max_pool(2),
     aten.max_pool3d.default: _max_pool(3),
-    aten.avg_pool1d.default: _average_pool(1),
     aten.avg_pool2d.default: _average_pool(2),
     aten.avg_pool3d.default: _average_pool(3),
     aten.adaptive_avg_pool1d.default: _adaptive_average_pool(1),
@@ -620,6 +631,7 @@ OPERATORS: dict[Any, Exporter] = {
     aten.expand.default: _expand,
     aten.repeat.default: _repeat,
     aten.constant_pad_nd.default: _pad,
+    aten.pad.default: _pad,
     # Reduction
     aten.mean.dim: _reduce("ReduceMean", 18),
     aten.mean.default: _reduce("ReduceMean", 18),
