@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import ops, sources
 from .errors import CaptureError, Finding, UsageError
-from .ops import aten, shape
+from .ops import Node, aten, shape
 from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
 from .stand_in import StateAccessError
 
@@ -289,25 +289,23 @@ class _Canonical(Builder):
 
     def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
         """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
-        x, kernel, stride, padding, *rest = (*args, *([], [0])[max(len(args) - 2, 0) :])
+        given: list[Any] = [*args, *([], [0])[max(len(args) - 2, 0) :]]
+        x, kernel, stride, padding, *rest = given
         row = self.call(aten.unsqueeze.default, x, -2, path=path)
         windows = ([1, *kernel], [1, *(stride or kernel)], [0, *padding], *rest)
         pooled = self.call(aten.avg_pool2d.default, row, *windows, path=path, **kwargs)
         return self.call(aten.squeeze.dim, pooled, -2, path=path)
 
-    def _adaptive_max(self, n: fx.Node, x: fx.Node, path: str) -> fx.Node:
+    def _adaptive_max(self, n: Node, x: fx.Node, path: str) -> fx.Node:
         """Adaptive max pooling as what it is where all its windows are alike."""
-        target: Any = n.target
-        wanted = n.args[1]
-        pool = _ADAPTIVE_MAX[target]
-        sizes = shape(x)[-len(wanted) :]
+        sizes, wanted = shape(x)[-len(n.args[1]) :], n.args[1]
         if set(wanted) == {1}:
             spatial = list(range(-len(wanted), 0))
             return self.call(aten.amax.default, x, spatial, True, path=path)
         if any(a % b for a, b in zip(sizes, wanted, strict=True)):
-            return self.call(target, x, wanted, path=path)
+            return self.call(n.target, x, wanted, path=path)
         kernel = [a // b for a, b in zip(sizes, wanted, strict=True)]
-        return self.call(pool, x, kernel, kernel, path=path)
+        return self.call(_ADAPTIVE_MAX[n.target], x, kernel, kernel, path=path)
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""

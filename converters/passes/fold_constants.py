@@ -35,7 +35,7 @@ def fold_constants(program: Program) -> Program:
                 with torch.no_grad():
                     folded: torch.Tensor = n.target(*args, **kwargs)
                 known[key] = build.constant(f"folded.{n.name}", folded.contiguous())
-                done[where(n) or n.name] = None
+                done[where(n) or "the network's own forward"] = None
             env[n] = known[key]
             values[n] = build.tensors[str(known[key].target)]
         elif n.op == "call_function":

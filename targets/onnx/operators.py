@@ -29,6 +29,12 @@ def _argument(n: Node, index: int, name: str, default: Any) -> Any:
     return n.args[index] if len(n.args) > index else n.kwargs.get(name, default)
 
 
+def _arguments(n: Node, required: int, *defaults: Any) -> list[Any]:
+    """All of a node's arguments, those that are left out by default."""
+    given = list(n.args)
+    return [*given, *defaults[len(given) - required :]]
+
+
 def _each(value: Any, count: int) -> list[int]:
     """A number, or a list of one, for each of the spatial dimensions."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -164,10 +170,7 @@ def _leaky_relu(e: Emitter, n: Node) -> str:
 
 
 def _conv(e: Emitter, n: Node) -> str:
-    x, weight, bias, stride, padding, dilation, groups = (
-        *n.args,
-        *(None, 1, 0, 1, 1)[len(n.args) - 2 :],
-    )
+    x, weight, bias, stride, padding, dilation, groups = _arguments(n, 2, None, 1, 0, 1, 1)
     d = len(shape(x)) - 2
     return e(
         "Conv",
@@ -181,9 +184,8 @@ def _conv(e: Emitter, n: Node) -> str:
 
 
 def _conv_transpose(e: Emitter, n: Node) -> str:
-    x, weight, bias, stride, padding, out_padding, groups, dilation = (
-        *n.args,
-        *(None, 1, 0, 0, 1, 1)[len(n.args) - 2 :],
+    x, weight, bias, stride, padding, out_padding, groups, dilation = _arguments(
+        n, 2, None, 1, 0, 0, 1, 1
     )
     d = len(shape(x)) - 2
     return e(
@@ -199,7 +201,7 @@ def _conv_transpose(e: Emitter, n: Node) -> str:
 
 
 def _linear(e: Emitter, n: Node) -> str:
-    x, weight, bias = (*n.args, None)[:3]
+    x, weight, bias = _arguments(n, 2, None)
     if len(shape(x)) == 2:
         return e("Gemm", *(a for a in (x, weight, bias) if a is not None), transB=1)
     known = e.tensor(weight)
@@ -250,7 +252,7 @@ def _affine(e: Emitter, x: str, weight: Any, bias: Any) -> str:
 
 
 def _layer_norm(e: Emitter, n: Node) -> str:
-    x, sizes, weight, bias, epsilon = (*n.args, *(None, None, 1e-5)[len(n.args) - 2 :])[:5]
+    x, sizes, weight, bias, epsilon = _arguments(n, 2, None, None, 1e-5)[:5]
     axes = list(range(-len(sizes), 0))
     if e.opset >= 17:
         ones = e.constant(torch.ones(tuple(sizes), dtype=_dtype(n)))
@@ -264,7 +266,7 @@ def _layer_norm(e: Emitter, n: Node) -> str:
 
 
 def _group_norm(e: Emitter, n: Node) -> str:
-    x, groups, weight, bias, epsilon = (*n.args, *(None, None, 1e-5)[len(n.args) - 2 :])[:5]
+    x, groups, weight, bias, epsilon = _arguments(n, 2, None, None, 1e-5)[:5]
     size, dtype = shape(x), _dtype(n)
     rows = e("Reshape", x, e.ints([size[0], groups, -1]))
     ones, zeros = _filled(e, groups, 1.0, dtype), _filled(e, groups, 0.0, dtype)
