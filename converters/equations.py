@@ -182,6 +182,10 @@ class Dynamics:
             charged.insert(at, state[at])
         return tuple(charged)
 
+    def __reduce__(self) -> Any:
+        # A charge equation is found by name, also where it was declared inside a function.
+        return named, (self.name,)
+
 
 _REGISTRY: dict[str, Dynamics] = {}
 

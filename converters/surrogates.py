@@ -57,6 +57,9 @@ class Kind:
                 raise UsageError(f"surrogate {self.name}: {name} is {value!r}; give a number")
         return Surrogate(self, {n: float(given.get(n, v)) for n, v in self.defaults.items()})
 
+    def __reduce__(self) -> Any:
+        return named, (self.name,)
+
 
 @dataclass(frozen=True)
 class Surrogate:
@@ -81,7 +84,9 @@ class Surrogate:
 
     def to_json(self) -> str:
         """One line of JSON; the inverse of :meth:`from_json`."""
-        return json.dumps({"surrogate": self.name, **self.parameters})
+        # Without the json module, which torch.compile does not trace.
+        values = "".join(f', "{n}": {v!r}' for n, v in self.parameters.items())
+        return f'{{"surrogate": "{self.name}"{values}}}'
 
     @classmethod
     def from_json(cls, text: str) -> Surrogate:
@@ -92,9 +97,7 @@ class Surrogate:
         """
         fields: dict[str, Any] = json.loads(text)
         name = fields.pop("surrogate")
-        if name not in KINDS:
-            raise UsageError(f"no surrogate {name!r} is declared; there are {', '.join(KINDS)}")
-        return KINDS[name](**fields)
+        return named(name)(**fields)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{n}={v}' for n, v in self.parameters.items())})"
@@ -102,6 +105,13 @@ class Surrogate:
 
 #: Every surrogate that is declared, by name.
 KINDS: dict[str, Kind] = {}
+
+
+def named(name: str) -> Kind:
+    """The surrogate declared under this name."""
+    if name not in KINDS:
+        raise UsageError(f"no surrogate {name!r} is declared; there are {', '.join(KINDS)}")
+    return KINDS[name]
 
 
 class _Probe(Symbol):

@@ -154,7 +154,9 @@ def backward(tape: Tape, seeds: Mapping[Expr, Expr], wrt: Iterable[Expr]) -> lis
 
 def _partials(tape: Tape, e: Expr, g: Expr) -> tuple[Expr | None, ...]:
     """What the derivative g of a result gives each of its arguments."""
-    a, b, c = (*e.args, None, None, None)[:3]
+    if not e.args:
+        return ()
+    a, b = (*e.args, *e.args)[:2]  # b is for operations of two arguments
     zero = tape.const(0.0)
     if e.op.startswith("fire") and e.value is not None:
         through = g * e.value.derivative(a - b)

@@ -24,6 +24,7 @@ from ..converters.passes import (
     fold_batch_norm,
     fold_constants,
     hoist_time_invariant,
+    reroll_time,
 )
 from ..converters.program import Program
 from ..converters.serial import graph_from_data, graph_to_data
@@ -50,7 +51,8 @@ class Reference:
         """
         if dtype != torch.float32:
             raise UsageError("the reference target computes in float32; leave dtype out")
-        return fold_constants, hoist_time_invariant, flatten_time, fold_batch_norm
+        layout = (fold_constants, reroll_time, hoist_time_invariant, flatten_time)
+        return *layout, fold_batch_norm
 
     def sdk(self) -> SDK:
         """PyTorch itself."""

@@ -15,6 +15,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
+from .reroll_time import reroll_time
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -27,4 +28,5 @@ __all__ = [
     "fold_constants",
     "hoist_time_invariant",
     "lower_neurons",
+    "reroll_time",
 ]

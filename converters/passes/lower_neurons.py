@@ -18,7 +18,17 @@ from torch import fx
 from ..equations import SPIKES, Symbol
 from ..neurons import Neuron
 from ..ops import Node, aten, shape
-from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
+from ..program import (
+    NEURON,
+    NEURON_STEP,
+    STATE,
+    Builder,
+    PassReport,
+    Program,
+    Site,
+    state_of,
+    where,
+)
 
 
 def lower_neurons(program: Program) -> Program:
@@ -110,6 +120,10 @@ class _Emitter:
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
         return _Value(self, self._tensor(tensor))
 
+    def value(self, value: Any) -> _Value:
+        """A node for what may be a constant."""
+        return value if isinstance(value, _Value) else self.constant(value)
+
     def compare(self, name: str, a: _Value, b: Any) -> _Value:
         b = self._argument(b)
         packet = getattr(aten, name)
@@ -138,6 +152,7 @@ class _Lower(Builder):
         self.done: list[str] = []
         # The state after a single step, by the node of its call: it need not be a node itself.
         self.states: dict[Node, Any] = {}
+        self.unrolled: dict[Any, list[tuple[Node, tuple[Any, ...]]]] = {}
 
     def run(self) -> Program:
         for n in self.program.walk():
@@ -147,18 +162,24 @@ class _Lower(Builder):
                 self.env[n] = self.copy(n, self.env)
             elif n.op == "call_function" and n.target is NEURON:
                 self._multi_step(n)
+            elif n.op == "call_function" and n.target is STATE:
+                self._state(n)
             elif n.op == "call_function" and n.target is NEURON_STEP:
                 self._single_step(n)
             elif n.op == "call_function" and n.args and n.args[0] in self.states:
                 continue
+            elif (call := state_of(n)) is not None:
+                emit = _Emitter(self, where(n), f"{where(n)}.{n.name}", n.meta["val"].dtype)
+                self.env[n] = emit.value(self.states[call][n.args[2]]).node
             elif n.op == "call_function":
                 self.env[n] = self.copy(n, self.env)
+        named = {n.name: n for n in self.program.walk()}
         for site in self.program.sites:
             if site.layout == "steps":
                 self._site(
                     site,
-                    [self.env[self.program.node(d)] for d in site.drives],
-                    [self.env[self.program.node(s)] for s in site.spikes],
+                    [self.env[named[d]] for d in site.drives],
+                    [self.env[named[s]] for s in site.spikes],
                 )
         report = PassReport("lower_neurons", tuple(self.done))
         order = {site.name: i for i, site in enumerate(self.program.sites)}
@@ -190,22 +211,41 @@ class _Lower(Builder):
 
     def _multi_step(self, n: Node) -> None:
         site = self.sites[n.name]
-        neuron = site.neuron
-        x, T = self.env[n.args[0]], site.T
-        dtype, path = x.meta["val"].dtype, where(n)
-        emit = _Emitter(self, path, site.name, dtype)
-        N = shape(x)[0] // (1 if site.layout == "static" else T)
+        spikes = [s for s, _ in self._unrolled(n)]
+        node = self._joined(spikes, where(n))
+        self.env[n] = node
+        self._site(site, [self.env[n.args[0]]], [node])
+
+    def _state(self, n: Node) -> None:
+        x, index = self.env[n.args[0]], n.args[5]
+        emit = _Emitter(self, where(n), f"{where(n)}.state_{index}", x.meta["val"].dtype)
+        parts = [emit.value(state[index]).node for _, state in self._unrolled(n)]
+        self.env[n] = self._joined(parts, where(n))
+
+    def _joined(self, steps: list[Node], path: str) -> Node:
+        return steps[0] if len(steps) == 1 else self.call(aten.cat.default, steps, 0, path=path)
+
+    def _unrolled(self, n: Node) -> list[tuple[Node, tuple[Any, ...]]]:
+        """Spikes and state of each step of a layer, emitted once for all that ask for them."""
+        x, params, spec, layout, T = n.args[:5]
+        key = (x, tuple(params), spec, layout)
+        if key in self.unrolled:
+            return self.unrolled[key]
+        neuron = Neuron.from_json(spec, (self.program.tensor(p.target) for p in params))
+        x, path = self.env[x], where(n)
+        dtype = x.meta["val"].dtype
+        name = self.sites[n.name].name if n.name in self.sites else f"{path}.state"
+        emit = _Emitter(self, path, name, dtype)
+        N = shape(x)[0] // (1 if layout == "static" else T)
         state = self._initial(neuron, dtype)
-        spikes = []
+        steps = self.unrolled[key] = []
         for t in range(T):
             xt = x
-            if site.layout != "static" and T > 1:
+            if layout != "static" and T > 1:
                 xt = self.call(aten.slice.Tensor, x, 0, t * N, (t + 1) * N, path=path)
             s, state = self._step(neuron, state, _Value(emit, xt), t)
-            spikes.append(s)
-        node = spikes[0] if T == 1 else self.call(aten.cat.default, spikes, 0, path=path)
-        self.env[n] = node
-        self._site(site, [x], [node])
+            steps.append((s, state))
+        return steps
 
     def _single_step(self, n: Node) -> None:
         x, before, _, spec, t = n.args

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .. import neurons
 from ..errors import Finding
 from ..neurons import Neuron
-from .base import Reading, look_alike
+from .base import Reading, comparison, look_alike, surrogate_output
 
 #: Names of the neurons that are read, with the modules of the package that they are defined in.
 _KNOWN = {
@@ -72,17 +71,9 @@ class SpikingJelly:
         old, kind = hasattr(module, "backend"), type(module).__name__
         # 0.0.0.0.14 asks the surrogate of IFNode and LIFNode in training only.
         ignored = kind in _ONLINE or (old and kind != "ParametricLIFNode")
-        fires = ">=" if ignored else _comparison(module.surrogate_function)
+        fires = ">=" if ignored else comparison(module.surrogate_function)
         if fires is None or not getattr(module.surrogate_function, "spiking", True):
-            return [
-                Finding(
-                    rule="surrogate-output",
-                    where=path,
-                    found=f"{module.surrogate_function} gives other values than spikes of 0 and 1",
-                    allowed="a surrogate function whose output is a step at 0",
-                    fix="set spiking=True on the surrogate function",
-                )
-            ]
+            return [surrogate_output(module.surrogate_function, path)]
         if getattr(module, "_neuron_precision", None) is not None:
             return [
                 Finding(
@@ -121,14 +112,3 @@ class SpikingJelly:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
-
-
-def _comparison(surrogate: Any) -> Literal[">=", ">"] | None:
-    """How a surrogate function fires at the threshold itself, seen from its output."""
-    tiny = torch.finfo(torch.float32).tiny
-    u = torch.tensor([-1.0, -tiny, 0.0, tiny, 1.0])
-    with torch.no_grad():
-        spikes = surrogate(u)
-    if torch.equal(spikes, (u >= 0).float()):
-        return ">="
-    return ">" if torch.equal(spikes, (u > 0).float()) else None

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,11 @@ from ...converters.errors import DeviceError, TargetUnavailableError
 from ...converters.neurons import Neuron
 from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_source
 
-#: Most time steps whose states are kept in registers at once.
-CHUNK = 16
+#: Time steps of a chunk, and the most that are taken as one chunk. Measured on an H200: a chunk's
+#: states live in registers, and every further chunk costs a state that is kept in memory.
+CHUNK, WHOLE = 8, 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WARPS = 4
+_WARPS = 8
 
 
 def interpreted() -> bool:
@@ -44,7 +45,7 @@ def triton() -> Any:
     return triton
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(source: str, name: str) -> Any:
     """The kernel of this source."""
     package = triton()
@@ -128,7 +129,7 @@ def allocate(
 def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """x [T, ...] as the kernels read it, a copy only if nothing else will do, and its layout."""
     order = sorted(
-        (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride(d), d)
+        (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride()[d], d)
     )
     strides, size = [1] * x.dim(), 1
     for d in reversed(order):
@@ -263,23 +264,24 @@ class Call:
         neuron: str,
         surrogate: str,
         detach_reset: bool,
-        block: int,
     ) -> Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
+        loop = lay.T > WHOLE
+        steps = CHUNK if loop else lay.T
+        block = 32 * _WARPS * (4 if steps <= CHUNK else 2)
         tile = channel_tile(lay, block) if norm else flat_tile(lay, block)
         channel = (-1,) + (1,) * (x.dim() - 3)
         tensors = {n: t.reshape(channel) for n, t in zip(NORM, norm, strict=bool(norm))}
         own = [*Neuron.from_json(neuron, params).tensors()]
         tensors |= dict(zip(own, params, strict=True))
         read = tuple(reads(lay, tile, t) for t in tensors.values())
-        loop = lay.T > CHUNK
         spec = Spec(
             neuron,
             tuple(zip(tensors, (r.kind for r in read), strict=True)),
             surrogate,
             detach_reset,
-            CHUNK if loop else lay.T,
+            steps,
             lay.T % CHUNK if loop else 0,
             loop,
             tile.kind,
@@ -325,5 +327,5 @@ def backward(call: Call, asked: Backward, tensors: Sequence[torch.Tensor]) -> No
     call.launch(source, "backward", [call.x, *tensors])
 
 
-_forward_source = lru_cache(maxsize=None)(forward_source)
-_backward_source = lru_cache(maxsize=None)(backward_source)
+_forward_source = cache(forward_source)
+_backward_source = cache(backward_source)

@@ -15,13 +15,9 @@ import torch
 
 from ...converters.equations import named
 from .codegen import NORM, Backward, Forward
-from .kernels import Call
+from .kernels import CHUNK, WHOLE, Call, layout
 from .kernels import backward as run_backward
 from .kernels import forward as run_forward
-
-#: Neurons of one program, for each kernel.
-FORWARD_BLOCK = 1024
-BACKWARD_BLOCK = 512
 
 
 def _states(neuron: str) -> int:
@@ -74,7 +70,7 @@ def fused_neuron(
         Spikes [T, N, ...] in the dtype of x; state [states, N, ...] in float32; v [T, N, ...] in the
         dtype of x; what the backward pass starts its chunks from. What was not asked for is empty.
     """
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, FORWARD_BLOCK)
+    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
     lay, states = call.lay, _states(neuron)
     spikes = lay.empty(x)
     v = lay.empty(x) if v_seq else _nothing(x)
@@ -109,8 +105,6 @@ def _(
     v_seq: bool,
     checkpoints: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from .kernels import CHUNK, layout
-
     _, lay = layout(x)
     states = _states(neuron)
     spikes = torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
@@ -118,7 +112,7 @@ def _(
     last = torch.empty_strided(
         shape, (lay.N, *lay.strides[1:]), dtype=torch.float32, device=x.device
     )
-    keep = checkpoints and lay.T > CHUNK
+    keep = checkpoints and lay.T > WHOLE
     kept = x.new_empty((-(-lay.T // CHUNK), states, lay.N), dtype=torch.float32)
     return (
         spikes,
@@ -149,7 +143,7 @@ def fused_neuron_backward(
     ``wrt`` says for each of ``params`` whether its gradient is wanted. Returns the gradients of x and of
     initial (empty without one), of the norm's weight and bias (none without one), and of those params.
     """
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, BACKWARD_BLOCK)
+    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
     lay = call.lay
     g_initial = lay.state(x, _states(neuron)) if initial is not None else _nothing(x)
     g_x = lay.empty(x)
@@ -170,7 +164,7 @@ def fused_neuron_backward(
         run_backward(call, Backward(*flags, "x", (*wanted,)), [*given, g_x, *into_initial, *sums])
         return g_x, g_initial, [], _totals(call, wanted, sums, params)
 
-    mean, rstd, weight, bias = norm
+    _, rstd, weight, bias = norm
     if not batch_statistics:
         wanted = ["norm_scale", "norm_shift", *wanted]
         sums = [_sums(call, n) for n in wanted]
@@ -239,8 +233,6 @@ def _(
     batch_statistics: bool,
     wrt: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    from .kernels import layout
-
     _, lay = layout(x)
     g_x = torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
     g_initial = x.new_empty(0)
@@ -254,13 +246,14 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, norm, params, initial, neuron, surrogate, detach_reset, batch_statistics, *_ = inputs
+    x, norm, params, initial, neuron, surrogate, detach_reset, batch_statistics, *asked = inputs
     ctx.set_materialize_grads(False)
     tensors = [x, output[3], *norm, *params]
     ctx.save_for_backward(*tensors, *([] if initial is None else [initial]))
     ctx.counts, ctx.initial = (len(norm), len(params)), initial is not None
     ctx.options = (neuron, surrogate, detach_reset, batch_statistics)
     ctx.wrt = [p.requires_grad for p in params]
+    ctx.final, ctx.v_seq, _ = asked
 
 
 def _backward(
@@ -282,8 +275,8 @@ def _backward(
         initial,
         checkpoints,
         g_spikes,
-        g_final,
-        g_v_seq,
+        g_final if ctx.final else None,
+        g_v_seq if ctx.v_seq else None,
         *ctx.options,
         ctx.wrt,
     )

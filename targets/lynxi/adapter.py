@@ -27,6 +27,7 @@ from ...converters.passes import (
     fold_constants,
     hoist_time_invariant,
     lower_neurons,
+    reroll_time,
 )
 from ...converters.program import Builder, PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded
@@ -65,7 +66,12 @@ class Lynxi:
         For float16 a batch norm is absorbed rather than folded where that is possible, because
         folding rounds the weights once more, and the cast comes last.
         """
-        layout: tuple[Pass, ...] = (fold_constants, hoist_time_invariant, flatten_time)
+        layout: tuple[Pass, ...] = (
+            fold_constants,
+            reroll_time,
+            hoist_time_invariant,
+            flatten_time,
+        )
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
             return (*layout, *absorb, lower_neurons, cast_float16)

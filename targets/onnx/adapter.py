@@ -20,6 +20,7 @@ from ...converters.passes import (
     fold_constants,
     hoist_time_invariant,
     lower_neurons,
+    reroll_time,
 )
 from ...converters.program import Program, short
 from ..base import SDK, Capabilities, Compiled, Loaded
@@ -49,7 +50,12 @@ class Onnx:
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
-        layout: tuple[Pass, ...] = (fold_constants, hoist_time_invariant, flatten_time)
+        layout: tuple[Pass, ...] = (
+            fold_constants,
+            reroll_time,
+            hoist_time_invariant,
+            flatten_time,
+        )
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
             return (*layout, *absorb, lower_neurons, cast_float16)

@@ -302,10 +302,10 @@ class TestDeclaring:
 
     def test_the_same_name_with_another_default(self) -> None:
         def make(value: float) -> Any:
-            def Leaky(v, x, *, leak=value):  # noqa: N802
+            def Leaking(v, x, *, leak=value):  # noqa: N802
                 return v * leak + x
 
-            return Leaky
+            return Leaking
 
         neurons.dynamics(make(0.5))
         neurons.dynamics(make(0.5))
