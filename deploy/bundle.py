@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from .. import targets
 from ..converters.errors import ArtifactExistsError, Finding, UnsupportedError, UsageError
+from ..targets import lynxi
 from . import store
 from .artifact import Artifact
 from .model import Port
@@ -64,7 +65,7 @@ def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
             if (source.path / "device" / name).exists():
                 shutil.copyfile(source.path / "device" / name, stage / name)
         np.savez(stage / "samples.npz", **_samples(source))
-        script = resources.files(__package__).joinpath("run_bundle.py")
+        script = resources.files(lynxi).joinpath("run_bundle.py")
         (stage / "run.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
         written = {p.name: store.file_sha256(p) for p in sorted(stage.iterdir())}
         text = json.dumps(_manifest(manifest, written), indent=2, sort_keys=True)

@@ -118,7 +118,9 @@ def test_no_such_device(program, tmp_path) -> None:
 
 
 def test_an_unknown_option_lists_those_there_are(program, tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"no option batch_size; there are apu_only, build_mode"):
+    with pytest.raises(
+        UsageError, match=r"no option batch_size; there are model_type, apu_only, build_mode"
+    ):
         targets.get("lynxi-sim").compile(program, tmp_path, {"batch_size": 4})
 
 

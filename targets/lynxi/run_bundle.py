@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def damaged(folder: Path, files: dict[str, str]) -> list[str]:
     return problems
 
 
-def build(folder: Path, out: Path, manifest: dict) -> None:  # type: ignore[type-arg]
+def build(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
     """Compile model.onnx with lyngor, unless it was compiled into ``out`` before."""
     import lyngor
 
@@ -61,7 +62,7 @@ def build(folder: Path, out: Path, manifest: dict) -> None:  # type: ignore[type
     print(f"built by lyngor {lyngor.version} into {out}")
 
 
-def run(model, device: int, inputs: list, ports: list) -> list:  # type: ignore[no-untyped-def,type-arg]
+def run(model: Any, device: int, inputs: list[Any], ports: list[Any]) -> list[Any]:
     """The model's outputs for one call, in the shapes and types of ``ports``."""
     import lynpy
 
@@ -78,7 +79,7 @@ def run(model, device: int, inputs: list, ports: list) -> list:  # type: ignore[
     return outputs
 
 
-def compare(call: int, name: str, expected: np.ndarray, found: np.ndarray) -> bool:  # type: ignore[type-arg]
+def compare(call: int, name: str, expected: Any, found: Any) -> bool:
     """Say how one output differs from what was recorded; whether that is rounding."""
     place = f"call {call}, output {name} {list(expected.shape)}"
     a, b = expected.astype(np.float64), found.astype(np.float64)
