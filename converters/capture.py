@@ -125,8 +125,21 @@ def _fresh(args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 def _traceable(net: nn.Module, watched: _Watched, state: State) -> nn.Module:
     work = _copy(net)
+    _numbers(work)
     wrap(work, watched.readings, watched.memories, state)
     return work
+
+
+def _numbers(net: nn.Module) -> None:
+    """Make plain integers of those that are tensors but no buffers: control flow may ask them."""
+    for module in net.modules():
+        for name, value in vars(module).items():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.dim() == 0
+                and not value.is_floating_point()
+            ):
+                vars(module)[name] = value.item()
 
 
 # The network's own run, watched

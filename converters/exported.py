@@ -226,10 +226,7 @@ class _Canonical(Builder):
             self.env[n] = args[0][args[1]]
             return
         if target is operator.getitem and isinstance(args[0], fx.Node):
-            if (
-                args[0].target in (aten.batch_norm.default, aten.max_pool2d.default)
-                and args[1] == 0
-            ):
+            if not isinstance(args[0].meta["val"], (tuple, list)) and args[1] == 0:
                 self.env[n] = args[0]
                 return
         elif (
@@ -276,6 +273,12 @@ class _Canonical(Builder):
             )
         if target is aten.max_pool2d_with_indices.default and _only_first(n):
             return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
+        if target is aten.avg_pool1d.default:
+            return self._average_pool(args, kwargs, path)
+        if target is aten.max.dim and _only_first(n):
+            return self.call(aten.amax.default, args[0], [args[1]], *args[2:], path=path)
+        if target in _ADAPTIVE_MAX and _only_first(n):
+            return self._adaptive_max(n, args[0], path)
         if target is aten.copy.default:
             like = args[0].meta["val"]
             return self.call(aten.expand.default, args[1], list(like.shape), path=path)
@@ -291,6 +294,26 @@ class _Canonical(Builder):
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
+        """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
+        given: list[Any] = [*args, *([], [0])[max(len(args) - 2, 0) :]]
+        x, kernel, stride, padding, *rest = given
+        row = self.call(aten.unsqueeze.default, x, -2, path=path)
+        windows = ([1, *kernel], [1, *(stride or kernel)], [0, *padding], *rest)
+        pooled = self.call(aten.avg_pool2d.default, row, *windows, path=path, **kwargs)
+        return self.call(aten.squeeze.dim, pooled, -2, path=path)
+
+    def _adaptive_max(self, n: Node, x: fx.Node, path: str) -> fx.Node:
+        """Adaptive max pooling as what it is where all its windows are alike."""
+        sizes, wanted = shape(x)[-len(n.args[1]) :], n.args[1]
+        if set(wanted) == {1}:
+            spatial = list(range(-len(wanted), 0))
+            return self.call(aten.amax.default, x, spatial, True, path=path)
+        if any(a % b for a, b in zip(sizes, wanted, strict=True)):
+            return self.call(n.target, x, wanted, path=path)
+        kernel = [a // b for a, b in zip(sizes, wanted, strict=True)]
+        return self.call(_ADAPTIVE_MAX[n.target], x, kernel, kernel, path=path)
 
     def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
         """A neuron's step with its number, which follows from where its state comes from."""
@@ -343,6 +366,14 @@ class _Canonical(Builder):
         if len(parts) == 1:
             return part
         return self.call(aten.cat.default, parts, dim, path=path)
+
+
+#: Adaptive max pooling, and the pooling that it is with windows of one size.
+_ADAPTIVE_MAX = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
 
 
 def _told(state: Node, spec: str) -> dict[int, Node]:

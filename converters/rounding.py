@@ -45,7 +45,10 @@ _EXACT = frozenset(
         aten.expand.default,
         aten.permute.default,
         aten.transpose.int,
+        aten.amax.default,
+        aten.max_pool1d.default,
         aten.max_pool2d.default,
+        aten.max_pool3d.default,
         aten._to_copy.default,
     }
 )

@@ -378,6 +378,15 @@ def _train(args: argparse.Namespace) -> int:
     return OK
 
 
+def _bundle(args: argparse.Namespace) -> int:
+    from .bundle import bundle
+
+    path = bundle(args.artifact, args.output)
+    text = f"{path}: run.py there needs the Lynxi SDK, NumPy and Python 3.8"
+    _report(args, text, {"path": str(path), "files": sorted(p.name for p in path.iterdir())})
+    return OK
+
+
 def _simulate(args: argparse.Namespace) -> int:
     from ..targets.lynxi.simulator.simulate import run_script
 
@@ -529,6 +538,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train a network on Fashion-MNIST", _TRAIN_EPILOG)
     _train_arguments(train)
+
+    bundled = command("bundle", _bundle, "an onnx artifact for a machine with an old Lynxi SDK")
+    bundled.add_argument("artifact", type=Path, metavar="DIR", help="an artifact compiled for onnx")
+    bundled.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="the bundle to write"
+    )
 
     simulate = command("simulate", _simulate, "a script written for an SDK, on the simulated SDK")
     simulate.add_argument("vendor", choices=["lynxi"], help="whose SDK")

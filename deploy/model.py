@@ -135,6 +135,11 @@ class Model:
         return steps
 
     @property
+    def batch_dim(self) -> int:
+        """Which dimension of the first input is the batch; the first, where it has none."""
+        return self.inputs[0].batch_dim or 0
+
+    @property
     def target(self) -> str:
         """Name of the target."""
         return self._backend.name

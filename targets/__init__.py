@@ -9,6 +9,7 @@ from ..converters.errors import UsageError
 from .base import SDK, Capabilities, Compiled, Loaded, Target, check
 from .cuda.target import Cuda
 from .lynxi import Lynxi
+from .onnx import Onnx
 from .reference import Reference
 
 __all__ = ["SDK", "TARGETS", "Capabilities", "Compiled", "Loaded", "Target", "check", "get"]
@@ -17,6 +18,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "cuda": Cuda,
     "lynxi": lambda: Lynxi(simulated=False),
     "lynxi-sim": lambda: Lynxi(simulated=True),
+    "onnx": Onnx,
     "reference": Reference,
 }
 

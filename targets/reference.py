@@ -18,6 +18,7 @@ from ..converters.passes import (
     Pass,
     flatten_time,
     fold_batch_norm,
+    fold_constants,
     hoist_time_invariant,
     reroll_time,
 )
@@ -44,7 +45,8 @@ class Reference:
         """
         if dtype != torch.float32:
             raise UsageError("the reference target computes in float32; leave dtype out")
-        return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
+        layout = (fold_constants, reroll_time, hoist_time_invariant, flatten_time)
+        return *layout, fold_batch_norm
 
     def sdk(self) -> SDK:
         """PyTorch itself."""

@@ -17,8 +17,19 @@ from ..errors import Finding
 from ..neurons import Neuron
 from .base import Reading, comparison, look_alike, surrogate_output
 
-_KNOWN = ("IFNode", "LIFNode", "ParametricLIFNode")
-_CLOCK_DRIVEN = (*_KNOWN, *(f"MultiStep{name}" for name in _KNOWN))
+#: Names of the neurons that are read, with the modules of the package that they are defined in.
+_KNOWN = {
+    "IFNode": ("neuron",),
+    "LIFNode": ("neuron",),
+    "ParametricLIFNode": ("neuron",),
+    # LIF whose training is online; in eval mode they fire at the threshold, whatever the surrogate.
+    "OTTTLIFNode": ("neuron",),
+    "SLTTLIFNode": ("neuron",),
+    # LIF that remembers the mean of its potential for the search of an architecture.
+    "save_v_LIFNode": ("model", "spike_dhs"),
+}
+_ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
+_NOT_LIF = ("IFNode", "ParametricLIFNode")
 _STATELESS_IN_EVAL = ("Dropout", "Dropout2d", "MultiStepDropout", "MultiStepDropout2d")
 
 
@@ -31,7 +42,7 @@ def _clock_driven(kind: type) -> bool:
 
 
 class SpikingJelly:
-    """Reads IFNode, LIFNode and ParametricLIFNode; refuses every other keeper of state by name."""
+    """Reads the neurons above; refuses every other keeper of state by name."""
 
     name = "spikingjelly"
 
@@ -46,14 +57,15 @@ class SpikingJelly:
             return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
         if kind.__name__ in _STATELESS_IN_EVAL:
             return None
-        known = _CLOCK_DRIVEN if _clock_driven(kind) else _KNOWN
-        if kind.__name__ not in known or ".neuron" not in kind.__module__:
+        name = kind.__name__
+        home = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name, ())
+        if not home or list(home) != kind.__module__.split(".")[2 : 2 + len(home)]:
             return [
                 Finding(
                     rule="unknown-neuron",
                     where=path,
                     found=f"{name}, which keeps state from step to step",
-                    allowed=", ".join(known),
+                    allowed=", ".join(_KNOWN),
                     fix="use one of those, or declare its dynamics "
                     "(spikeport.converters.neurons.dynamics) and make the class known "
                     "(spikeport.converters.sources.register)",
@@ -66,7 +78,7 @@ class SpikingJelly:
         kind = name.removeprefix("MultiStep")
         old = clock_driven or hasattr(module, "backend")
         # 0.0.0.0.14 asks the surrogate of IFNode and LIFNode in training only.
-        ignored = old and not clock_driven and kind != "ParametricLIFNode"
+        ignored = kind in _ONLINE or (old and not clock_driven and kind != "ParametricLIFNode")
         fires = ">=" if ignored else comparison(module.surrogate_function)
         if fires is None or not getattr(module.surrogate_function, "spiking", True):
             return [surrogate_output(module.surrogate_function, path)]
@@ -97,7 +109,7 @@ class SpikingJelly:
         if kind != "IFNode":
             plain = old and not module.decay_input
             params = {"decay_input": module.decay_input, "v_rest": v_reset}
-        if kind == "LIFNode":
+        if kind not in _NOT_LIF:
             dynamics, params["tau"] = neurons.LIF, module.tau
             params["factored"] = plain and (v_reset == 0.0 if clock_driven else not hard)
         elif kind == "ParametricLIFNode":

@@ -26,12 +26,12 @@ def AdaptiveLIF(v, w, s, x, *, tau, tau_w, a, b):  # noqa: N802
 
 
 @neurons.dynamics
-def QuadraticIF(v, x, *, tau, v_c, a_0):  # noqa: N802
+def QuadraticNeuron(v, x, *, tau, v_c, a_0):  # noqa: N802
     return v + (x + a_0 * v * (v - v_c)) / tau
 
 
 @neurons.dynamics
-def ExponentialIF(v, x, *, tau, delta):  # noqa: N802
+def ExponentialNeuron(v, x, *, tau, delta):  # noqa: N802
     return v + (x - v + delta * neurons.exp((v - 0.5) / delta)) / tau
 
 
@@ -46,8 +46,8 @@ KINDS: dict[str, tuple[Any, dict[str, float]]] = {
     "LIF-no-decay": (neurons.LIF, {"tau": 2.0, "v_rest": 0.1, "decay_input": False}),
     "PLIF": (neurons.ParametricLIF, {"w": 0.3, "v_rest": 0.0}),
     "Adaptive": (AdaptiveLIF, {"tau": 2.0, "tau_w": 4.0, "a": 0.5, "b": 0.25}),
-    "QIF": (QuadraticIF, {"tau": 2.0, "v_c": 0.8, "a_0": 1.0}),
-    "EIF": (ExponentialIF, {"tau": 2.0, "delta": 0.5}),
+    "QIF": (QuadraticNeuron, {"tau": 2.0, "v_c": 0.8, "a_0": 1.0}),
+    "EIF": (ExponentialNeuron, {"tau": 2.0, "delta": 0.5}),
     "Bounded": (Bounded, {"w": 0.7}),
 }
 
