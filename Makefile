@@ -10,6 +10,8 @@ OLDER := $(FRAMEWORKS)/spikingjelly-0.0.0.0.14:$(FRAMEWORKS)/snntorch-0.9
 OLDEST := $(FRAMEWORKS)/spikingjelly-0.0.0.0.12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One process a core, each with one thread of torch's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 .PHONY: demo test test-all lint types bench clean
 
@@ -17,14 +19,14 @@ demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 tes
 	$(BIN)/python examples/deploy_fashion_mnist.py
 
 test: $(VENV)/.tested  ## the everyday suite, then what depends on the frameworks' older releases
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not slow"
-	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m "(spikingjelly or snntorch) and not slow"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m "spikingjelly and not slow"
+	PYTHONPATH=$(NEWEST) $(PYTEST) -m "not slow"
+	PYTHONPATH=$(OLDER) $(PYTEST) -m "(spikingjelly or snntorch) and not slow"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "spikingjelly and not slow"
 
 test-all: $(VENV)/.tested  ## the slow tests too
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest
-	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m "spikingjelly or snntorch"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m spikingjelly
+	PYTHONPATH=$(NEWEST) $(PYTEST)
+	PYTHONPATH=$(OLDER) $(PYTEST) -m "spikingjelly or snntorch"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m spikingjelly
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
