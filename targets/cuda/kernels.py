@@ -22,6 +22,8 @@ from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_sou
 CHUNK, WHOLE = 8, 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WARPS = 8
+#: Most states of a window's neurons in one chunk: those of 2 x 2 over 16 steps.
+_MOST_STATES = 4 * WHOLE
 
 
 def interpreted() -> bool:
@@ -46,7 +48,7 @@ def triton() -> Any:
 
 
 @cache
-def _compiled(source: str, name: str) -> Any:
+def compiled(source: str, name: str) -> Any:
     """The kernel of this source."""
     package = triton()
     import triton.language as tl
@@ -84,6 +86,14 @@ class Layout:
     def N(self) -> int:  # noqa: N802
         """Neurons."""
         return math.prod(self.shape[1:])
+
+    def windows(self, window: tuple[int, int]) -> Layout:
+        """The layout of what max pooling over windows [height, width] of x [T, ..., H, W] makes."""
+        if window == (1, 1):
+            return self
+        *outer, H, W = self.shape
+        shape = torch.Size((*outer, H // window[0], W // window[1]))
+        return Layout(shape, _dense(shape, self.order), self.order, None)
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor of x's shape."""
@@ -131,14 +141,8 @@ def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     order = sorted(
         (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride()[d], d)
     )
-    strides, size = [1] * x.dim(), 1
-    for d in reversed(order):
-        strides[d] = size
-        size *= x.shape[d]
-    for d in range(1, x.dim()):
-        if x.shape[d] <= 1:
-            strides[d] = max(1, size if not order or d < min(order) else 1)
-    strides[0] = size
+    strides = _dense(x.shape, order)
+    size = strides[0]
     parts: list[list[int]] = []  # [size, stride] of x[t], outermost first, merged where they may be
     for d in order:
         if parts and parts[-1][1] == x.stride(d) * x.shape[d]:
@@ -155,7 +159,20 @@ def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     elif not dense:
         repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
         return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
-    return x, Layout(x.shape, tuple(strides), tuple(order), strided)
+    return x, Layout(x.shape, strides, tuple(order), strided)
+
+
+def _dense(shape: torch.Size, order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense [T, ...] whose other dimensions lie in ``order``, outermost first."""
+    strides, size = [1] * len(shape), 1
+    for d in reversed(order):
+        strides[d] = size
+        size *= shape[d]
+    for d in range(1, len(shape)):
+        if shape[d] <= 1:
+            strides[d] = max(1, size if not order or d < min(order) else 1)
+    strides[0] = size
+    return tuple(strides)
 
 
 @dataclass(frozen=True)
@@ -187,18 +204,19 @@ def channel_tile(lay: Layout, block: int) -> Tile:
     C = lay.shape[2]
     inner = lay.strides[2] if C > 1 else math.prod(lay.shape[3:])
     if inner == 1:
-        columns = min(_power_of_two(C), 128)
+        columns = min(power_of_two(C), 128)
         rows, per = lay.N // C, max(block // columns, 1)
         grid = (-(-rows // per), -(-C // columns))
         return Tile("rows", grid, (rows, C, 1), (per, columns), bool(rows % per or C % columns))
-    columns = min(_power_of_two(inner), block)
+    columns = min(power_of_two(inner), block)
     rows, per = lay.N // (C * inner), max(block // columns, 1)
     grid = (-(-rows // per) * -(-inner // columns), C)
     masked = bool(rows % per or inner % columns)
     return Tile("planes", grid, (rows, C, inner), (per, columns), masked)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -210,6 +228,25 @@ class Reads:
     tensor: torch.Tensor
     inner: int = 0
     size: int = 0
+
+
+def pools(x: torch.Tensor, window: tuple[int, int], params: Sequence[torch.Tensor]) -> bool:
+    """Whether a max pooling after the neuron can be part of its kernels, for x [T, ..., H, W].
+
+    Windows must tile x[t], in whose memory W is right inside H, and share the neuron's parameters; the
+    states of a window's neurons over a chunk must find room in registers.
+    """
+    steps = x.shape[0] if x.shape[0] <= WHOLE else CHUNK
+    if x.dim() < 4 or 0 in x.shape or math.prod(window) * steps > _MOST_STATES:
+        return False
+    if x.shape[-2] % window[0] or x.shape[-1] % window[1]:
+        return False
+    order, H = layout(x)[1].order, x.dim() - 2
+    return (
+        H in order
+        and order[order.index(H) + 1 :][:1] == (H + 1,)
+        and all(p.numel() == 1 or (p.dim() >= 2 and p.shape[-2:] == (1, 1)) for p in params)
+    )
 
 
 def reads(lay: Layout, tile: Tile, tensor: torch.Tensor) -> Reads:
@@ -227,7 +264,7 @@ def reads(lay: Layout, tile: Tile, tensor: torch.Tensor) -> Reads:
     if list(middle) == varies:
         index = tuple(slice(None) if d in small else 0 for d in range(wide.dim()))
         kept = wide[index].permute(*(sorted(small).index(d) for d in small)).contiguous()
-        if tile.kind != "flat" and (inner, size) == (tile.sizes[2], tile.sizes[1]):
+        if tile.kind != "flat" and (inner, size) == (lay.strides[2], lay.shape[2]):
             return Reads("channel", kept)
         return Reads("element", kept, inner, size)
     whole = torch.empty_strided(
@@ -243,7 +280,8 @@ class Call:
     Attributes:
         x: The input as it is read.
         lay: Its layout.
-        tile: Its tile.
+        out: The layout of the spikes, which is x's unless a max pooling follows.
+        tile: The tile of the spikes.
         spec: What its source is written from.
         names: Names of the parameters.
         params: How they are read.
@@ -251,6 +289,7 @@ class Call:
 
     x: torch.Tensor
     lay: Layout
+    out: Layout
     tile: Tile
     spec: Spec
     names: tuple[str, ...]
@@ -265,13 +304,16 @@ class Call:
         neuron: str,
         surrogate: str,
         detach_reset: bool,
+        window: tuple[int, int] = (1, 1),
     ) -> Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
+        out = lay.windows(window)
         loop = lay.T > WHOLE
         steps = CHUNK if loop else lay.T
-        block = 32 * _WARPS * (4 if steps <= CHUNK else 2)
-        tile = channel_tile(lay, block) if norm else flat_tile(lay, block)
+        members = math.prod(window)
+        block = 32 * _WARPS * _per_thread(steps, members)
+        tile = channel_tile(out, block) if norm else flat_tile(out, block)
         channel = (-1,) + (1,) * (x.dim() - 3)
         tensors = {n: t.reshape(channel) for n, t in zip(NORM, norm, strict=bool(norm))}
         own = [*Neuron.from_json(neuron, params).tensors()]
@@ -287,11 +329,12 @@ class Call:
             loop,
             tile.kind,
             tile.masked,
-            lay.N + block >= 2**31,
+            lay.N + block * members >= 2**31,
             lay.strided is not None,
             bool(norm),
+            window,
         )
-        return cls(x, lay, tile, spec, tuple(tensors), read)
+        return cls(x, lay, out, tile, spec, tuple(tensors), read)
 
     @property
     def chunks(self) -> int:
@@ -300,12 +343,15 @@ class Call:
 
     def launch(self, source: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Run a kernel of :mod:`.codegen` on its tensors."""
-        sizes: list[int] = [self.lay.N]
+        sizes: list[int] = [self.out.N]
         for r in self.params:
             sizes += [r.inner, r.size] if r.kind == "element" else []
         sizes += self.lay.strided or ()
-        arguments = [*tensors, *(r.tensor for r in self.params), *sizes, *self.tile.sizes]
-        kernel = _compiled(source, name)
+        sizes += self.tile.sizes
+        if self.out is not self.lay:
+            sizes += [self.out.shape[-1], self.lay.strides[-1]]
+        arguments = [*tensors, *(r.tensor for r in self.params), *sizes]
+        kernel = compiled(source, name)
         # Products and sums are rounded one by one, as torch rounds them, so that spikes are the same.
         kernel[self.tile.grid](
             *arguments,
@@ -314,6 +360,13 @@ class Call:
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
+
+
+def _per_thread(steps: int, members: int) -> int:
+    """Neurons, or windows of ``members`` neurons, of a thread; their states live in registers."""
+    if members > 1:
+        return 2 if steps * members <= WHOLE else 1
+    return 4 if steps <= CHUNK else 2
 
 
 def forward(call: Call, asked: Forward, tensors: Sequence[torch.Tensor]) -> None:

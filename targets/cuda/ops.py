@@ -49,6 +49,7 @@ def fused_neuron(
     final: bool,
     v_seq: bool,
     checkpoints: bool,
+    window: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A layer of neurons over T steps.
 
@@ -65,14 +66,17 @@ def fused_neuron(
         final: Whether the last state is wanted.
         v_seq: Whether v after each step is wanted.
         checkpoints: Whether a backward pass will come.
+        window: Height and width of the windows of a max pooling that the spikes go through; (1, 1) for
+            none. ``kernels.pools`` says where that is possible.
 
     Returns:
         Spikes [T, N, ...] in the dtype of x; state [states, N, ...] in float32; v [T, N, ...] in the
         dtype of x; what the backward pass starts its chunks from. What was not asked for is empty.
     """
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
+    height, width = window
+    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, (height, width))
     lay, states = call.lay, _states(neuron)
-    spikes = lay.empty(x)
+    spikes = call.out.empty(x)
     v = lay.empty(x) if v_seq else _nothing(x)
     last = lay.state(x, states) if final else _nothing(x)
     keep = checkpoints and call.spec.loop
@@ -104,10 +108,13 @@ def _(
     final: bool,
     v_seq: bool,
     checkpoints: bool,
+    window: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _, lay = layout(x)
     states = _states(neuron)
-    spikes = torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
+    height, width = window
+    out = lay.windows((height, width))
+    spikes = torch.empty_strided(out.shape, out.strides, dtype=x.dtype, device=x.device)
     shape = (states, *x.shape[1:])
     last = torch.empty_strided(
         shape, (lay.N, *lay.strides[1:]), dtype=torch.float32, device=x.device
@@ -117,7 +124,9 @@ def _(
     return (
         spikes,
         last if final else _nothing(x),
-        torch.empty_like(spikes) if v_seq else _nothing(x),
+        torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
+        if v_seq
+        else _nothing(x),
         kept if keep else x.new_empty(0, dtype=torch.float32),
     )
 
@@ -136,6 +145,7 @@ def fused_neuron_backward(
     surrogate: str,
     detach_reset: bool,
     batch_statistics: bool,
+    window: Sequence[int],
     wrt: Sequence[bool],
 ) -> List[torch.Tensor]:  # noqa: UP006 -- torch 2.6 knows no other name of it
     """Derivatives of :func:`fused_neuron`.
@@ -143,7 +153,8 @@ def fused_neuron_backward(
     ``wrt`` says for each of ``params`` whether its gradient is wanted. Returns the gradients of x, of
     initial (empty without one), of the norm's weight and bias if there is one, and of those params.
     """
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
+    height, width = window
+    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, (height, width))
     lay = call.lay
     g_initial = lay.state(x, _states(neuron)) if initial is not None else _nothing(x)
     g_x = lay.empty(x)
@@ -152,7 +163,7 @@ def fused_neuron_backward(
     if not x.numel():
         zeros = [torch.zeros_like(p) for p, w in zip(params, wrt, strict=True) if w]
         return [g_x, g_initial.zero_(), *(torch.zeros_like(n) for n in norm[2:]), *zeros]
-    given = [lay.align(g_spikes)]
+    given = [call.out.align(g_spikes)]
     given += [lay.align(g_v_seq)] if g_v_seq is not None else []
     given += [lay.align_state(g_final)] if g_final is not None else []
     given += [lay.align_state(initial)] if initial is not None and not call.spec.loop else []
@@ -188,7 +199,7 @@ def _sums(call: Call, name: str) -> torch.Tensor:
     """Where the kernel leaves a parameter's gradient, see ``codegen._store_parameter``."""
     kind, grid = dict(call.spec.reads)[name], call.tile.grid
     if kind == "element":
-        return call.x.new_empty(call.lay.N, dtype=torch.float32)
+        return call.x.new_empty(call.out.N, dtype=torch.float32)
     if kind == "scalar":
         return call.x.new_empty(grid, dtype=torch.float32)
     return call.x.new_empty((grid[0], call.tile.sizes[1]), dtype=torch.float32)
@@ -210,7 +221,7 @@ def _totals(
             total = part.sum().reshape(like.shape if like is not None else (1,))
         else:
             assert like is not None
-            total = part.as_strided(call.lay.shape[1:], call.lay.strides[1:]).sum_to_size(
+            total = part.as_strided(call.out.shape[1:], call.out.strides[1:]).sum_to_size(
                 like.shape
             )
         totals.append(total if like is None else total.to(like.dtype))
@@ -231,6 +242,7 @@ def _(
     surrogate: str,
     detach_reset: bool,
     batch_statistics: bool,
+    window: Sequence[int],
     wrt: Sequence[bool],
 ) -> list[torch.Tensor]:
     _, lay = layout(x)
@@ -247,13 +259,14 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, norm, params, initial, neuron, surrogate, detach_reset, batch_statistics, *asked = inputs
+    ctx.final, ctx.v_seq, _, window = asked
     ctx.set_materialize_grads(False)
     tensors = [x, output[3], *norm, *params]
     ctx.save_for_backward(*tensors, *([] if initial is None else [initial]))
     ctx.counts, ctx.initial = (len(norm), len(params)), initial is not None
-    ctx.options = (neuron, surrogate, detach_reset, batch_statistics)
+    ctx.options = (neuron, surrogate, detach_reset, batch_statistics, window)
     ctx.wrt = [p.requires_grad for p in params]
-    ctx.final, ctx.v_seq, _ = asked
+    ctx.spikes = output[0].shape
 
 
 def _backward(
@@ -267,7 +280,8 @@ def _backward(
     a, b = ctx.counts
     norm, params = rest[:a], rest[a : a + b]
     initial = rest[-1] if ctx.initial else None
-    g_spikes = torch.zeros_like(x) if g_spikes is None else g_spikes
+    if g_spikes is None:
+        g_spikes = x.new_zeros(ctx.spikes)
     g_x, g_initial, *rest = torch.ops.spikeport.fused_neuron_backward(
         x,
         norm,
@@ -283,7 +297,7 @@ def _backward(
     found = iter(rest)
     into_norm = [None, None, next(found), next(found)] if norm else []
     g_params = [next(found) if w else None for w in ctx.wrt]
-    return g_x, into_norm, g_params, g_initial if ctx.initial else None, *[None] * 7
+    return g_x, into_norm, g_params, g_initial if ctx.initial else None, *[None] * 8
 
 
 fused_neuron.register_autograd(_backward, setup_context=_setup)

@@ -222,6 +222,7 @@ def _neuron(
         final=final,
         v_seq=False,
         checkpoints=False,
+        window=(1, 1),
     )
     return spikes, last
 

@@ -362,7 +362,7 @@ class TestTorch:
             initial = torch.zeros(3, 2, 9, device=device) if states else None
             surrogate = surrogates.ATan().to_json()
             args = (x, [], [tau], initial, neuron.to_json(), surrogate, False, False)
-            torch.library.opcheck(ops.fused_neuron, (*args, states, states, True))
+            torch.library.opcheck(ops.fused_neuron, (*args, states, states, True, (1, 1)))
 
     def test_compile_whole_graph(self, device: str) -> None:
         torch.manual_seed(0)
