@@ -634,6 +634,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="statistics over the batches of all GPUs together; keeps batch norms out of the fused "
         "kernels",
     )
+    add(
+        "--graph",
+        action="store_true",
+        help="replay every step as one CUDA graph: several times faster where Python is the limit; "
+        "the network must do the same in each step",
+    )
     add("--device", help="such as cuda:0 or cpu (cuda where there is one)")
     add(
         "--data",

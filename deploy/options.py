@@ -16,6 +16,7 @@ Backend = Literal["torch", "fused", "auto"]
 _NOT_RESULT = frozenset(
     {
         *("device", "data", "out_dir", "resume", "tensorboard", "backend", "channels_last"),
+        "graph",
         "sync_batch_norm",  # decides by way of separate_norms
     }
 )
@@ -50,6 +51,7 @@ class Options:
     backend: Backend | None = None
     channels_last: bool = False
     sync_batch_norm: bool = False
+    graph: bool = False
     device: str = "cpu"
     data: str = "fashion-mnist"
     out_dir: Path | None = None
@@ -68,6 +70,8 @@ class Options:
             problems.append(f"backend is {self.backend!r}; allowed: {', '.join(get_args(Backend))}")
         if self.half and self.amp:
             problems.append("half and amp exclude each other")
+        if self.graph and not self.device.startswith("cuda"):
+            problems.append(f"graph is a CUDA graph, and the device is {self.device}")
         if problems:
             raise UsageError("; ".join(problems))
         _check_device(self.device)

@@ -16,6 +16,7 @@ from ..converters.errors import UsageError
 from ..targets.cuda import FusedNode
 from .options import Backend, Options
 from .ranks import ALONE, Ranks
+from .replay import Replay
 
 
 class Trainer(Protocol):
@@ -76,17 +77,29 @@ class TorchTrainer:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._options, self._ranks, self._classes = options, ranks, classes
         self._optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=options.lr, momentum=options.momentum
+            self.net.parameters(),
+            lr=options.lr,
+            momentum=options.momentum,
+            fused=device.type == "cuda",
         )
         self._lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, options.epochs
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp)
         self._amp = torch.autocast(device.type, torch.half, enabled=options.amp)
-        self._together = self.net if ranks.size == 1 else DistributedDataParallel(self.net)
+        self._together = self.net
+        if ranks.size > 1:
+            self._together = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        self._replay: Replay | None = None
+        if options.graph:
+            # DDP looks on for its first ten steps and then arranges its buckets.
+            self._replay = Replay(self._step, warm_up=3 if ranks.size == 1 else 12)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step, see :class:`Trainer`."""
+        return (self._replay or self._step)(x, y)
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label = self._ranks.share(y)
         part = len(label) / len(y)
         self._optimizer.zero_grad()
@@ -104,6 +117,8 @@ class TorchTrainer:
     def end_epoch(self) -> None:
         """Move the learning rate on, and take process 0's running statistics, as DDP does."""
         self._lr_scheduler.step()
+        if self._replay:
+            self._replay.forget()
         self._ranks.spread(self.net.buffers())
 
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
@@ -119,6 +134,9 @@ class TorchTrainer:
         """Go on from a state."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        for group in self._optimizer.param_groups:
+            # The checkpoint may come from another device.
+            group["fused"] = self._options.torch_device.type == "cuda"
 
     def _check(self, rate: torch.Tensor, N: int) -> None:
         if rate.dim() != 2 or len(rate) != N or rate.shape[1] < self._classes:
