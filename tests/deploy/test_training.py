@@ -377,11 +377,49 @@ def test_backends(make):
         TorchTrainer(nn.Linear(2, 2), Options(backend="torch"), Ranks(), 2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [{}, {"half": True}, {"amp": True}])
+def test_a_graph_takes_the_same_steps(make, tmp_path, precision):
+    """Captured anew in each epoch, with that epoch's learning rate."""
+    more = {"device": "cuda", "epochs": 3, "limit": 640, **precision}
+    plain = [*make("plain", "fc", ("T=4",), **more).epochs()]
+    graph = [*make("graph", "fc", ("T=4",), graph=True, **more).epochs()]
+    assert results(plain) == results(graph)
+    a, b = (load(tmp_path / run / "checkpoint_latest.pth") for run in ("plain", "graph"))
+    assert_same(a["net"], b["net"])
+    assert_same(a["optimizer"]["state"], b["optimizer"]["state"])
+
+
+class Asking(nn.Module):
+    """Looks at a value while it runs, which a graph cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(28 * 28, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x.flatten(1))
+        return y if y.sum().item() > 0 else -y
+
+
+@pytest.mark.gpu
+def test_a_step_that_no_graph_can_hold(folder, tmp_path):
+    options = Options(
+        device="cuda", graph=True, data=str(folder), out_dir=tmp_path, tensorboard=False
+    )
+    with pytest.raises(
+        UsageError, match="cannot be captured as a CUDA graph: .* Leave --graph out"
+    ):
+        next(Training(Asking, options).epochs())
+
+
 def test_options_say_all_that_is_wrong_with_them():
     with pytest.raises(
         UsageError, match=r"epochs must .* 1; lr must be above 0; backend is .x.; .*; half and amp"
     ):
         Options(epochs=0, lr=0, backend="x", half=True, amp=True)
+    with pytest.raises(UsageError, match="graph is a CUDA graph, and the device is cpu"):
+        Options(graph=True)
     with pytest.raises(UsageError, match="device is 'gpu'; allowed: cpu, cuda"):
         Options(device="gpu")
     with pytest.raises(DeviceError, match="there is no device cuda:99"):
