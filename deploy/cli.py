@@ -619,7 +619,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop", type=int, default=0, help="shift images by up to so many pixels (0)")
     add("--flip", action="store_true", help="mirror half of the images")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--half", action="store_true", help="weights and all else in float16")
+    precision.add_argument(
+        "--half",
+        action="store_true",
+        help="weights and all else in float16; the optimizer moves float32 copies",
+    )
     precision.add_argument("--amp", action="store_true", help="float16 autocast, float32 weights")
     add("--seed", type=int, default=0, help="of weights and of the order of images (0)")
     add(

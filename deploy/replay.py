@@ -25,7 +25,8 @@ class Replay:
 
     def __init__(self, step: Step, warm_up: int) -> None:
         self._step, self._left = step, warm_up
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        #: Where the step runs. What binds itself to a stream, as DDP does, has to be made on it.
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,10 +55,10 @@ class Replay:
 
     def _aside(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step as it is, on the stream that it is captured on: autograd keeps to a stream."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             outputs = self._step(x, y)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
     def _capture(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -66,7 +67,7 @@ class Replay:
         # Other threads, such as NCCL's, may go on using the GPU meanwhile.
         mode = "thread_local"
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
                 self._outputs = self._step(self._x, self._y)
         except torch.OutOfMemoryError:
             raise

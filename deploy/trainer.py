@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,29 @@ class Trainer(Protocol):
         """
 
 
+class Float32Copies(nn.ParameterList):
+    """What the optimizer moves in place of a float16 network's weights.
+
+    Late in a training its steps are smaller than float16 resolves, and would be lost (Micikevicius et
+    al. 2018, arXiv:1710.03740).
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._weights = [p for p in net.parameters() if p.requires_grad]
+        super().__init__(p.detach().float().clone() for p in self._weights)
+
+    def take_gradients(self) -> None:
+        """The network's gradients as the copies' own."""
+        for mine, weight in zip(self, self._weights, strict=True):
+            mine.grad = None if weight.grad is None else weight.grad.float()
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Round the copies into the network."""
+        for mine, weight in zip(self, self._weights, strict=True):
+            weight.copy_(mine)
+
+
 class TorchTrainer:
     """SGD on the mean squared error of firing rates, with a cosine learning rate.
 
@@ -76,8 +100,9 @@ class TorchTrainer:
         if options.channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._options, self._ranks, self._classes = options, ranks, classes
+        self._copies = Float32Copies(self.net) if options.half else None
         self._optimizer = torch.optim.SGD(
-            self.net.parameters(),
+            self._copies.parameters() if self._copies else self.net.parameters(),
             lr=options.lr,
             momentum=options.momentum,
             fused=device.type == "cuda",
@@ -85,15 +110,15 @@ class TorchTrainer:
         self._lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, options.epochs
         )
-        self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp or options.half)
         self._amp = torch.autocast(device.type, torch.half, enabled=options.amp)
+        # DDP looks on for its first ten steps and then arranges its buckets.
+        warm_up = 3 if ranks.size == 1 else 12
+        self._replay = Replay(self._step, warm_up) if options.graph else None
         self._together = self.net
         if ranks.size > 1:
-            self._together = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
-        self._replay: Replay | None = None
-        if options.graph:
-            # DDP looks on for its first ten steps and then arranges its buckets.
-            self._replay = Replay(self._step, warm_up=3 if ranks.size == 1 else 12)
+            with torch.cuda.stream(self._replay.stream) if self._replay else nullcontext():
+                self._together = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step, see :class:`Trainer`."""
@@ -102,15 +127,19 @@ class TorchTrainer:
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label = self._ranks.share(y)
         part = len(label) / len(y)
-        self._optimizer.zero_grad()
+        self.net.zero_grad()
         with self._amp:
             rate = self._together(self._ranks.share(x))
             self._check(rate, len(label))
             loss = _loss(rate, label)
         # DDP averages over processes, whose shares may differ in size.
         torch.autograd.backward(self._scaler.scale(loss * (part * self._ranks.size)))
+        if self._copies:
+            self._copies.take_gradients()
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._copies:
+            self._copies.give_weights()
         sources.reset(self.net)
         return loss.detach() * part, (rate.argmax(1) == label).sum()
 
@@ -146,8 +175,10 @@ class TorchTrainer:
             )
 
     def _parts(self) -> dict[str, Any]:
+        copies = {"float32": self._copies} if self._copies else {}
         return {
             "net": self.net,
+            **copies,
             "optimizer": self._optimizer,
             "lr_scheduler": self._lr_scheduler,
             "scaler": self._scaler,

@@ -7,8 +7,9 @@ import linecache
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,8 @@ from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_sou
 CHUNK, WHOLE = 8, 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WARPS = 8
+#: Layers and inputs whose arrangement is remembered.
+_CALLS = 4096
 #: Most states of a window's neurons in one chunk: those of 2 x 2 over 16 steps.
 _MOST_STATES = 4 * WHOLE
 
@@ -138,28 +141,36 @@ def allocate(
 
 def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """x [T, ...] as the kernels read it, a copy only if nothing else will do, and its layout."""
-    order = sorted(
-        (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride()[d], d)
-    )
-    strides = _dense(x.shape, order)
+    traced = any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride()))
+    lay = (_layout.__wrapped__ if traced else _layout)(x.shape, x.stride())
+    if lay is not None:
+        return x, lay
+    repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
+    return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
+
+
+@lru_cache(_CALLS)
+def _layout(shape: torch.Size, stride: tuple[int, ...]) -> Layout | None:
+    """The layout of such a tensor; None if a kernel cannot read it."""
+    order = sorted((d for d in range(1, len(shape)) if shape[d] > 1), key=lambda d: (-stride[d], d))
+    strides = _dense(shape, order)
     size = strides[0]
     parts: list[list[int]] = []  # [size, stride] of x[t], outermost first, merged where they may be
     for d in order:
-        if parts and parts[-1][1] == x.stride(d) * x.shape[d]:
-            parts[-1] = [parts[-1][0] * x.shape[d], x.stride(d)]
+        if parts and parts[-1][1] == stride[d] * shape[d]:
+            parts[-1] = [parts[-1][0] * shape[d], stride[d]]
         else:
-            parts.append([x.shape[d], x.stride(d)])
+            parts.append([shape[d], stride[d]])
     dense = not parts or (len(parts) == 1 and parts[0][1] == 1)
-    apart = x.shape[0] > 1 and x.stride(0) != size
+    apart = shape[0] > 1 and stride[0] != size
     strided = None
     if dense and apart:
-        strided = (x.stride(0), max(size, 1), 0)
+        strided = (stride[0], max(size, 1), 0)
     elif not dense and len(parts) == 2 and parts[1][1] == 1:
-        strided = (x.stride(0), parts[1][0], parts[0][1])
+        strided = (stride[0], parts[1][0], parts[0][1])
     elif not dense:
-        repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
-        return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
-    return x, Layout(x.shape, strides, tuple(order), strided)
+        return None
+    return Layout(shape, strides, tuple(order), strided)
 
 
 def _dense(shape: torch.Size, order: Sequence[int]) -> tuple[int, ...]:
@@ -222,12 +233,33 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Reads:
-    """How one parameter is read, see ``codegen.Spec``, and its tensor as it is read."""
+    """How one parameter is read, see ``codegen.Spec``.
+
+    Attributes:
+        kind: As there.
+        inner: As there.
+        size: As there.
+        kept: The dimensions of x[t] along which it varies, in the order in which the kernel takes them;
+            None if it is written out for every neuron.
+    """
 
     kind: Literal["scalar", "element", "channel"]
-    tensor: torch.Tensor
     inner: int = 0
     size: int = 0
+    kept: tuple[int, ...] | None = ()
+
+    def tensor(self, lay: Layout, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter as the kernel reads it."""
+        parameter = parameter.detach()
+        if self.kind == "scalar" or (parameter.dim() == 1 and parameter.is_contiguous()):
+            return parameter
+        wide = parameter.expand(lay.shape[1:])
+        if self.kept is None:
+            whole = allocate(wide.shape, wide, wide.dtype, lay.strides[1:])
+            return whole.copy_(wide)
+        index = tuple(slice(None) if d in self.kept else 0 for d in range(wide.dim()))
+        small = sorted(self.kept)
+        return wide[index].permute(*(small.index(d) for d in self.kept)).contiguous()
 
 
 def pools(x: torch.Tensor, window: tuple[int, int], params: Sequence[torch.Tensor]) -> bool:
@@ -249,28 +281,78 @@ def pools(x: torch.Tensor, window: tuple[int, int], params: Sequence[torch.Tenso
     )
 
 
-def reads(lay: Layout, tile: Tile, tensor: torch.Tensor) -> Reads:
-    """How a parameter that broadcasts against x[t] is read."""
-    if tensor.numel() == 1:
-        return Reads("scalar", tensor.detach())
-    wide = tensor.detach().expand(lay.shape[1:])
-    varies = [d for d in lay.order if wide.stride(d - 1) != 0]
-    middle = (
-        lay.order[lay.order.index(varies[0]) : lay.order.index(varies[-1]) + 1] if varies else ()
+def _reads(lay: Layout, tile: Tile, shape: tuple[int, ...]) -> Reads:
+    """How a parameter of a shape that broadcasts against x[t] is read."""
+    if math.prod(shape) == 1:
+        return Reads("scalar")
+    wide = (1,) * (len(lay.shape) - 1 - len(shape)) + shape
+    varies = [d for d in lay.order if wide[d - 1] > 1]
+    middle = lay.order[lay.order.index(varies[0]) : lay.order.index(varies[-1]) + 1]
+    if list(middle) != varies:
+        return Reads("element", 1, lay.N, None)
+    inner, size = lay.strides[varies[-1]], math.prod(lay.shape[d] for d in middle)
+    kept = tuple(d - 1 for d in middle)
+    if tile.kind != "flat" and (inner, size) == (lay.strides[2], lay.shape[2]):
+        return Reads("channel", kept=kept)
+    return Reads("element", inner, size, kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What does not depend on a call's values.
+
+    Attributes:
+        out: The layout of the spikes, which is x's unless a max pooling follows.
+        tile: The tile of the spikes.
+        spec: What the kernels' source is written from.
+        names: Names of the parameters.
+        reads: How they are read.
+    """
+
+    out: Layout
+    tile: Tile
+    spec: Spec
+    names: tuple[str, ...]
+    reads: tuple[Reads, ...]
+
+
+@lru_cache(_CALLS)
+def _plan(
+    lay: Layout,
+    norm: bool,
+    params: tuple[torch.Size, ...],
+    neuron: str,
+    surrogate: str,
+    detach_reset: bool,
+    window: tuple[int, int],
+) -> Plan:
+    out = lay.windows(window)
+    loop = lay.T > WHOLE
+    steps = CHUNK if loop else lay.T
+    members = math.prod(window)
+    block = 32 * _WARPS * _per_thread(steps, members)
+    tile = channel_tile(out, block) if norm else flat_tile(out, block)
+    channel = (lay.shape[2], *(1,) * (len(lay.shape) - 3)) if norm else ()
+    own = Neuron.from_json(neuron, [torch.empty(())] * len(params)).tensors()
+    shapes = dict.fromkeys(NORM, channel) if norm else {}
+    shapes |= dict(zip(own, params, strict=True))
+    reads = tuple(_reads(lay, tile, shape) for shape in shapes.values())
+    spec = Spec(
+        neuron,
+        tuple(zip(shapes, (r.kind for r in reads), strict=True)),
+        surrogate,
+        detach_reset,
+        steps,
+        lay.T % CHUNK if loop else 0,
+        loop,
+        tile.kind,
+        tile.masked,
+        lay.N + block * members >= 2**31,
+        lay.strided is not None,
+        norm,
+        window,
     )
-    inner = lay.strides[varies[-1]] if varies else 1
-    size = math.prod(lay.shape[d] for d in middle)
-    small = [d - 1 for d in middle]
-    if list(middle) == varies:
-        index = tuple(slice(None) if d in small else 0 for d in range(wide.dim()))
-        kept = wide[index].permute(*(sorted(small).index(d) for d in small)).contiguous()
-        if tile.kind != "flat" and (inner, size) == (lay.strides[2], lay.shape[2]):
-            return Reads("channel", kept)
-        return Reads("element", kept, inner, size)
-    whole = torch.empty_strided(
-        wide.shape, lay.strides[1:], dtype=wide.dtype, device=wide.device
-    ).copy_(wide)
-    return Reads("element", whole, 1, lay.N)
+    return Plan(out, tile, spec, tuple(shapes), reads)
 
 
 @dataclass(frozen=True)
@@ -280,20 +362,14 @@ class Call:
     Attributes:
         x: The input as it is read.
         lay: Its layout.
-        out: The layout of the spikes, which is x's unless a max pooling follows.
-        tile: The tile of the spikes.
-        spec: What its source is written from.
-        names: Names of the parameters.
-        params: How they are read.
+        plan: What its layout and the declaration decide.
+        params: The parameters as they are read.
     """
 
     x: torch.Tensor
     lay: Layout
-    out: Layout
-    tile: Tile
-    spec: Spec
-    names: tuple[str, ...]
-    params: tuple[Reads, ...]
+    plan: Plan
+    params: tuple[torch.Tensor, ...]
 
     @classmethod
     def of(
@@ -308,33 +384,20 @@ class Call:
     ) -> Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
-        out = lay.windows(window)
-        loop = lay.T > WHOLE
-        steps = CHUNK if loop else lay.T
-        members = math.prod(window)
-        block = 32 * _WARPS * _per_thread(steps, members)
-        tile = channel_tile(out, block) if norm else flat_tile(out, block)
-        channel = (-1,) + (1,) * (x.dim() - 3)
-        tensors = {n: t.reshape(channel) for n, t in zip(NORM, norm, strict=bool(norm))}
-        own = [*Neuron.from_json(neuron, params).tensors()]
-        tensors |= dict(zip(own, params, strict=True))
-        read = tuple(reads(lay, tile, t) for t in tensors.values())
-        spec = Spec(
-            neuron,
-            tuple(zip(tensors, (r.kind for r in read), strict=True)),
-            surrogate,
-            detach_reset,
-            steps,
-            lay.T % CHUNK if loop else 0,
-            loop,
-            tile.kind,
-            tile.masked,
-            lay.N + block * members >= 2**31,
-            lay.strided is not None,
-            bool(norm),
-            window,
-        )
-        return cls(x, lay, out, tile, spec, tuple(tensors), read)
+        shapes = tuple(p.shape for p in params)
+        plan = _plan(lay, bool(norm), shapes, neuron, surrogate, detach_reset, window)
+        tensors = zip(plan.reads, (*norm, *params), strict=True)
+        return cls(x, lay, plan, tuple(read.tensor(lay, tensor) for read, tensor in tensors))
+
+    @property
+    def out(self) -> Layout:
+        """The layout of the spikes."""
+        return self.plan.out
+
+    @property
+    def spec(self) -> Spec:
+        """What the source is written from."""
+        return self.plan.spec
 
     @property
     def chunks(self) -> int:
@@ -343,23 +406,19 @@ class Call:
 
     def launch(self, source: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Run a kernel of :mod:`.codegen` on its tensors."""
-        sizes: list[int] = [self.out.N]
-        for r in self.params:
+        out, tile = self.out, self.plan.tile
+        sizes: list[int] = [out.N]
+        for r in self.plan.reads:
             sizes += [r.inner, r.size] if r.kind == "element" else []
         sizes += self.lay.strided or ()
-        sizes += self.tile.sizes
-        if self.out is not self.lay:
-            sizes += [self.out.shape[-1], self.lay.strides[-1]]
-        arguments = [*tensors, *(r.tensor for r in self.params), *sizes]
-        kernel = compiled(source, name)
-        # Products and sums are rounded one by one, as torch rounds them, so that spikes are the same.
-        kernel[self.tile.grid](
-            *arguments,
-            self.lay.T // CHUNK,
-            *self.tile.blocks,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,
-        )
+        sizes += tile.sizes
+        if self.spec.window != (1, 1):
+            sizes += [out.shape[-1], self.lay.strides[-1]]
+        arguments = [*tensors, *self.params, *sizes, self.lay.T // CHUNK, *tile.blocks]
+        elsewhere = self.x.is_cuda and self.x.device.index != torch.cuda.current_device()
+        with torch.cuda.device(self.x.device) if elsewhere else nullcontext():
+            # Products and sums are rounded one by one, as torch rounds them: spikes are the same.
+            compiled(source, name)[tile.grid](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
 
 
 def _per_thread(steps: int, members: int) -> int:

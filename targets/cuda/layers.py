@@ -93,17 +93,18 @@ def pooling_window(
 ) -> tuple[int, int]:
     """The windows of the max pooling ``after`` if it and the neuron run as one kernel, else (1, 1)."""
     no = (1, 1)
-    if type(after) is not nn.MaxPool2d or _hooked(after):
+    if type(after) is not nn.MaxPool2d or _hooked(after) or after.return_indices:
         return no
-    size, stride, padding, dilation = (
-        (value, value) if isinstance(value, int) else tuple(value)
-        for value in (after.kernel_size, after.stride, after.padding, after.dilation)
-    )
-    plain = stride == size and padding == (0, 0) and dilation == no and not after.return_indices
-    possible = (
-        plain and _only_spikes(node, x_seq) and pools(x_seq, size, [*node.tensors().values()])
-    )
-    return size if possible else no
+    window = _pair(after.kernel_size)
+    plain = _pair(after.stride) == window and _pair(after.padding) == (0, 0)
+    if not plain or _pair(after.dilation) != no or not _only_spikes(node, x_seq):
+        return no
+    return window if pools(x_seq, window, [*node.tensors().values()]) else no
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
 
 
 def _only_spikes(node: FusedNode, x: torch.Tensor) -> bool:

@@ -118,7 +118,7 @@ class FusedNode(neurons.Node):
         params = [*self.tensors().values()]
         inputs = [x, *norm, *params, *([] if initial is None else [initial])]
         checkpoints = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        spikes, last, v, _ = ops.fused_neuron(
+        spikes, last, v, _ = ops.run(
             x,
             norm,
             params,
