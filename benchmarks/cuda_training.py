@@ -31,6 +31,7 @@ from spikeport.deploy import data
 from spikeport.deploy.bench.neurons import machine
 from spikeport.deploy.replay import Replay
 from spikeport.targets import cuda
+from spikeport.targets.graphs import channels_innermost
 
 T, BATCH, CHANNELS = 4, 128, 128
 OURS, THEIRS = "spikeport", "SpikingJelly"
@@ -124,7 +125,7 @@ class Contestant:
 
 
 def channels_last() -> nn.Module:
-    return CSNN().cuda().to(memory_format=torch.channels_last)
+    return channels_innermost(CSNN().cuda())
 
 
 NODE = f"{THEIRS}, node"

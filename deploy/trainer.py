@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..converters import sources
 from ..converters.errors import UsageError
 from ..targets.cuda import FusedNode
+from ..targets.graphs import channels_innermost
 from .options import Backend, Options
 from .ranks import ALONE, Ranks
 from .replay import Replay
@@ -98,7 +99,7 @@ class TorchTrainer:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         self.net = net.to(device, options.dtype).train()
         if options.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            channels_innermost(self.net)
         self._options, self._ranks, self._classes = options, ranks, classes
         self._copies = Float32Copies(self.net) if options.half else None
         self._optimizer = torch.optim.SGD(
@@ -107,6 +108,10 @@ class TorchTrainer:
             momentum=options.momentum,
             fused=device.type == "cuda",
         )
+        for group in self._optimizer.param_groups:
+            for p in group["params"] if options.momentum else ():
+                # torch's fused kernel leaves a buffer uninitialised that it makes in a skipped step.
+                self._optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self._lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, options.epochs
         )

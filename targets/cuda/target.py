@@ -185,6 +185,12 @@ class _Executor(graphs.ChannelsInnermost):
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         super().__init__(module.to(device))
+        for n in module.graph.find_nodes(op="call_function", target=aten.conv2d.default):
+            at = n.args[1]
+            if isinstance(at, fx.Node) and at.op == "get_attr":
+                weight = self.fetch_attr(str(at.target))
+                if weight.shape[1] == 1:
+                    weight.data = graphs.one_channel_innermost(weight)
         for n in module.graph.nodes:
             # What makes a tensor from nothing is told where.
             schema = getattr(n.target, "_schema", None)

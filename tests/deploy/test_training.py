@@ -403,6 +403,14 @@ def test_a_graph_takes_the_same_steps(make, tmp_path, precision):
     assert_same(a["optimizer"]["state"], b["optimizer"]["state"])
 
 
+@pytest.mark.gpu
+def test_a_first_step_that_is_skipped_leaves_no_trace(make):
+    training = make(device="cuda", half=True, graph=True, limit=640)
+    training._trainer._scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    for epoch in training.epochs():
+        assert epoch.train_loss < 1
+
+
 class Asking(nn.Module):
     """Looks at a value while it runs, which a graph cannot."""
 
