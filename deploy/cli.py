@@ -321,8 +321,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from ..targets.lynxi.simulator.simulate import run_script
+    from importlib import import_module
 
+    simulator = import_module(f"..targets.{args.vendor}.simulator.simulate", __package__)
+    run_script: Callable[..., int] = simulator.run_script
     if not args.json:
         return run_script(args.script, args.args)
     with redirect_stdout(sys.stderr):  # so that standard output holds the document alone
@@ -452,7 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     simulate = command("simulate", _simulate, "a script written for an SDK, on the simulated SDK")
-    simulate.add_argument("vendor", choices=["lynxi"], help="whose SDK")
+    simulate.add_argument("vendor", choices=["ipu", "lynxi"], help="whose SDK")
     simulate.add_argument("script", metavar="SCRIPT", help="a Python file")
     simulate.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="go to the script")
     return parser

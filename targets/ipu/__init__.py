@@ -1,0 +1,1 @@
+"""Graphcore IPUs, through ``poptorch`` or the simulated SDK."""
