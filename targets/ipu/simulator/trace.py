@@ -1,7 +1,6 @@
 """Runs a network's forward once and records what it does.
 
-A torch function mode sees every call of a torch function before it is decomposed; a dispatch mode
-below it sees what reaches ATen past that (indexing in older releases, TorchScript). Python itself
+A torch function mode sees every call of a torch function before it is decomposed. Python itself
 leaves no trace: attributes and branches are what they were at that time. A
 ``torch.autograd.Function`` leaves its forward alone, because that is all that the SDK sees of it.
 """
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import Graph, Node, Slot, device_bytes, function_name, replace, tensors
 from .precision import in_device_precision
@@ -47,6 +45,12 @@ _DYNAMIC = ("nonzero", "masked_select", "unique", "unique_consecutive", "bincoun
 _GRADIENTS = ("backward", "grad")
 # Functions whose derivative is zero almost everywhere, although autograd lets a gradient pass.
 _STEPS = ("sign", "sgn", "floor", "ceil", "round", "trunc", "fix", "heaviside", "frac_")
+# Indexing goes past function modes before torch 2.1, TorchScript in every release.
+_UNCALLED: tuple[tuple[Any, str], ...] = (
+    (Tensor, "__getitem__"),
+    (torch._C.ScriptFunction, "__call__"),
+    (torch._C.ScriptMethod, "__call__"),
+)
 _UNSEEN = ("_set_grad_enabled", "__repr__", "__format__", "__hash__", "__str__", "__deepcopy__")
 
 
@@ -109,14 +113,14 @@ class Tracer(TorchFunctionMode):
         self._modules = modules
         self._path: list[str] = []
         self._slots: dict[int, int] = {}
-        self._aliases: dict[tuple[Any, ...], int] = {}
         self._storages: dict[int, int] = {}  # of each slot
         self._keep: list[Tensor] = []
         self._dynamic: set[int] = set()  # slots whose value is not known at compile time
-        self._buffers: dict[int, str] = {}
+        self._buffers: dict[int, str] = {}  # slots that hang on the value of a buffer alone
         self._replaced: dict[int, Tensor] = {}
         self._written: set[int] = set()  # storages
         self._names: dict[str, int] = {}
+        self._unsupported: dict[str, dict[str, None]] = {}  # modules by operator
 
     # What the graph starts from
 
@@ -174,6 +178,10 @@ class Tracer(TorchFunctionMode):
             self._problem(
                 f"{name}() cannot be called inside a model: the compiler differentiates it"
             )
+        operator = _operator(func)
+        if operator and not operator.startswith("aten::"):
+            modules = self._unsupported.setdefault(operator, {})
+            modules.setdefault(self._path[-1] if self._path else "")
         versions = [t._version for t in given]
         before = torch.get_rng_state()
         func, result = in_device_precision(func, args, kwargs, name)
@@ -188,24 +196,6 @@ class Tracer(TorchFunctionMode):
         random = not torch.equal(before, torch.get_rng_state())
         self._record(name, func, args, kwargs, given, made, mutated, random)
         return result
-
-    def aten(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Record an ATen call that no torch function made."""
-        given = [t for t in tensors((args, kwargs)) if self._known(t) is not None]
-        if not given:
-            return
-        made = list(tensors(result))
-        name = str(func._schema.name).removeprefix("aten::")
-        if name in ("_local_scalar_dense", "is_nonzero"):
-            self._read("item", given)
-        if name == "detach" or not made:
-            for out, source in zip(made, given, strict=False):
-                self._alias(out, source)
-            return
-        mutated = given[:1] if func._schema.is_mutable else []
-        self._record(name, func, args, kwargs, given, made, mutated, False)
-        for out in made:
-            self._aliases[_view(out)] = self._slots[id(out)]
 
     def _record(
         self,
@@ -228,13 +218,15 @@ class Tracer(TorchFunctionMode):
             self._dynamic.update(outs, wrote)
             for slot in wrote:
                 self._taint_storage(self._storages[slot])
+        else:
+            for slot in ins:
+                if slot in self._buffers:
+                    self._buffers.update(dict.fromkeys(outs, self._buffers[slot]))
         module = self._path[-1] if self._path else ""
         unique = f"{module}/{name}" if module else name
         self._names[unique] = count = self._names.get(unique, -1) + 1
         reached = any(s in self.found.gradients for s in ins)
         passes = [t.requires_grad and name not in _STEPS for t in made]
-        if func.__class__ is torch._ops.OpOverload:  # below autograd, where it does not show
-            passes = [reached and t.is_floating_point() and name not in _STEPS for t in made]
         for slot, on in zip(outs, passes, strict=True):
             if reached and on:
                 self.found.gradients.add(slot)
@@ -300,7 +292,7 @@ class Tracer(TorchFunctionMode):
             "becomes torch.where, a number an attribute that is set before the model is compiled."
         )
         for t in given:
-            slot = self._known(t)
+            slot = self._slots.get(id(t))
             if slot is None:
                 continue
             if slot in self._dynamic:
@@ -331,20 +323,17 @@ class Tracer(TorchFunctionMode):
         self._keep.append(value)
         return slot
 
-    def _known(self, value: Tensor) -> int | None:
-        slot = self._slots.get(id(value))
-        return slot if slot is not None else self._aliases.get(_view(value))
-
-    def _alias(self, value: Tensor, source: Tensor) -> None:
-        self._slots[id(value)] = self._slots_of(source)
-        self._keep.append(value)
-
     def _slots_of(self, value: Tensor) -> int:
-        slot = self._known(value)
+        slot = self._slots.get(id(value))
         if slot is None:
             slot = self._new(value)
             if _has_own_backward(value):
                 self._dynamic.add(slot)
+            elif value.grad_fn is not None:
+                self._problem(
+                    f"a tensor of shape {list(value.shape)} comes from an operation that is no torch "
+                    f"function ({value.grad_fn}) and cannot be traced"
+                )
             self.found.graph.constants[slot] = value.detach().clone()
         return slot
 
@@ -359,7 +348,7 @@ class Tracer(TorchFunctionMode):
         return self._replaced.get(id(value), value) if isinstance(value, Tensor) else value
 
     def _is_dynamic(self, value: Tensor) -> bool:
-        return self._known(value) in self._dynamic
+        return self._slots.get(id(value)) in self._dynamic
 
     def _taint_storage(self, storage: int) -> None:
         self._dynamic.update(s for s, of in self._storages.items() if of == storage)
@@ -381,6 +370,14 @@ class Tracer(TorchFunctionMode):
 
     def finish(self, outputs: Any) -> Traced:
         """Fold what is constant; the graph is then complete."""
+        if self._unsupported:
+            where = dict.fromkeys(m or "the model" for ms in self._unsupported.values() for m in ms)
+            self._problem(
+                f"Unsupported ops found in compiled model: [{', '.join(self._unsupported)}]. Not all "
+                "operations are supported yet by Graphcore's PyTorch compiler. Found in "
+                f"{', '.join(where)}; spikeport.targets.ipu.training_module rewrites the neurons of "
+                "SpikingJelly and snnTorch in torch's own operations."
+            )
         graph = self.found.graph
         graph.outputs = replace(outputs, self.slot)
         by_slot = {self._slots[id(t)]: t for t in self._keep}
@@ -422,6 +419,26 @@ class Tracer(TorchFunctionMode):
         return value
 
     @contextmanager
+    def _seeing(self, holder: Any, attribute: str) -> Iterator[None]:
+        """Record calls of a method that torch function modes are not told of."""
+        own, original = attribute in vars(holder), getattr(holder, attribute)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.depth:
+                return original(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                return self.__torch_function__(original, (), args, kwargs)
+
+        setattr(holder, attribute, call)
+        try:
+            yield
+        finally:
+            if own:
+                setattr(holder, attribute, original)
+            else:
+                delattr(holder, attribute)
+
+    @contextmanager
     def recording(self) -> Iterator[None]:
         """Record, with every hook in place."""
         self._counted = {self._storages[s] for s in self.found.graph.weights.values()}
@@ -448,28 +465,10 @@ class Tracer(TorchFunctionMode):
                 torch.autograd.graph.saved_tensors_hooks(self.save, lambda value: value)
             )
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_Aten(self))
             stack.enter_context(self)
+            for holder, attribute in _UNCALLED:
+                stack.enter_context(self._seeing(holder, attribute))
             yield
-
-
-class _Aten(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands the tracer what reaches ATen outside of any torch function."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._tracer = tracer
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not self._tracer.depth:
-            self._tracer.depth += 1
-            try:
-                self._tracer.aten(func, tuple(args), kwargs, result)
-            finally:
-                self._tracer.depth -= 1
-        return result
 
 
 class _Context:
@@ -496,6 +495,13 @@ class _Context:
         pass
 
 
+def _operator(func: Any) -> str:
+    """The qualified name of an operator that is called as such."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func._schema.name)
+    return str(getattr(func, "_qualified_op_name", ""))
+
+
 def _has_own_backward(value: Tensor) -> bool:
     """Whether a ``torch.autograd.Function`` made it."""
     maker: Any = value.grad_fn
@@ -504,11 +510,6 @@ def _has_own_backward(value: Tensor) -> bool:
 
 def _storage(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
-
-
-def _view(value: Tensor) -> tuple[Any, ...]:
-    """What makes two tensors the same view of the same data."""
-    return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
 
 
 def _warn(text: str) -> None:

@@ -80,9 +80,15 @@ def wrap(model: nn.Module, owner: Owner) -> None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
 
+        def __repr__(self) -> str:  # type: ignore[override]
+            return f"Parameter containing:\n{self.detach().requires_grad_(self.requires_grad)!r}"
+
     class Buffer(Tensor):
         __getattribute__ = Parameter.__getattribute__
         __torch_function__ = Parameter.__torch_function__
+
+        def __repr__(self) -> str:  # type: ignore[override]
+            return repr(self.detach())
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             return self.detach().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
