@@ -98,6 +98,8 @@ def gradients(traced: Traced, loss: int, trainable: Iterable[str]) -> None:
             SimulatorWarning,
             stacklevel=2,
         )
+    if found:
+        raise Error("\n".join([*found, _ADVICE]))
     passing_slots = _reaching(graph, loss, traced.gradients)
     every = _reaching(graph, loss, None)
     steps: dict[str, list[str]] = {}
@@ -112,14 +114,13 @@ def gradients(traced: Traced, loss: int, trainable: Iterable[str]) -> None:
                     steps.setdefault(f"{node.module or 'the model'} ({node.name})", []).append(name)
         else:
             _logger.warning("%s does not reach the loss: it is not trained", name)
-    if not found:
-        found = [
+    if steps:
+        lines = [
             f"{where}: the operation is a step, whose derivative is zero, and no other way leads "
             f"from the loss to {', '.join(names)}"
             for where, names in steps.items()
         ]
-    if found:
-        raise Error("\n".join([*dict.fromkeys(found), _ADVICE]), "poptorch_py_error")
+        raise Error("\n".join([*lines, _ADVICE]))
 
 
 def _surrogate(found: Surrogate) -> str:

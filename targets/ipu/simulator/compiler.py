@@ -125,6 +125,7 @@ def _trace(request: Request, weights: Mapping[str, Tensor]) -> tuple[Traced, lis
         tracer.input(value)
     for name, original in _named(model):
         tracer.weight(name, weights[name], original)
+    before = {name: value.detach().clone() for name, value in weights.items()}
     with _on_device(model, weights) as problems, tracer.recording():
         try:
             outputs = model(*local.args, **local.kwargs)
@@ -136,6 +137,9 @@ def _trace(request: Request, weights: Mapping[str, Tensor]) -> tuple[Traced, lis
         traced = tracer.finish(outputs)
     except TypeError as error:
         raise Error(str(error)) from error
+    with torch.no_grad():
+        for name, value in weights.items():  # what the trace wrote was no run
+            value.copy_(before[name])
     return traced, [*traced.problems, *problems]
 
 

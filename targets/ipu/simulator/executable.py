@@ -161,6 +161,8 @@ class Executable:
         self._check_finite("the loss", loss)
         scale = training.updater.recipe.shared["loss_scaling"]
         leaves = [weights[name] for name in training.trained]
+        if not leaves:
+            return env
         made: Sequence[Tensor | None] = torch.autograd.grad(
             loss, leaves, torch.full_like(loss, scale), allow_unused=True
         )

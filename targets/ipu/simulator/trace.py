@@ -8,7 +8,7 @@ leaves no trace: attributes and branches are what they were at that time. A
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,7 @@ class Tracer(TorchFunctionMode):
         self._replaced: dict[int, Tensor] = {}
         self._written: set[int] = set()  # storages
         self._names: dict[str, int] = {}
+        self._modules_of: dict[int, str] = {}  # in which a slot was made
         self._unsupported: dict[str, dict[str, None]] = {}  # modules by operator
 
     # What the graph starts from
@@ -183,10 +184,17 @@ class Tracer(TorchFunctionMode):
             modules = self._unsupported.setdefault(operator, {})
             modules.setdefault(self._path[-1] if self._path else "")
         versions = [t._version for t in given]
+        # Norms write their statistics without a trace in the version.
+        buffers = [(t, t.detach().clone()) for t in given if self._is_buffer(t)]
         before = torch.get_rng_state()
         func, result = in_device_precision(func, args, kwargs, name)
         made = list(tensors(result))
         mutated = [t for t, v in zip(given, versions, strict=True) if t._version != v]
+        mutated += [
+            t
+            for t, old in buffers
+            if not torch.equal(t, old) and not any(t is other for other in mutated)
+        ]
         if not made and not mutated:
             return result
         if name in _DYNAMIC and any(self._is_dynamic(t) for t in given):
@@ -230,7 +238,8 @@ class Tracer(TorchFunctionMode):
         for slot, on in zip(outs, passes, strict=True):
             if reached and on:
                 self.found.gradients.add(slot)
-        self._check_backward(given, module)
+        self._check_backward(given)
+        self._modules_of.update(dict.fromkeys(outs, module))
         graph.nodes.append(
             Node(
                 name=f"{unique}:{count}" if count else unique,
@@ -267,13 +276,13 @@ class Tracer(TorchFunctionMode):
     def _differentiable(self, value: Tensor) -> bool:
         return self._slots.get(id(value)) in self.found.gradients
 
-    def _check_backward(self, given: list[Tensor], module: str) -> None:
+    def _check_backward(self, given: Iterable[Tensor]) -> None:
         """Find functions whose ``apply`` was taken out of the class before the trace."""
         for t in given:
             if _has_own_backward(t):
                 name = type(t.grad_fn).__name__.removesuffix("Backward")
                 if not name.startswith("_Simulated"):
-                    self._surrogate(name, module, True)
+                    self._surrogate(name, self._modules_of.get(self._slots[id(t)], ""), True)
 
     def _surrogate(self, name: str, module: str, blocks: bool) -> None:
         found = Surrogate(name, module, blocks)
@@ -347,6 +356,10 @@ class Tracer(TorchFunctionMode):
     def _original(self, value: Any) -> Any:
         return self._replaced.get(id(value), value) if isinstance(value, Tensor) else value
 
+    def _is_buffer(self, value: Tensor) -> bool:
+        slot = self._slots.get(id(value))
+        return slot in self._buffers and slot in self.found.graph.weights.values()
+
     def _is_dynamic(self, value: Tensor) -> bool:
         return self._slots.get(id(value)) in self._dynamic
 
@@ -380,6 +393,7 @@ class Tracer(TorchFunctionMode):
             )
         graph = self.found.graph
         graph.outputs = replace(outputs, self.slot)
+        self._check_backward(tensors(outputs))
         by_slot = {self._slots[id(t)]: t for t in self._keep}
         remaining = []
         for node in graph.nodes:
