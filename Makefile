@@ -5,6 +5,9 @@ VENV ?= .venv
 # point pip at a CPU build, or name another release: make test TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
 FRAMEWORKS := $(VENV)/frameworks
+NEWEST := $(FRAMEWORKS)/spikingjelly-2.0.0:$(FRAMEWORKS)/snntorch-1.0
+OLDER := $(FRAMEWORKS)/spikingjelly-0.0.0.0.14:$(FRAMEWORKS)/snntorch-0.9
+OLDEST := $(FRAMEWORKS)/spikingjelly-0.0.0.0.12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -13,13 +16,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 test images
 	$(BIN)/python examples/deploy_fashion_mnist.py
 
-test: $(VENV)/.tested  ## the everyday suite, then what depends on the older SpikingJelly
-	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-2.0.0 $(BIN)/python -m pytest -m "not slow"
-	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-0.0.0.0.14 $(BIN)/python -m pytest -m "spikingjelly and not slow"
+test: $(VENV)/.tested  ## the everyday suite, then what depends on the frameworks' older releases
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not slow"
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m "(spikingjelly or snntorch) and not slow"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m "spikingjelly and not slow"
 
 test-all: $(VENV)/.tested  ## the slow tests too
-	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-2.0.0 $(BIN)/python -m pytest
-	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-0.0.0.0.14 $(BIN)/python -m pytest -m spikingjelly
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m "spikingjelly or snntorch"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m spikingjelly
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -33,7 +38,8 @@ types: $(VENV)/.tested
 		-p spikeport.converters -p spikeport.targets -p spikeport.deploy
 
 bench: $(VENV)/.tested  ## the numbers of the README
-	PYTHONPATH=$(FRAMEWORKS)/spikingjelly-2.0.0 $(BIN)/python benchmarks/deployment.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/deployment.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/rerolling.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,11 +47,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PIP) -e .
 	touch $@
 
-# SpikingJelly is needed by tests and benchmarks alone, and brings CUDA builds unless kept from it.
+# The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.
 # Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.
 $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) -e ".[test,dev]" loguru scipy matplotlib
+	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.12 spikingjelly==0.0.0.0.12
 	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.14 spikingjelly==0.0.0.0.14
+	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-1.0 "snntorch==1.0.*"
+	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-0.9 "snntorch==0.9.*"
 	if $(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
 		$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-2.0.0 spikingjelly==2.0.0; fi
 	touch $@

@@ -60,7 +60,9 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     # What that call has cached would be taken for a constant: a fresh copy is exported.
     fresh = _traceable(net, watched, state)
     state.v.clear()
-    program = to_program(export(fresh, _fresh(args)), net, args)
+    with sources.isolated(fresh):
+        exported = export(fresh, _fresh(args))
+    program = to_program(exported, net, args)
     if not _equal(first, _outputs(work, args, state)):
         raise CaptureError(_HEADLINE, [_surviving()])
     if not _equal(watched.outputs, first):
@@ -79,7 +81,7 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
 def _copy(net: nn.Module) -> nn.Module:
     """A copy in eval mode, its states reset and its parametrizations computed."""
     try:
-        work = copy.deepcopy(net)
+        work = sources.copied(net)
     except Exception as error:
         raise CaptureError(
             _HEADLINE,
@@ -89,7 +91,8 @@ def _copy(net: nn.Module) -> nn.Module:
                     where="",
                     found=f"the network cannot be copied ({error})",
                     allowed="a network that keeps no tensor of an earlier training step",
-                    fix="reset it first (SpikingJelly: functional.reset_net(net))",
+                    fix="reset it first (SpikingJelly: functional.reset_net(net), snnTorch: "
+                    "utils.reset(net))",
                 )
             ],
         ) from error
@@ -122,8 +125,21 @@ def _fresh(args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 def _traceable(net: nn.Module, watched: _Watched, state: State) -> nn.Module:
     work = _copy(net)
+    _numbers(work)
     wrap(work, watched.readings, watched.memories, state)
     return work
+
+
+def _numbers(net: nn.Module) -> None:
+    """Make plain integers of those that are tensors but no buffers: control flow may ask them."""
+    for module in net.modules():
+        for name, value in vars(module).items():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.dim() == 0
+                and not value.is_floating_point()
+            ):
+                vars(module)[name] = value.item()
 
 
 # The network's own run, watched
@@ -139,6 +155,7 @@ class _Watched:
         readings: Its neurons, by path.
         calls: How often each was called.
         memories: Names of the attributes of each that changed.
+        handed: Those that were handed their state by the network.
     """
 
     outputs: Any = None
@@ -146,6 +163,7 @@ class _Watched:
     readings: dict[str, Reading] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     memories: dict[str, set[str]] = field(default_factory=dict)
+    handed: set[str] = field(default_factory=set)
 
 
 def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
@@ -164,7 +182,7 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
         module.register_forward_pre_hook(_tell_hidden(path, seen))
     before, inputs = _snapshot(work), _fresh(args)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sources.isolated(work):
             seen.outputs = work(*inputs)
     except Exception as error:
         seen.findings.append(_failed(error, args))
@@ -178,8 +196,48 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
             seen.memories[path] = changes[path]
         elif path in changes:
             seen.findings.append(_kept(path, changes[path]))
-    seen.findings += _outer_loops(seen)
+    once = [
+        path
+        for path, reading in seen.readings.items()
+        if reading.step_mode == "s" and seen.calls.get(path) == 1 and path not in seen.handed
+    ]
+    if once and not seen.findings:
+        restarted = _restarted(work, args, before, seen)
+        seen.findings += [_outer_loop(path) for path in once if path not in restarted]
     return seen
+
+
+def _restarted(
+    work: nn.Module,
+    args: Sequence[torch.Tensor],
+    before: dict[str, dict[str, Any]],
+    seen: _Watched,
+) -> set[str]:
+    """Neurons whose state the forward itself puts back before it calls them, seen in a second run."""
+    found = set[str]()
+
+    def look(path: str, names: set[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            now = _snapshot(module)[""]
+            if names and not any(_moved(before[path][n], now[n]) for n in names):
+                found.add(path)
+
+        return hook
+
+    for path, module in work.named_modules():
+        if path in seen.readings:
+            names = seen.memories.get(path, set())
+            states = seen.readings[path].states
+            module.register_forward_pre_hook(look(path, names & states.keys() if states else names))
+    with torch.no_grad(), sources.isolated(work):
+        work(*_fresh(args))
+    return found
+
+
+def _moved(start: Any, now: Any) -> bool:
+    """Whether a state is another than at the start, where an empty one stands for zeros."""
+    empty = isinstance(start, torch.Tensor) and not start.numel()
+    return bool(now.any()) if empty else _differs(start, now)
 
 
 def _weights(net: nn.Module) -> list[Finding]:
@@ -202,9 +260,16 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.calls[path] = seen.calls.get(path, 0) + 1
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            seen.handed.add(path)
         shape = "[T, N, ...]" if reading.step_mode == "m" else "[N, ...]"
         wrong = ""
-        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+        if (
+            not args
+            or len(args) + len(kwargs) > 1 + len(reading.states)
+            or not kwargs.keys() <= reading.states.keys()
+            or not isinstance(args[0], torch.Tensor)
+        ):
             wrong = f"called with {len(args)} positional and {len(kwargs)} keyword arguments"
         elif not args[0].is_floating_point():
             wrong = f"called with {args[0].dtype}"
@@ -216,7 +281,8 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
                     rule="neuron-input",
                     where=path,
                     found=wrong,
-                    allowed=f"one floating-point tensor {shape}",
+                    allowed=f"one floating-point tensor {shape}"
+                    + "".join(f", {name}" for name in reading.states),
                     fix="give it time and batch as leading dimensions, as floating-point numbers",
                 )
             )
@@ -331,20 +397,16 @@ def _kept(path: str, names: set[str]) -> Finding:
     )
 
 
-def _outer_loops(seen: _Watched) -> list[Finding]:
-    return [
-        Finding(
-            rule="time-loop-outside",
-            where=path,
-            found="a single-step neuron that the forward calls once: its time loop lies outside the "
-            "network, and its state would survive from one call to the next",
-            allowed="all time steps inside one call",
-            fix="set step_mode='m' (SpikingJelly: functional.set_step_mode(net, 'm')) and give "
-            "[T, N, ...], or put the loop over time into a module's forward",
-        )
-        for path, reading in seen.readings.items()
-        if reading.step_mode == "s" and seen.calls.get(path) == 1
-    ]
+def _outer_loop(path: str) -> Finding:
+    return Finding(
+        rule="time-loop-outside",
+        where=path,
+        found="a single-step neuron that the forward calls once: its time loop lies outside the "
+        "network, and its state would survive from one call to the next",
+        allowed="all time steps inside one call; a single step where the forward resets the neuron",
+        fix="set step_mode='m' (SpikingJelly: functional.set_step_mode(net, 'm')) and give "
+        "[T, N, ...], or put the loop over time into a module's forward",
+    )
 
 
 # The stand-ins' run
@@ -353,7 +415,7 @@ def _outer_loops(seen: _Watched) -> list[Finding]:
 def _outputs(net: nn.Module, args: Sequence[torch.Tensor], state: State) -> Any:
     state.v.clear()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sources.isolated(net):
             return net(*_fresh(args))
     except StateAccessError as error:
         raise CaptureError(_HEADLINE, [_touched(error)]) from error
@@ -405,18 +467,18 @@ def _first_difference(
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def record(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, x: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        def hook(_: nn.Module, x: tuple[torch.Tensor, ...], y: Any) -> None:
             if path not in seen:
                 seen.append(path)
             inputs.setdefault(path, []).append(x[0].clone())
-            outputs.setdefault(path, []).append(y.clone())
+            outputs.setdefault(path, []).append(readings[path].spikes(y).clone())
 
         return hook
 
     for path, module in work.named_modules():
         if path in readings:
             module.register_forward_hook(record(path))
-    with torch.no_grad():
+    with torch.no_grad(), sources.isolated(work):
         work(*_fresh(args))
     for path in seen:
         multi = readings[path].step_mode == "m"

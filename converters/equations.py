@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -32,11 +32,26 @@ exp = _unary("exp", math.exp)
 tanh = _unary("tanh", math.tanh)
 
 
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """``yes`` where the condition holds, else ``no``, element by element; for surrogates."""
+    if isinstance(condition, Symbol):
+        return condition.apply("where", condition, yes, no)
+    return torch.where(condition, yes, no)
+
+
+#: The previous step's spikes, as the name of a state.
+SPIKES = "s"
+
+
 class Symbol:
     """A value inside a charge equation that is not a number yet: arithmetic on it calls ``apply``."""
 
     def apply(self, op: str, *args: Any) -> Any:
-        """The symbol for ``op`` (add, sub, mul, div, pow, neg, abs, sigmoid, exp, tanh) of args."""
+        """The symbol for ``op`` of args.
+
+        In a charge equation add, sub, mul, div, pow, neg, abs, sigmoid, exp or tanh; in a surrogate
+        lt, le, gt, ge and where too.
+        """
         raise NotImplementedError
 
     def __add__(self, other: Any) -> Any:
@@ -74,6 +89,18 @@ class Symbol:
 
     abs = __abs__
 
+    def __lt__(self, other: Any) -> Any:
+        return self.apply("lt", self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self.apply("le", self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.apply("gt", self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self.apply("ge", self, other)
+
     def sigmoid(self) -> Any:
         """The logistic function."""
         return self.apply("sigmoid", self)
@@ -87,7 +114,7 @@ class Symbol:
         return self.apply("tanh", self)
 
     def __bool__(self) -> bool:
-        raise TypeError("the equation decides on the value of v or x")
+        raise TypeError("the equation decides on the value of v or x, which has no derivative")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,6 +138,8 @@ class _Probe(Symbol):
     """Any value of the shape of x."""
 
     def apply(self, op: str, *args: Any) -> Any:
+        if op in ("lt", "le", "gt", "ge", "where"):
+            raise TypeError("the equation decides on the value of v or x, which has no derivative")
         if op == "pow" and not isinstance(args[1], (int, float)):
             raise TypeError("an exponent is a number")
         return self
@@ -122,9 +151,12 @@ class Dynamics:
 
     Attributes:
         name: Its name in the field, unique.
-        charge: ``charge(v, x, **parameters) -> h``, plain arithmetic and the functions of this module.
+        charge: ``charge(v, *states, x, **parameters)`` -> h, or (h, *states) where there are any;
+            plain arithmetic and the functions of this module.
         parameters: Names of the parameters of ``charge``.
         defaults: Values of those that have one.
+        states: What a neuron keeps besides v, with the values before the first step. ``s`` is the
+            spikes of the step before, which the charge takes and does not give.
         potentials: Those of the parameters that are potentials, in the unit of v and x.
         homogeneous: Whether scaling v, x and the potentials scales the charge alike.
     """
@@ -133,8 +165,26 @@ class Dynamics:
     charge: Callable[..., Any]
     parameters: tuple[str, ...]
     defaults: Mapping[str, Any]
+    states: Mapping[str, float] = field(default_factory=dict)
     potentials: tuple[str, ...] = ()
     homogeneous: bool = False
+
+    def __call__(
+        self, state: tuple[Any, ...], x: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """The state (v, *states) after charging; v as h, and ``s`` as it was."""
+        h = self.charge(*state, x, **params)
+        if not self.states:
+            return (h,)
+        charged = list(h if isinstance(h, tuple) else (h,))
+        if SPIKES in self.states:
+            at = 1 + [*self.states].index(SPIKES)
+            charged.insert(at, state[at])
+        return tuple(charged)
+
+    def __reduce__(self) -> Any:
+        # A charge equation is found by name, also where it was declared inside a function.
+        return named, (self.name,)
 
 
 _REGISTRY: dict[str, Dynamics] = {}
@@ -144,21 +194,28 @@ _REGISTRY: dict[str, Dynamics] = {}
 def dynamics(charge: Callable[..., Any]) -> Dynamics: ...
 @overload
 def dynamics(
-    *, potentials: tuple[str, ...], homogeneous: bool = ...
+    *,
+    states: Mapping[str, float] = ...,
+    potentials: tuple[str, ...] | None = ...,
 ) -> Callable[[Callable[..., Any]], Dynamics]: ...
 def dynamics(
     charge: Callable[..., Any] | None = None,
     *,
-    potentials: tuple[str, ...] = (),
-    homogeneous: bool = True,
+    states: Mapping[str, float] | None = None,
+    potentials: tuple[str, ...] | None = None,
 ) -> Dynamics | Callable[[Callable[..., Any]], Dynamics]:
     """Declare a kind of neuron from its charge equation ``charge(v, x, *, parameters...)``.
 
-    Used as ``@dynamics``, or as ``@dynamics(potentials=("v_rest",))`` to say further that the charge
-    is homogeneous: scaling v, x and those parameters scales it alike, so that the scale of a batch norm
-    can be absorbed. That is checked on the spot.
+    Used as ``@dynamics``, or with more said:
 
-    The first two arguments are the membrane potential and the input, [N, ...]; the rest are
+    - ``@dynamics(potentials=("v_rest",))``: the charge is homogeneous, that is, scaling v, x and those
+      parameters scales it alike, so that the scale of a batch norm can be absorbed. That is checked on
+      the spot.
+    - ``@dynamics(states={"w": 0.0})``: a neuron keeps w besides v, from 0 on:
+      ``charge(v, w, x, *, ...) -> (h, w)``. A state called ``s`` is the spikes of the step before, which
+      the charge takes and does not give: ``w + b * s`` is a jump of w at each spike.
+
+    The positional arguments are the membrane potential, the states and the input, [N, ...]; the rest are
     keyword-only parameters: numbers, tensors that broadcast against x[t], or flags (bool), which may
     choose between forms of the equation.
 
@@ -166,37 +223,46 @@ def dynamics(
         UsageError: The signature is another, a name is taken, or the equation is not plain arithmetic.
     """
     if charge is None:
-        return lambda equation: _declare(equation, potentials, homogeneous)
-    return _declare(charge, (), homogeneous=False)
+        return lambda equation: _declare(equation, dict(states or {}), potentials)
+    return _declare(charge, {}, None)
 
 
 def _declare(
-    charge: Callable[..., Any], potentials: tuple[str, ...], homogeneous: bool
+    charge: Callable[..., Any], states: dict[str, float], potentials: tuple[str, ...] | None
 ) -> Dynamics:
     name = charge.__name__
     signature = inspect.signature(charge).parameters.values()
-    state = [p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD]
+    positional = [p.name for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD]
     keyword = [p for p in signature if p.kind is p.KEYWORD_ONLY]
-    if state != ["v", "x"] or len(state) + len(keyword) != len(signature):
+    wanted = ["v", *states, "x"]
+    if positional != wanted or len(positional) + len(keyword) != len(signature):
         raise UsageError(
             f"dynamics {name}: the signature is {inspect.signature(charge)}; write "
-            f"def {name}(v, x, *, tau, ...): membrane potential, input, then keyword-only parameters"
+            f"def {name}({', '.join(wanted)}, *, tau, ...): membrane potential, "
+            f"{'states, ' if states else ''}input, then keyword-only parameters"
         )
-    if taken := [p.name for p in keyword if p.name in POPULATION]:
+    if taken := [n for n in (*states, *(p.name for p in keyword)) if n in POPULATION]:
         raise UsageError(
             f"dynamics {name}: {', '.join(taken)} belong to the population, not to the charge "
             "equation; a leak towards a potential is called v_rest"
+        )
+    if wrong := [n for n, value in states.items() if not isinstance(value, (int, float))]:
+        raise UsageError(f"dynamics {name}: {', '.join(wrong)} must start from a number")
+    if states.get(SPIKES, 0.0) != 0.0:
+        raise UsageError(
+            f"dynamics {name}: before the first step there is no spike; start s from 0"
         )
     if name in _REGISTRY and _source(_REGISTRY[name].charge) != _source(charge):
         raise UsageError(f"dynamics {name} is declared already, with another equation; rename one")
     defaults = {p.name: p.default for p in keyword if p.default is not p.empty}
     names = tuple(p.name for p in keyword)
-    if unknown := set(potentials) - set(names):
+    if unknown := set(potentials or ()) - set(names):
         raise UsageError(
             f"dynamics {name}: {', '.join(sorted(unknown))} is no parameter; "
             f"there are {', '.join(names) or 'none'}"
         )
-    declared = Dynamics(name, charge, names, defaults, tuple(potentials), homogeneous)
+    homogeneous = potentials is not None
+    declared = Dynamics(name, charge, names, defaults, states, potentials or (), homogeneous)
     _probe(declared)
     _REGISTRY[name] = declared
     return declared
@@ -211,37 +277,62 @@ def _source(function: Callable[..., Any]) -> tuple[Any, ...]:
 
 def _probe(declared: Dynamics) -> None:
     """Evaluate the equation on tensors and on symbols, so that a wrong one is reported here."""
-    x, v = torch.full((2, 3), 0.5), torch.zeros(2, 3)
-    given = {name: declared.defaults.get(name, 2.0) for name in declared.parameters}
+    name, count = declared.name, 1 + len(declared.states)
+    x, state = torch.full((2, 3), 0.5), tuple(torch.zeros(2, 3) for _ in range(count))
+    given = {n: declared.defaults.get(n, 2.0) for n in declared.parameters}
     try:
-        h = declared.charge(v, x, **given)
+        result = declared.charge(*state, x, **given)
+        charged = declared(state, x, given)
     except Exception as error:
-        raise UsageError(f"dynamics {declared.name}: the equation fails: {error}") from error
-    if not isinstance(h, torch.Tensor) or h.shape != x.shape:
+        raise UsageError(f"dynamics {name}: the equation fails: {error}") from error
+    gives = ["h", *(n for n in declared.states if n != SPIKES)]
+    if len(charged) != count or (len(gives) > 1) != isinstance(result, tuple):
         raise UsageError(
-            f"dynamics {declared.name}: the equation gives {type(h).__name__} of shape "
-            f"{tuple(getattr(h, 'shape', ()))} for v and x of shape (2, 3); it must keep the shape"
+            f"dynamics {name}: the equation gives "
+            f"{len(result) if isinstance(result, tuple) else 'one'} value(s); it must give "
+            f"{', '.join(gives)}"
         )
+    for part in charged:
+        if not isinstance(part, torch.Tensor) or part.shape != x.shape:
+            raise UsageError(
+                f"dynamics {name}: the equation gives {type(part).__name__} of shape "
+                f"{tuple(getattr(part, 'shape', ()))} for v and x of shape (2, 3); it must keep the "
+                "shape"
+            )
     try:
-        # The first step starts from a constant, the others from a symbol.
-        results = [declared.charge(start, _Probe(), **given) for start in (v, _Probe())]
+        # The first step starts from constants, the others from symbols.
+        starts = (state, tuple(_Probe() for _ in range(count)))
+        results = [declared(start, _Probe(), given)[0] for start in starts]
     except Exception as error:
         raise UsageError(
-            f"dynamics {declared.name}: the equation must be plain arithmetic (+ - * / **, abs, and "
-            f"neurons.exp, sigmoid, tanh), which every target has: {error}"
+            f"dynamics {name}: the equation must be plain arithmetic (+ - * / **, abs, and "
+            f"neurons.exp, sigmoid, tanh), which every target has and which has a derivative: {error}"
         ) from error
     if not all(isinstance(result, Symbol) for result in results):
-        raise UsageError(f"dynamics {declared.name}: the equation does not use the input x")
+        raise UsageError(f"dynamics {name}: the equation does not use the input x")
     if declared.homogeneous:
-        v = torch.linspace(-1, 1, 6).reshape(2, 3)
-        doubled = {k: 2 * p if k in declared.potentials else p for k, p in given.items()}
-        once, twice = declared.charge(v, x, **given), declared.charge(2 * v, 2 * x, **doubled)
-        if not torch.allclose(2 * once, twice):
-            raise UsageError(
-                f"dynamics {declared.name}: the charge is not homogeneous in v, x and "
-                f"{', '.join(declared.potentials) or 'no parameter'}; name all its potentials, or "
-                "declare it without"
-            )
+        _probe_homogeneous(declared, given)
+
+
+def _probe_homogeneous(declared: Dynamics, given: Mapping[str, Any]) -> None:
+    """Check that scaling v, the states, x and the potentials scales the charge alike."""
+    x = torch.full((2, 3), 0.5)
+    state = [
+        torch.linspace(-1, 1, 6).reshape(2, 3) * (i + 1) for i in range(1 + len(declared.states))
+    ]
+    names = ("v", *declared.states)
+    scaled = [part if n == SPIKES else 2 * part for n, part in zip(names, state, strict=True)]
+    doubled = {k: 2 * p if k in declared.potentials else p for k, p in given.items()}
+    once, twice = declared(tuple(state), x, given), declared(tuple(scaled), 2 * x, doubled)
+    alike = all(
+        n == SPIKES or torch.allclose(2 * a, b) for n, a, b in zip(names, once, twice, strict=True)
+    )
+    if not alike or any(declared.states.values()):
+        raise UsageError(
+            f"dynamics {declared.name}: the charge is not homogeneous in v, its states, x and "
+            f"{', '.join(declared.potentials) or 'no parameter'}; name all its potentials, or "
+            "declare it without"
+        )
 
 
 def named(name: str) -> Dynamics:

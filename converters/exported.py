@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 import traceback
@@ -15,8 +16,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import ops, sources
+from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
-from .ops import aten, shape
+from .neurons import Neuron
+from .ops import Node, aten, shape
 from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
 from .stand_in import StateAccessError
 
@@ -174,6 +177,8 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
                 specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
         elif n.op == "call_function":
             build.emit(n)
+    if build.findings:
+        raise CaptureError(_HEADLINE, build.findings)
     results = exported.graph.output_node().args[0]
     constant = [str(r) for r in results if not isinstance(r, fx.Node)]
     if constant:
@@ -208,6 +213,7 @@ class _Canonical(Builder):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.env: dict[fx.Node, Any] = {}
+        self.findings: list[Finding] = []
 
     def emit(self, n: fx.Node) -> None:
         target: Any = n.target
@@ -220,10 +226,7 @@ class _Canonical(Builder):
             self.env[n] = args[0][args[1]]
             return
         if target is operator.getitem and isinstance(args[0], fx.Node):
-            if (
-                args[0].target in (aten.batch_norm.default, aten.max_pool2d.default)
-                and args[1] == 0
-            ):
+            if not isinstance(args[0].meta["val"], (tuple, list)) and args[1] == 0:
                 self.env[n] = args[0]
                 return
         elif (
@@ -241,6 +244,8 @@ class _Canonical(Builder):
         if (value := _made(n, args, kwargs)) is not None:
             self.env[n] = self.constant(f"made_{n.name}", value)
             return
+        if target is NEURON_STEP:
+            args = self._in_its_place(args, path)
         self.env[n] = self._spelled(target, args, kwargs, path, n)
         if target is NEURON_STEP and all(u.args[1] != 0 for u in n.users):
             # Spikes that nothing uses are a step of the layer all the same.
@@ -268,6 +273,12 @@ class _Canonical(Builder):
             )
         if target is aten.max_pool2d_with_indices.default and _only_first(n):
             return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
+        if target is aten.avg_pool1d.default:
+            return self._average_pool(args, kwargs, path)
+        if target is aten.max.dim and _only_first(n):
+            return self.call(aten.amax.default, args[0], [args[1]], *args[2:], path=path)
+        if target in _ADAPTIVE_MAX and _only_first(n):
+            return self._adaptive_max(n, args[0], path)
         if target is aten.copy.default:
             like = args[0].meta["val"]
             return self.call(aten.expand.default, args[1], list(like.shape), path=path)
@@ -283,6 +294,48 @@ class _Canonical(Builder):
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
+        """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
+        given: list[Any] = [*args, *([], [0])[max(len(args) - 2, 0) :]]
+        x, kernel, stride, padding, *rest = given
+        row = self.call(aten.unsqueeze.default, x, -2, path=path)
+        windows = ([1, *kernel], [1, *(stride or kernel)], [0, *padding], *rest)
+        pooled = self.call(aten.avg_pool2d.default, row, *windows, path=path, **kwargs)
+        return self.call(aten.squeeze.dim, pooled, -2, path=path)
+
+    def _adaptive_max(self, n: Node, x: fx.Node, path: str) -> fx.Node:
+        """Adaptive max pooling as what it is where all its windows are alike."""
+        sizes, wanted = shape(x)[-len(n.args[1]) :], n.args[1]
+        if set(wanted) == {1}:
+            spatial = list(range(-len(wanted), 0))
+            return self.call(aten.amax.default, x, spatial, True, path=path)
+        if any(a % b for a, b in zip(sizes, wanted, strict=True)):
+            return self.call(n.target, x, wanted, path=path)
+        kernel = [a // b for a, b in zip(sizes, wanted, strict=True)]
+        return self.call(_ADAPTIVE_MAX[n.target], x, kernel, kernel, path=path)
+
+    def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
+        """A neuron's step with its number, which follows from where its state comes from."""
+        x, state, params, spec, t = step
+        state = _unchanged(state, spec)
+        if state.target is operator.getitem and state.args[0].args[2:4] == (params, spec):
+            t = state.args[0].args[4] + 1
+        elif t > 0 and self._starts(state, params, spec):
+            t = 0
+        elif t > 0 and not any(f.where == path for f in self.findings):
+            self.findings.append(_foreign_state(path, state))
+        return x, state, params, spec, t
+
+    def _starts(self, state: Node, params: Sequence[Node], spec: str) -> bool:
+        """Whether a state is the one before the first step, as constants."""
+        parts = _told(state, spec)
+        if any(p.op != "get_attr" for p in parts.values()):
+            return False
+        neuron = Neuron.from_json(spec, (self.tensors[str(p.target)] for p in params))
+        values = {i: self.tensors[str(p.target)] for i, p in parts.items()}
+        initial = neuron.initial(values[0])
+        return all(torch.equal(value, initial[i]) for i, value in values.items())
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
@@ -313,6 +366,51 @@ class _Canonical(Builder):
         if len(parts) == 1:
             return part
         return self.call(aten.cat.default, parts, dim, path=path)
+
+
+#: Adaptive max pooling, and the pooling that it is with windows of one size.
+_ADAPTIVE_MAX = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
+
+
+def _told(state: Node, spec: str) -> dict[int, Node]:
+    """The parts that a state was put together of, less those that follow from others."""
+    parts: Any = state.args[0] if state.target is aten.stack.default else [state]
+    states = ("v", *named(json.loads(spec)["dynamics"]).states)
+    return {i: p for i, p in enumerate(parts) if len(parts) == 1 or states[i] != SPIKES}
+
+
+def _unchanged(state: Node, spec: str) -> Node:
+    """The state itself where its parts were taken out of it and put together again."""
+    parts = _told(state, spec)
+    sources = {p.args[0] if p.target is aten.select.int else None for p in parts.values()}
+    source: Any = sources.pop()
+    if sources or source is None or source.target is not operator.getitem:
+        return state
+    same = all(p.args[1:] == (0, i) for i, p in parts.items())
+    return source if same else state
+
+
+def _foreign_state(path: str, state: Node) -> Finding:
+    parts: Any = state.args[0] if state.target is aten.stack.default else [state]
+    v = next((p for p in parts if p.op == "placeholder"), parts[0])
+    kind = {
+        "placeholder": "an input of the network",
+        "get_attr": "another constant than it starts from",
+    }
+    return Finding(
+        rule="neuron-state",
+        where=path,
+        node=v.name,
+        found="the state that is handed to it is "
+        + kind.get(v.op, f"the result of {short(v.target)}"),
+        allowed="the state that its last call returned, or the one that it starts from",
+        fix="start it from its initial state inside the forward (mem = lif.reset_mem()), which is how "
+        "each call starts, and hand back what it returned",
+    )
 
 
 #: Operators that cut a tensor into several.

@@ -7,11 +7,14 @@ a neuron comes from these two: the reference in torch, training, and the lowerin
 
 One step, with h the membrane potential after charging and s the spikes::
 
-    h[t] = charge(v[t-1], x[t])
-    h[t] = reset(h[t], s[t-1])               only if reset_at is "next"
+    v[t-1] = reset(v[t-1], r[t])             only if reset_at is "before"
+    h[t] = charge(v[t-1], x[t])              with other states, h[t], w[t] = charge(v[t-1], w[t-1], x[t])
+    h[t] = reset(h[t], r[t])                 only if reset_at is "next" or "ahead"
     s[t] = h[t] >= v_threshold               or >, as `fires` says
     v[t] = reset(h[t], s[t])                 if reset_at is "now", else h[t]
+    v[t] = h[t] - (s[t] - r[t]) v_threshold  if reset_at is "ahead"
 
+    r[t] = v[t-1] >= v_threshold             or >; the reset that is still to come; none at t = 0
     reset(h, s) = v_reset where s, else h    hard
                   h - v_threshold where s    soft
                   h                          none
@@ -33,26 +36,30 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
 from . import surrogates
-from .equations import POPULATION, Dynamics, dynamics, exp, named, sigmoid, tanh
+from .equations import POPULATION, SPIKES, Dynamics, Symbol, dynamics, exp, named, sigmoid, tanh
 from .errors import UsageError
 from .surrogates import Surrogate
 
 __all__ = [
     "IF",
     "LIF",
+    "Alpha",
     "Dynamics",
     "IFNode",
     "LIFNode",
+    "Lapicque",
+    "Leaky",
     "Neuron",
     "Node",
     "ParametricLIF",
     "ParametricLIFNode",
+    "Synaptic",
     "dynamics",
     "exp",
     "named",
@@ -61,6 +68,7 @@ __all__ = [
 ]
 
 Parameter: TypeAlias = "float | torch.Tensor"
+ResetAt: TypeAlias = Literal["now", "next", "before", "ahead"]
 
 
 @dynamics(potentials=())
@@ -98,6 +106,58 @@ def ParametricLIF(  # noqa: N802
     return v - (v - v_rest) * sigmoid(w) + x
 
 
+@dynamics(potentials=())
+def Leaky(v: Any, x: Any, *, beta: Any) -> Any:  # noqa: N802
+    """LIF with decay rate beta: h = beta v + x, Eshraghian et al. 2023, arXiv:2109.12894, eq. 4."""
+    return beta * v + x
+
+
+@dynamics(potentials=())
+def Lapicque(v: Any, x: Any, *, R: Any, C: Any, dt: Any) -> Any:  # noqa: N802
+    """RC circuit, forward Euler: h = (dt / RC) R x + (1 - dt / RC) v; dt in the unit of RC.
+
+    Lapicque's model as in Eshraghian et al. 2023, arXiv:2109.12894, eq. 2, in snnTorch's order of
+    rounding.
+    """
+    return x * R * (1 / (R * C)) * dt + (1 - dt / (R * C)) * v
+
+
+@dynamics(states={"syn": 0.0}, potentials=())
+def Synaptic(v: Any, syn: Any, x: Any, *, alpha: Any, beta: Any) -> Any:  # noqa: N802
+    """Leaky with a synaptic current that decays at rate alpha: syn = alpha syn + x, h = beta v + syn."""
+    syn = alpha * syn + x
+    return beta * v + syn, syn
+
+
+@dynamics(states={"syn_exc": 0.0, "syn_inh": 0.0, "s": 0.0})
+def Alpha(  # noqa: N802
+    v: Any,
+    syn_exc: Any,
+    syn_inh: Any,
+    s: Any,
+    x: Any,
+    *,
+    alpha: Any,
+    beta: Any,
+    tau: Any,
+    jump: Any = 0.0,
+    zero: bool = False,
+    subtract: bool = False,
+) -> Any:
+    """The membrane is the difference of a slower and a faster current, tau (syn_exc + syn_inh).
+
+    A reset acts on the currents too, so it is part of the charge: to zero, or, as snnTorch subtracts,
+    by ``jump``, its threshold.
+    """
+    exc, inh = alpha * syn_exc + x, beta * syn_inh - x
+    h = tau * (exc + inh)
+    if zero:
+        return h - h * s, exc - exc * s, inh - inh * s
+    if subtract:
+        return h + syn_inh * s, exc - jump * s, inh - inh * s
+    return h, exc, inh
+
+
 def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
     """torch.where by arithmetic: exact for finite values, and several times faster on a CPU."""
     rest = torch.addcmul(no, s, no, value=-1)
@@ -107,8 +167,8 @@ def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
 
 
 def _number(name: str, value: Any) -> Any:
-    """A parameter's value as a float, a flag or a tensor."""
-    if isinstance(value, (bool, torch.Tensor)):
+    """A parameter's value as a float, a flag or a tensor, or a symbol for one."""
+    if isinstance(value, (bool, torch.Tensor, Symbol)):
         return value
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
@@ -126,7 +186,9 @@ class Neuron:
         v_threshold: The threshold, scalar or tensor likewise.
         v_reset: The potential after a spike; used by a hard reset.
         reset: ``"hard"``, ``"soft"`` or ``"none"``.
-        reset_at: ``"now"``, or ``"next"``: after the charge of the next step.
+        reset_at: ``"now"``; or ``"next"``: after the charge of the next step; or ``"before"``: before
+            that charge, but after the step's potential has been read; or ``"ahead"``: as next, with
+            what that reset will change applied at once (soft only).
         fires: ``">="`` or ``">"``.
         v_0: The membrane potential before the first step of each call.
 
@@ -139,7 +201,7 @@ class Neuron:
     v_threshold: Parameter = 1.0
     v_reset: Parameter = 0.0
     reset: Literal["hard", "soft", "none"] = "hard"
-    reset_at: Literal["now", "next"] = "now"
+    reset_at: ResetAt = "now"
     fires: Literal[">=", ">"] = ">="
     v_0: Parameter = 0.0
 
@@ -160,15 +222,17 @@ class Neuron:
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         for name, value, allowed in (
             ("reset", self.reset, ("hard", "soft", "none")),
-            ("reset_at", self.reset_at, ("now", "next")),
+            ("reset_at", self.reset_at, get_args(ResetAt)),
             ("fires", self.fires, (">=", ">")),
         ):
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.reset_at == "ahead" and self.reset == "hard":
+            raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
 
-    def charge(self, v: Any, x: Any) -> Any:
-        """The membrane potential after charging."""
-        return self.dynamics.charge(v, x, **self.params)
+    def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
+        """The state after charging, v as h."""
+        return self.dynamics(state, x, self.params)
 
     def fired(self, h: Any) -> Any:
         """Where h crosses the threshold, as booleans."""
@@ -176,16 +240,16 @@ class Neuron:
 
     def step(
         self,
-        v: Any,
+        state: tuple[Any, ...],
         x: Any,
         fire: Callable[[Any], Any],
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
-    ) -> tuple[Any, Any, Any]:
-        """One time step on values of any kind: (spikes, v, h).
+    ) -> tuple[Any, tuple[Any, ...], Any]:
+        """One time step on values of any kind: (spikes, state, h).
 
         Args:
-            v: Membrane potential before the step.
+            state: (v, *states) before the step.
             x: Input.
             fire: ``h -> spikes``, in whatever form ``select`` takes.
             select: ``(spikes, a, b) -> a where there is a spike, else b``.
@@ -193,36 +257,65 @@ class Neuron:
         """
 
         def after(h: Any, spikes: Any) -> Any:
+            if self.reset == "none":
+                return h
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
-        h = self.charge(v, x)
-        if self.reset == "none":
-            return fire(h), h, h
-        if self.reset_at == "next" and t > 0:
-            h = after(h, fire(v))
+        late = self.reset_at != "now" and t > 0 and self.reset != "none"
+        due = fire(state[0]) if late else None
+        if late and self.reset_at == "before":
+            state = (after(state[0], due), *state[1:])
+        h, *others = self.charge(state, x)
+        if late and self.reset_at != "before":
+            h = after(h, due)
+        ahead = self.reset_at == "ahead" and self.reset != "none"
+        silent, again = h, h - self.v_threshold if ahead else None
+        if ahead and late:
+            # The reset that was due is taken already: it is not taken twice, and given back if the
+            # membrane stayed silent after it.
+            silent, again = select(due, h + self.v_threshold, h), select(due, h, again)
         spikes = fire(h)
-        return spikes, after(h, spikes) if self.reset_at == "now" else h, h
+        v = select(spikes, again, silent) if ahead else h
+        if self.reset_at == "now":
+            v = after(h, spikes)
+        for i, name in enumerate(self.dynamics.states):
+            if name == SPIKES:
+                others[i] = spikes
+        return spikes, (v, *others), h
 
     def single_step(
-        self, x: torch.Tensor, v: torch.Tensor, t: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference of one step: x, v [N, ...] -> spikes, v [N, ...]."""
-        spikes, v, _ = self.step(v, x, lambda h: self.fired(h).to(x.dtype), _select, t)
-        return spikes, v
+        self, x: torch.Tensor, state: tuple[torch.Tensor, ...], t: int = 1
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Reference of one step: x and each of the state [N, ...] -> spikes, state [N, ...]."""
+        spikes, state, _ = self.step(state, x, lambda h: self.fired(h).to(x.dtype), _select, t)
+        return spikes, state
 
-    def multi_step(self, x_seq: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from v or v_0."""
-        return self.trace(x_seq, v, charged=False)[0]
+    def multi_step(
+        self, x_seq: torch.Tensor, state: tuple[torch.Tensor, ...] | None = None
+    ) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> spikes [T, N, ...], from a state or the initial one."""
+        return self.trace(x_seq, state, charged=False)[0]
+
+    def states(self, x_seq: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Reference: x_seq [T, N, ...] -> the state of this index that each step ends with, likewise."""
+        state, kept = self.initial(x_seq[0]), torch.empty_like(x_seq)
+        for t, x in enumerate(x_seq):
+            _, state = self.single_step(x, state, t)
+            kept[t] = state[index]
+        return kept
 
     def trace(
-        self, x_seq: torch.Tensor, v: torch.Tensor | None = None, charged: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], and the last v [N, ...].
+        self,
+        x_seq: torch.Tensor,
+        state: tuple[torch.Tensor, ...] | None = None,
+        charged: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """As :meth:`multi_step`, with the membrane: spikes, h [T, N, ...], last state, each [N, ...].
 
         Without ``charged``, h is left out (an empty tensor).
         """
-        first = 0 if v is None else 1
-        v = self.initial(x_seq[0]) if v is None else v
+        first = 0 if state is None else 1
+        state = self.initial(x_seq[0]) if state is None else state
         spikes = torch.empty_like(x_seq)
         h_seq = torch.empty_like(x_seq) if charged else x_seq.new_empty(0)
         compare: Any = torch.ge if self.fires == ">=" else torch.gt
@@ -233,21 +326,28 @@ class Neuron:
             return partial(compare, other=self.v_threshold, out=out)
 
         for t, x in enumerate(x_seq):
-            _, v, h = self.step(v, x, into(spikes[t]), _select, first + t)
+            _, state, h = self.step(state, x, into(spikes[t]), _select, first + t)
             if charged:
                 h_seq[t] = h
-        return spikes, h_seq, v
+        return spikes, h_seq, state
 
-    def initial(self, x: torch.Tensor) -> torch.Tensor:
-        """v_0 in the shape of x [N, ...]."""
+    def initial(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The state before the first step, each part in the shape of x [N, ...]."""
         if isinstance(self.v_0, torch.Tensor):
-            return self.v_0.to(x).expand_as(x)
-        return torch.full_like(x, self.v_0)
+            v = self.v_0.to(x).expand_as(x)
+        else:
+            v = torch.full_like(x, self.v_0)
+        return (v, *(torch.full_like(x, value) for value in self.dynamics.states.values()))
 
     def train_step(
-        self, v: torch.Tensor, x: torch.Tensor, surrogate: Surrogate, detach_reset: bool, t: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`single_step`, with gradients: through h as it is, through the step as declared.
+        self,
+        state: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        surrogate: Surrogate,
+        detach_reset: bool,
+        t: int = 1,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """As :meth:`step`, with gradients: through h as it is, through the step as declared.
 
         ``detach_reset`` keeps the gradient from flowing through the reset.
         """
@@ -260,8 +360,7 @@ class Neuron:
             after: torch.Tensor = s * yes + (1.0 - s) * no
             return after
 
-        s, v, _ = self.step(v, x, fire, select, t)
-        return s, v
+        return self.step(state, x, fire, select, t)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those parameters that are tensors, by name."""
@@ -320,7 +419,12 @@ class Neuron:
             "soft": "soft reset",
             "none": "no reset",
         }[self.reset]
-        late = ", at the next step" if self.reset_at == "next" and self.reset != "none" else ""
+        late = {
+            "now": "",
+            "next": ", at the next step",
+            "before": ", before the next step",
+            "ahead": ", at the next step and ahead of it",
+        }[self.reset_at if self.reset != "none" else "now"]
         return (
             f"{self.dynamics.name}({', '.join(parts)}), fires at h {self.fires} "
             f"{show(self.v_threshold)}, {resets}{late}, v_0={show(self.v_0)}"
@@ -337,7 +441,7 @@ class Node(nn.Module):
         kind: The dynamics.
         v_threshold: The threshold.
         v_reset: The potential after a spike; None for a soft reset.
-        reset_at: ``"now"`` or ``"next"``.
+        reset_at: ``"now"``, ``"next"``, ``"before"`` or ``"ahead"``, as in :class:`Neuron`.
         fires: ``">="`` or ``">"``.
         v_0: Potential before the first step; v_reset, or 0 for a soft reset, unless given.
         surrogate: Surrogate gradient for training.
@@ -351,7 +455,7 @@ class Node(nn.Module):
         *,
         v_threshold: Parameter = 1.0,
         v_reset: Parameter | None = 0.0,
-        reset_at: Literal["now", "next"] = "now",
+        reset_at: ResetAt = "now",
         fires: Literal[">=", ">"] = ">=",
         v_0: Parameter | None = None,
         surrogate: Surrogate | None = None,
@@ -390,9 +494,9 @@ class Node(nn.Module):
         neuron = self.neuron
         if not torch.is_grad_enabled():
             return neuron.multi_step(x_seq)
-        v, spikes = neuron.initial(x_seq[0]), []
+        state, spikes = neuron.initial(x_seq[0]), []
         for t, x in enumerate(x_seq):
-            s, v = neuron.train_step(v, x, self.surrogate, self.detach_reset, t)
+            s, state, _ = neuron.train_step(state, x, self.surrogate, self.detach_reset, t)
             spikes.append(s)
         return torch.stack(spikes)
 

@@ -24,23 +24,26 @@ def probe_inputs(
     kind = torch.randint(0, 3, grid.shape, generator=generator)
     threshold = torch.as_tensor(neuron.v_threshold, dtype=dtype).detach()
     x = grid.to(dtype) * threshold
-    v = None
+    state = None
     with torch.no_grad():
         for t in range(T):
-            at, below = _critical(neuron, v, x[t], threshold)
+            at, below = _critical(neuron, state, x[t], threshold)
             x[t] = torch.where(kind[t] == 0, at, torch.where(kind[t] == 1, below, x[t]))
             x[t].reshape(-1)[-1] = 0.0
-            v = neuron.trace(x[t : t + 1], v)[2]
+            state = neuron.trace(x[t : t + 1], state)[2]
     return x
 
 
 def _critical(
-    neuron: Neuron, v: torch.Tensor | None, like: torch.Tensor, threshold: torch.Tensor
+    neuron: Neuron,
+    state: tuple[torch.Tensor, ...] | None,
+    like: torch.Tensor,
+    threshold: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [1, ...] that charge the membrane from v to the threshold, and right below it."""
+    """Inputs [1, ...] that charge the membrane from a state to the threshold, and right below it."""
 
     def charged(x: torch.Tensor) -> torch.Tensor:
-        return neuron.trace(x.unsqueeze(0), v)[1][0]
+        return neuron.trace(x.unsqueeze(0), state)[1][0]
 
     silent = charged(torch.zeros_like(like))
     solved = (threshold - silent) / (charged(torch.ones_like(like)) - silent)

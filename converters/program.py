@@ -1,8 +1,9 @@
 """The graph that every conversion works on, and how it is run.
 
-A :class:`Program` is a ``torch.fx`` graph of plain ATen calls plus two operators of this project, one
-for each neuron layer: ``spikeport::neuron`` over all time steps and ``spikeport::neuron_step`` for
-one. Each node carries the path of the module that it came from. It is callable after every pass.
+A :class:`Program` is a ``torch.fx`` graph of plain ATen calls plus this project's own operators:
+``spikeport::neuron`` is a layer of neurons over all time steps, ``spikeport::neuron_step`` one step of
+it, and ``spikeport::state`` a state, such as v, of a layer whose spikes are a ``neuron``. Each node
+carries the path of the module that it came from. It is callable after every pass.
 """
 
 from __future__ import annotations
@@ -31,15 +32,31 @@ def neuron_op(
     """A layer of neurons over T steps, from v_0.
 
     ``layout`` says what x is: ``"stepped"`` [T, N, ...], ``"flat"`` [TN, ...], or ``"static"``
-    [N, ...], the same at every step. Spikes come back as [T, N, ...], or else as [TN, ...].
+    [N, ...], the same at every step. Spikes come back as [T, N, ...], or else as [TN, ...]. State and
+    arithmetic are float32 where x is in half precision.
     """
-    spikes = Neuron.from_json(spec, params).multi_step(steps(x, layout, T))
+    spikes = _neuron(spec, params).multi_step(steps(_wide(x), layout, T)).to(x.dtype)
     return spikes if layout == "stepped" else spikes.flatten(0, 1)
 
 
+@torch.library.custom_op("spikeport::state", mutates_args=())
+def state_op(
+    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int, index: int
+) -> torch.Tensor:
+    """What the steps of ``spikeport::neuron`` end with in one of its states, in its layouts."""
+    kept = _neuron(spec, params).states(steps(_wide(x), layout, T), index).to(x.dtype)
+    return kept if layout == "stepped" else kept.flatten(0, 1)
+
+
 @neuron_op.register_fake
+@state_op.register_fake
 def _(
-    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int
+    x: torch.Tensor,
+    params: Sequence[torch.Tensor],
+    spec: str,
+    layout: str,
+    T: int,
+    index: int = 0,
 ) -> torch.Tensor:
     if layout == "static":
         return x.new_empty((T * x.shape[0], *x.shape[1:]))
@@ -48,21 +65,35 @@ def _(
 
 @torch.library.custom_op("spikeport::neuron_step", mutates_args=())
 def neuron_step_op(
-    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step t of a layer of neurons: x, v [N, ...] -> spikes, v [N, ...]."""
-    spikes, after = Neuron.from_json(spec, params).single_step(x, v, t)
-    return spikes, after.clone() if after is x or after is v else after
+    """Step t of a layer of neurons: x [N, ...], state [states, N, ...] -> spikes [N, ...], state.
+
+    Step 0 starts from the declared state. State and arithmetic as in :func:`neuron_op`.
+    """
+    neuron, wide = _neuron(spec, params), _wide(x)
+    before = neuron.initial(wide) if t == 0 else state.unbind()
+    spikes, after = neuron.single_step(wide, before, t)
+    return spikes.to(x.dtype), torch.stack(after)
 
 
 @neuron_step_op.register_fake
 def _(
-    x: torch.Tensor, v: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
+    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+    return torch.empty_like(x), torch.empty_like(state, dtype=_wide(x).dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _neuron(spec: str, params: Sequence[torch.Tensor]) -> Neuron:
+    return Neuron.from_json(spec, map(_wide, params))
 
 
 NEURON = torch.ops.spikeport.neuron.default
+STATE = torch.ops.spikeport.state.default
 NEURON_STEP = torch.ops.spikeport.neuron_step.default
 
 
@@ -518,18 +549,20 @@ def seal(
     **changes: Any,
 ) -> Program:
     """A program with another graph in place of its own, its neurons' sites found anew."""
-    # What a site names stays, whether or not anything else uses it.
+    # What a site names stays, whether or not anything else uses it; a layer whose membranes alone are
+    # used is a site all the same.
     named = {name for site in sites or () for name in (*site.drives, *site.spikes)}
     graph.eliminate_dead_code(
-        lambda n: n.op in ("placeholder", "output") or n.name in named or _is_step(n)
+        lambda n: n.op in ("placeholder", "output") or n.name in named or _is_site(n)
     )
     graph.lint()
     used = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr"}
     module = fx.GraphModule(used, graph)
     found = neuron_sites(graph, tensors) if sites is None else tuple(sites)
     if sites is None:
-        scales = {site.name: site.scale for site in program.sites}
-        found = tuple(replace(site, scale=scales.get(site.name)) for site in found)
+        known = {site.name: (i, site.scale) for i, site in enumerate(program.sites)}
+        ordered = sorted(found, key=lambda site: known.get(site.name, (len(known), None))[0])
+        found = tuple(replace(s, scale=known.get(s.name, (0, None))[1]) for s in ordered)
     history = (*program.history, report)
     return replace(program, module=module, sites=found, history=history, **changes)
 
@@ -575,11 +608,21 @@ def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[
     return tuple(sites)
 
 
-def _is_step(n: Node) -> bool:
-    """Whether a node is the spikes of one step."""
+def state_of(n: Node) -> fx.Node | None:
+    """The call of a single-step neuron that a node takes one part of the state of."""
+    state = n.args[0] if n.target is aten.select.int else None
+    if not isinstance(state, fx.Node) or state.target is not operator.getitem:
+        return None
+    call = state.args[0]
+    step = isinstance(call, fx.Node) and call.target is NEURON_STEP
+    return call if step and n.args[1] == 0 and state.args[1] == 1 else None  # type: ignore[return-value]
+
+
+def _is_site(n: Node) -> bool:
+    """Whether a node is the spikes of a layer, or of one step of it."""
     source = n.args[0] if n.target is operator.getitem else None
     called = isinstance(source, fx.Node) and source.target is NEURON_STEP
-    return called and bool(n.args[1] == 0)
+    return n.target is NEURON or (called and bool(n.args[1] == 0))
 
 
 def _next_step(call: fx.Node) -> fx.Node | None:

@@ -7,12 +7,15 @@ and K the number of terms of a sum, a layer y = W x + b has
     e(y) = |W| e(x) + e(W) |x| + e(b) + c sqrt(K) U (|W| |x| + |b|) + u |y|
 
 where sqrt(K) instead of K is the probabilistic bound of Higham and Mary (2019, SIAM J. Sci. Comput.
-41(5), doi:10.1137/18M1226312), and c makes a miss unlikely. Spikes are given, so they have no error.
+41(5), doi:10.1137/18M1226312), and c makes a miss unlikely. Spikes are given, so they have no error;
+a membrane potential that the network returns has that of its steps, and where the potential is so
+near the threshold that its spike is in doubt, the whole reset.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +23,10 @@ import torch
 from torch import fx
 
 from . import ops
+from .equations import Symbol
+from .neurons import Neuron
 from .ops import Node, aten
-from .program import Program, Site
+from .program import NEURON_STEP, STATE, Program, Site, steps
 
 #: The c above; a wrong conversion is off by orders of magnitude more.
 CERTAINTY = 4.0
@@ -40,7 +45,10 @@ _EXACT = frozenset(
         aten.expand.default,
         aten.permute.default,
         aten.transpose.int,
+        aten.amax.default,
+        aten.max_pool1d.default,
         aten.max_pool2d.default,
+        aten.max_pool3d.default,
         aten._to_copy.default,
     }
 )
@@ -63,6 +71,10 @@ _LAYERS = frozenset(
     }
 )
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
+
+_COMPARISONS = frozenset({aten.ge.Scalar, aten.ge.Tensor, aten.gt.Scalar, aten.gt.Tensor})
+#: Operators of a charge equation that torch has under their names; the others are Python's.
+_FUNCTIONS = frozenset({"div", "sigmoid", "exp", "tanh"})
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -139,13 +151,26 @@ class Bounds(fx.Interpreter):
 
     def _call(self, n: Node) -> _Pair:
         target: Any = n.target
+        if target is NEURON_STEP:
+            return self._neuron_step(n)
+        if target is operator.getitem:
+            state: _Pair = self.env[n.args[0]]  # of a step; its spikes are given
+            return state
+        if target is STATE:
+            return self._state(n)
         pairs = [self.env[a] for a in n.all_input_nodes]
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][0])
         errors, _ = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][1])
+        if target in ops.SELECT:
+            args = (args[0] != 0, *args[1:])
         value = target(*args, **kwargs)
         stored = self._stored(value.float())
         if target in _EXACT:
             return value, target(*errors, **kwargs)
+        if target in _COMPARISONS:
+            return value, _doubt(args[0], args[1], sum(p[1] for p in pairs))
+        if target in ops.SELECT:
+            return value, _selected(args, errors)
         if target in _LAYERS:
             return value, self._layer(target, args, errors, kwargs, ops.fan_in(n)) + stored
         if target in _PRODUCTS:
@@ -166,6 +191,25 @@ class Bounds(fx.Interpreter):
         if target is aten.batch_norm.default:
             return value, self._batch_norm(args, errors) + 4 * stored
         return value, self._perturbed(target, args, errors, kwargs, value) + 4 * stored
+
+    def _neuron_step(self, n: Node) -> _Pair:
+        (x, ex), (state, error) = (self.env[a] for a in n.args[:2])
+        neuron = Neuron.from_json(n.args[3], (self.env[p][0] for p in n.args[2]))
+        before = tuple(_Bounded(*pair, self._unit) for pair in zip(state, error, strict=True))
+        after = _step(neuron, before, _Bounded(x, ex, self._unit), n.args[4])
+        return torch.stack([a.value for a in after]), torch.stack([a.error for a in after])
+
+    def _state(self, n: Node) -> _Pair:
+        params, spec, layout, T, index = n.args[1:6]
+        neuron = Neuron.from_json(spec, (self.env[p][0] for p in params))
+        x, error = (steps(part, layout, T) for part in self.env[n.args[0]])
+        state = tuple(_Bounded(v, torch.zeros_like(v), self._unit) for v in neuron.initial(x[0]))
+        kept = []
+        for t in range(T):
+            state = _step(neuron, state, _Bounded(x[t], error[t], self._unit), t)
+            kept.append(state[index])
+        pair = torch.stack([k.value for k in kept]), torch.stack([k.error for k in kept])
+        return pair if layout == "stepped" else (pair[0].flatten(0, 1), pair[1].flatten(0, 1))
 
     def _stored(self, value: torch.Tensor) -> torch.Tensor:
         """u |y|, or half of the smallest number's distance to 0 where y is below normal numbers."""
@@ -229,3 +273,60 @@ class Bounds(fx.Interpreter):
             return (answer - value).abs()
 
         return 2 * torch.maximum(moved(1), moved(-1))
+
+
+def _doubt(a: torch.Tensor, b: Any, reach: Any) -> torch.Tensor:
+    """1 where a comparison of a and b may come out otherwise, else 0."""
+    reach = torch.as_tensor(reach)
+    doubt: torch.Tensor = ((a - b).abs() <= reach) & (reach > 0)
+    return doubt.float()
+
+
+def _selected(args: Sequence[Any], errors: Sequence[Any]) -> torch.Tensor:
+    """The error of where(condition, a, b): a jump from one to the other where that is in doubt."""
+    condition, a, b = args
+    doubt, *rest = errors
+    ea, eb = (e if isinstance(e, torch.Tensor) else torch.zeros(()) for e in rest)
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return torch.where(doubt != 0, (a - b).abs() + ea + eb, torch.where(condition, ea, eb))
+
+
+def _step(neuron: Neuron, state: tuple[_Bounded, ...], x: _Bounded, t: int) -> tuple[_Bounded, ...]:
+    """The state after a step, with its error."""
+    return neuron.step(state, x, neuron.fired, _Bounded.select, t)[1]
+
+
+class _Bounded(Symbol):
+    """A value with its error inside a charge equation."""
+
+    def __init__(self, value: torch.Tensor, error: torch.Tensor, unit: float) -> None:
+        self.value, self.error, self.unit = value, error, unit
+
+    def apply(self, op: str, *args: Any) -> _Bounded:
+        """The operator's value, with the error that it carries on and its own rounding."""
+        values = [a.value if isinstance(a, _Bounded) else a for a in args]
+        errors = [a.error if isinstance(a, _Bounded) else 0.0 for a in args]
+        function: Any = getattr(torch, op) if op in _FUNCTIONS else getattr(operator, op)
+        value = function(*values)
+        if op in ("ge", "gt"):
+            return _Bounded(value.float(), _doubt(values[0], values[1], sum(errors)), self.unit)
+        error = torch.zeros(())
+        for sign in (1, -1):
+            moved = [v + sign * e for v, e in zip(values, errors, strict=True)]
+            error = torch.maximum(error, (function(*moved) - value).abs())
+        if op in ("add", "sub", "neg"):
+            error = torch.as_tensor(sum(errors)).expand_as(value)
+        elif op == "mul":
+            (a, b), (ea, eb) = values, errors
+            error = abs(a) * eb + abs(b) * ea + ea * eb
+        else:
+            error = 2 * error
+        return _Bounded(value, error + 2 * self.unit * value.abs(), self.unit)
+
+    @staticmethod
+    def select(spikes: _Bounded, yes: Any, no: _Bounded) -> _Bounded:
+        """``yes`` where there is a spike, else ``no``."""
+        a, ea = (yes.value, yes.error) if isinstance(yes, _Bounded) else (yes, 0.0)
+        fired = spikes.value != 0
+        error = _selected((fired, a, no.value), (spikes.error, ea, no.error))
+        return _Bounded(torch.where(fired, a, no.value), error, spikes.unit)

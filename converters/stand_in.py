@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .equations import SPIKES
 from .errors import UsageError
 from .neurons import Neuron
 from .program import NEURON, NEURON_STEP
@@ -15,10 +16,13 @@ from .sources import Reading
 
 
 class State:
-    """Membranes of single-step neurons during one forward, by path; each forward starts without."""
+    """States of single-step neurons during one forward, by path; each forward starts without.
+
+    With each the number of steps that led to it, and its parts as they were returned.
+    """
 
     def __init__(self) -> None:
-        self.v: dict[str, tuple[torch.Tensor, int]] = {}
+        self.v: dict[str, tuple[torch.Tensor, int, dict[str, torch.Tensor]]] = {}
 
 
 class StateAccessError(Exception):
@@ -55,7 +59,8 @@ class StandIn(nn.Module):
             memories: Names of its attributes that change when it is called.
         """
         kind = type(original)
-        made: type[StandIn] = type(kind.__name__, (cls, kind), {})
+        restart = dict.fromkeys(reading.restart, cls.restart)
+        made: type[StandIn] = type(kind.__name__, (cls, kind), restart)
         return made(path, reading, state, original, memories)
 
     def __init__(
@@ -70,6 +75,8 @@ class StandIn(nn.Module):
         tensors = reading.neuron.tensors()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
+        if reading.gain is not None:
+            self.register_buffer("gain", reading.gain)
         self._path, self._reading, self._steps = path, reading, state
         self._names = list(tensors)
         self._spec = reading.neuron.to_json()
@@ -77,18 +84,40 @@ class StandIn(nn.Module):
         self._hidden = frozenset({*memories, *getattr(original, "_memories", ()), "v_seq"})
         self._sealed = True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The operator that the neuron is in the graph."""
+    def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
+        """The operator that the neuron is in the graph; ``given`` is the membrane, handed back."""
         params = [getattr(self, name) for name in self._names]
-        spikes: torch.Tensor
         if self._reading.step_mode == "m":
-            spikes = NEURON(x, params, self._spec, "stepped", x.shape[0])
-            return spikes
+            return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
-        v, t = self._steps.v.get(self._path) or (neuron.initial(x), 0)
-        spikes, v = NEURON_STEP(x, v, params, self._spec, t)
-        self._steps.v[self._path] = (v, t + 1)
-        return spikes
+        initial = neuron.initial(x)
+        state, t, returned = self._steps.v.get(self._path) or (torch.stack(initial), 0, {})
+        places = self._reading.states
+        handed = {**dict(zip(places, given, strict=False)), **named}
+        handed = {name: part for name, part in handed.items() if part is not None}
+        if state.shape[1:] != x.shape:
+            state, t = torch.stack(initial), 0
+        if any(part is not returned.get(name) for name, part in handed.items()):
+            parts = list(state.unbind()) if t else list(initial)
+            for name, part in handed.items():
+                parts[places[name]] = part if part.shape == x.shape else initial[places[name]]
+            if SPIKES in neuron.dynamics.states:
+                at = 1 + [*neuron.dynamics.states].index(SPIKES)
+                parts[at] = neuron.fired(parts[0]).to(x.dtype)
+            # Whether it is the first step shows in the graph, by where the state comes from.
+            state, t = torch.stack(parts), 1
+        spikes, state = NEURON_STEP(x, state, params, self._spec, t)
+        returned = {name: state[i] for name, i in places.items()}
+        self._steps.v[self._path] = (state, t + 1, returned)
+        if self._reading.gain is not None:
+            spikes = spikes * self.gain
+        return (spikes, *returned.values()) if self._reading.returns_state else spikes
+
+    def restart(self) -> Any:
+        """As the methods of the original that return the state to start from."""
+        self.reset()
+        empty = tuple(torch.zeros(0) for _ in self._reading.states)
+        return empty if len(empty) > 1 else empty[0]
 
     def reset(self) -> None:
         """As the original's, for a forward that resets its neurons itself."""

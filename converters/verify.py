@@ -15,7 +15,6 @@ So whatever differs end to end follows from rounding, and its first site is know
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,6 +29,7 @@ from .passes.lower_neurons import lower_neurons
 from .probes import probe_inputs
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
 from .rounding import CERTAINTY, Bounds
+from .sources import Reading
 
 
 @dataclass(frozen=True)
@@ -279,13 +279,13 @@ def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
 
 def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The network's own neuron, a copy of it, on x [T, 1, ...] from before its first step."""
-    module = copy.deepcopy(module).eval()
+    module = sources.copied(module).eval()
     sources.reset(module)
+    (reading,) = (r for _, _, r in sources.read_all(module) if isinstance(r, Reading))
     with torch.no_grad():
-        if getattr(module, "step_mode", "m") == "s":
-            return torch.stack([module(step) for step in x])
-        spikes: torch.Tensor = module(x)
-        return spikes
+        if reading.step_mode == "s":
+            return torch.stack([reading.spikes(module(step)) for step in x])
+        return reading.spikes(module(x))
 
 
 def _differs(

@@ -34,6 +34,7 @@ from ..converters.errors import (
 if TYPE_CHECKING:
     from ..converters.program import Program
     from .artifact import Artifact, Verification, compile, load
+    from .bundle import bundle
     from .compare import Report, compare
     from .model import Model
     from .pipeline import check, convert
@@ -62,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Verification",
+    "bundle",
     "check",
     "compare",
     "compile",
@@ -75,6 +77,7 @@ _HOMES = {
     "Verification": ".artifact",
     "compile": ".artifact",
     "load": ".artifact",
+    "bundle": ".bundle",
     "Report": ".compare",
     "compare": ".compare",
     "Model": ".model",

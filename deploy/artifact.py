@@ -33,6 +33,7 @@ from ..converters.errors import (
     ArtifactExistsError,
     ArtifactVersionError,
     DeviceError,
+    TargetUnavailableError,
     UsageError,
 )
 from ..converters.program import Program, TensorSpec, unfold, with_probes
@@ -422,7 +423,7 @@ def _record(
     loaded: Loaded | None = None
     try:
         loaded = load_onto(target, stage / "device", ports[0], ports[1], device)
-    except DeviceError as error:
+    except (DeviceError, TargetUnavailableError) as error:
         _logger.warning("the expected outputs are recorded on the host: %s", error)
     samples: dict[str, torch.Tensor] = {}
     try:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +46,16 @@ Results go to standard output, all else to standard error. With --json there is 
 standard output, also for an error: {"error": its kind, "message": ..., "findings": [...]}.
 """
 _NET_EPILOG = """\
-NET is path/to/file.py:Class or package.module:Class; a function that returns the network will do:
+NET is path/to/file.py:Class or package.module:Class; a function that returns the network will do; conv
+and fc are those in examples/:
   spikeport check examples/conv_fashion_mnist.py:CSNN --arg T=4 --arg channels=32 \\
       --checkpoint checkpoint_max.pth --key net --input 16,1,28,28 --target lynxi
+
+"""
+_TRAIN_EPILOG = """\
+checkpoint_max.pth (the best on the test set), checkpoint_latest.pth (for --resume) and TensorBoard's
+scalars go to --out-dir. On K GPUs of one machine, each taking its share of every batch:
+  torchrun --nproc-per-node K -m spikeport.deploy train conv --amp
 
 """
 _logger = logging.getLogger(__name__)
@@ -62,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, as ``spikeport --help`` lists them.
     """
     args = _parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else [*argv]
     with _diagnostics():
         try:
             code: int = args.run(args)
@@ -320,6 +331,62 @@ def _compare(args: argparse.Namespace) -> int:
     return OK if ok else FOUND
 
 
+def _train(args: argparse.Namespace) -> int:
+    from dataclasses import asdict, fields
+
+    import torch
+
+    from . import ranks
+    from .network import build, description
+    from .options import Options
+    from .trainer import separate_norms
+    from .training import Training
+
+    given = {"T": args.T, "channels": args.channels}
+    arguments = [*args.arg, *(f"{n}={v}" for n, v in given.items() if v is not None)]
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = {f.name: getattr(args, f.name) for f in fields(Options) if hasattr(args, f.name)}
+    options = Options(network=description(args.net, arguments), **named)
+    epochs = []
+    with ranks.join(options.torch_device) as (joined, device):
+        options = replace(options, device=str(device))
+
+        def say(*lines: object) -> None:
+            if joined.first:
+                print(*lines, sep="\n", file=sys.stderr if args.json else sys.stdout, flush=True)
+
+        on_gpu = device.type == "cuda"
+        kind = torch.cuda.get_device_name(device) if on_gpu else device
+        training = Training(lambda: build(args.net, arguments), options, joined)
+        together = f", {joined.size} processes" if joined.size > 1 else ""
+        if separate_norms(training.net, options, joined) > 1:
+            together += ", each with batch norm statistics of its own share"
+        versions = f"torch {torch.__version__}, {kind}{together}"
+        say(f"spikeport {shlex.join(args.argv)}", versions, training.net)
+        for epoch in training.epochs():
+            left = (options.epochs - 1 - epoch.epoch) * epoch.seconds
+            end = datetime.datetime.now() + datetime.timedelta(seconds=left)
+            say(
+                epoch,
+                f"train speed = {epoch.train_speed:.0f} images/s, test speed = "
+                f"{epoch.test_speed:.0f} images/s, expected end = {end:%Y-%m-%d %H:%M:%S}",
+            )
+            epochs.append(asdict(epoch))
+    if args.json and joined.first:
+        _emit({"folder": str(options.folder), "options": options.plain(), "epochs": epochs})
+    return OK
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    from .bundle import bundle
+
+    path = bundle(args.artifact, args.output)
+    text = f"{path}: run.py there needs the Lynxi SDK, NumPy and Python 3.8"
+    _report(args, text, {"path": str(path), "files": sorted(p.name for p in path.iterdir())})
+    return OK
+
+
 def _simulate(args: argparse.Namespace) -> int:
     from importlib import import_module
 
@@ -331,6 +398,24 @@ def _simulate(args: argparse.Namespace) -> int:
         code = run_script(args.script, args.args)
     _emit({"script": args.script, "exit_code": code})
     return code
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import neurons, report
+
+    report.prepare(args.out)
+    options = neurons.Options(
+        args.device,
+        args.neurons,
+        args.T or neurons.Options.T,
+        tuple(args.dtype or neurons.Options.dtypes),
+        args.quick,
+    )
+    results = neurons.run(options, progress=_logger.info)
+    files = report.write(results, args.out)
+    text = "\n\n".join([report.tables(results), "\n".join(f"written: {file}" for file in files)])
+    _report(args, text, {**results.to_dict(), "files": [str(file) for file in files]})
+    return OK
 
 
 # Shared by commands
@@ -453,18 +538,58 @@ def _parser() -> argparse.ArgumentParser:
         help="least fraction of equal predictions (0.98)",
     )
 
+    train = command("train", _train, "train a network on Fashion-MNIST", _TRAIN_EPILOG)
+    _train_arguments(train)
+
+    bundled = command("bundle", _bundle, "an onnx artifact for a machine with an old Lynxi SDK")
+    bundled.add_argument("artifact", type=Path, metavar="DIR", help="an artifact compiled for onnx")
+    bundled.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="the bundle to write"
+    )
+
     simulate = command("simulate", _simulate, "a script written for an SDK, on the simulated SDK")
     simulate.add_argument("vendor", choices=["ipu", "lynxi"], help="whose SDK")
     simulate.add_argument("script", metavar="SCRIPT", help="a Python file")
     simulate.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="go to the script")
+
+    bench = command("bench", _bench, "how fast the neurons' kernels are, beside other frameworks")
+    bench.add_argument("what", choices=["neurons"], help="what is measured")
+    bench.add_argument("--device", metavar="NAME", help="such as cuda:1 or cpu; default: a GPU")
+    bench.add_argument(
+        "--neurons",
+        type=int,
+        metavar="N",
+        help="neurons of the layer (2^20 on a GPU, 2^12 on a CPU)",
+    )
+    bench.add_argument("--T", type=_numbers, metavar="T,T,...", help="time steps (8,16,32,64,128)")
+    bench.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float32", "float16", "bfloat16"],
+        help="may be repeated (float32 and float16)",
+    )
+    bench.add_argument(
+        "--out", type=Path, default=Path("build/bench"), metavar="DIR", help="for JSON and charts"
+    )
+    bench.add_argument("--quick", action="store_true", help="few repeats, for a trial")
     return parser
 
 
-def _net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
-    parser.add_argument("net", metavar="NET", help="file.py:Class or package.module:Class")
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _net_argument(parser: argparse.ArgumentParser) -> None:
+    forms = "file.py:Class, package.module:Class, conv or fc"
+    parser.add_argument("net", metavar="NET", help=forms)
     parser.add_argument(
         "--arg", action="append", default=[], metavar="K=V", help="for the class; may be repeated"
     )
+
+
+def _net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
+    _net_argument(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights")
     parser.add_argument("--key", metavar="KEY", help="where the state dict lies in the checkpoint")
     parser.add_argument(
@@ -482,6 +607,46 @@ def _net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
         parser.add_argument(
             "--dtype", choices=["float16", "float32"], help="default: the target's own"
         )
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _net_argument(parser)
+    add = parser.add_argument
+    add("-T", type=int, help="time steps, as --arg T=... (the network's default)")
+    add("--channels", type=int, help="as --arg channels=... (the network's default)")
+    add("--epochs", type=int, default=64, help="epochs (64)")
+    add("-b", "--batch-size", type=int, default=128, help="images in a batch, of all GPUs (128)")
+    add("--lr", type=float, default=0.1, help="first learning rate of the cosine (0.1)")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD (0.9)")
+    add("--crop", type=int, default=0, help="shift images by up to so many pixels (0)")
+    add("--flip", action="store_true", help="mirror half of the images")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--half", action="store_true", help="weights and all else in float16")
+    precision.add_argument("--amp", action="store_true", help="float16 autocast, float32 weights")
+    add("--seed", type=int, default=0, help="of weights and of the order of images (0)")
+    add(
+        "--backend",
+        choices=["torch", "fused", "auto"],
+        help="of spikeport.targets.cuda's neurons (the network's own choice)",
+    )
+    add("--channels-last", action="store_true", help="memory format of weights and images")
+    add(
+        "--sync-batch-norm",
+        action="store_true",
+        help="statistics over the batches of all GPUs together; keeps batch norms out of the fused "
+        "kernels",
+    )
+    add("--device", help="such as cuda:0 or cpu (cuda where there is one)")
+    add(
+        "--data",
+        metavar="DATA",
+        default="fashion-mnist",
+        help="or a folder with its four IDX files",
+    )
+    add("--limit", type=int, metavar="N", help="only so many images of each split, for a trial")
+    add("--out-dir", type=Path, metavar="DIR", help="default: logs/ and the options' values")
+    add("--resume", type=Path, metavar="FILE", help="go on from this checkpoint_latest.pth")
+    add("--no-tensorboard", dest="tensorboard", action="store_false", help="no scalars")
 
 
 def _artifact_arguments(parser: argparse.ArgumentParser) -> None:

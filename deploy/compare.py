@@ -39,6 +39,10 @@ class Runs(Protocol):
     def has_probes(self) -> bool:
         """Whether the layers' spikes can be read."""
 
+    @property
+    def batch_dim(self) -> int:
+        """Which dimension of the first input is the batch."""
+
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The outputs for one batch."""
 
@@ -182,7 +186,8 @@ def compare(
     Args:
         net: The source network.
         model: The loaded artifact.
-        loader: Batches (x, y) of images [N, ...] and labels [N]; N need not be the compiled batch.
+        loader: Batches (x, y) of images [N, ...], or of events [T, N, ...] if the network was converted
+            for those, and labels [N]; N need not be the compiled batch.
         layers: On how many samples to compare the spikes of every layer; 0 for none.
         progress: Whether to show a bar on a terminal.
 
@@ -199,11 +204,11 @@ def compare(
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
             for x, y in loader:
-                if len(x) != len(y):
-                    raise UsageError(f"a batch of {len(x)} inputs and {len(y)} labels")
-                for part, labels in zip(
-                    *(torch.split(t, model.batch) for t in (x, y)), strict=True
-                ):
+                count = x.shape[model.batch_dim]
+                if count != len(y):
+                    raise UsageError(f"a batch of {count} inputs and {len(y)} labels")
+                parts = torch.split(x, model.batch, model.batch_dim)
+                for part, labels in zip(parts, torch.split(y, model.batch), strict=True):
                     if samples < layers and model.has_probes:
                         spikes.compare(part, samples)
                     start = time.perf_counter()
@@ -294,8 +299,10 @@ class _Spikes:
     def compare(self, x: torch.Tensor, start: int) -> None:
         """Compare one batch, whose first sample has the number ``start``."""
         _, spikes = self._model.probe(x)
-        count, batch = len(x), self._model.batch
-        padded = torch.cat([x, x[-1:].expand(batch - count, *x.shape[1:])]) if count < batch else x
+        at = self._model.batch_dim
+        count = x.shape[at]
+        last = x.narrow(at, count - 1, 1)
+        padded = torch.cat([x, *[last] * (self._model.batch - count)], at)
         captured, program = self._prepare(padded)
         padded = padded.to(captured.inputs[0].dtype)
         source = Trace.of(captured, (padded,))

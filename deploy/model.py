@@ -135,6 +135,11 @@ class Model:
         return steps
 
     @property
+    def batch_dim(self) -> int:
+        """Which dimension of the first input is the batch; the first, where it has none."""
+        return self.inputs[0].batch_dim or 0
+
+    @property
     def target(self) -> str:
         """Name of the target."""
         return self._backend.name
@@ -214,7 +219,7 @@ class Model:
         if n < self.batch:
             self._check_padding()
         full = [
-            _pad(x.detach().cpu(), p.batch_dim, self.batch)
+            _pad(x.detach(), p.batch_dim, self.batch)
             for p, x in zip(self.inputs, inputs, strict=True)
         ]
         return fold([p.spec for p in self.inputs], full, self.dtype), n

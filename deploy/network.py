@@ -26,8 +26,12 @@ from torch import nn
 from ..converters.errors import CheckpointError, UsageError
 
 _FORMS = (
-    "path/to/file.py:Class or package.module:Class (a function that returns the network will do)"
+    "path/to/file.py:Class or package.module:Class (a function that returns the network will do), or "
+    "conv or fc for an example"
 )
+_EXAMPLES = {"conv": "conv_fashion_mnist.py:CSNN", "fc": "fc_fashion_mnist.py:FCSNN"}
+_EXAMPLE_FOLDERS = (Path(__file__).resolve().parent.parent / "examples", Path("examples"))
+_PLAIN = (bool, int, float, str, types.NoneType)
 _WELL_KNOWN = ("net", "model", "state_dict", "model_state_dict")
 _TRUST = (
     "if you trust whoever made it, give --trust-pickle; else have it saved as a state dict of "
@@ -47,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 
 def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
-    """The network that ``file.py:Class`` or ``package.module:Class`` names, in eval mode.
+    """The network that ``file.py:Class``, ``package.module:Class``, ``conv`` or ``fc`` names, in eval mode.
 
     Its file can import its neighbours; ``__main__`` blocks do not run.
 
@@ -58,17 +62,7 @@ def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
     Raises:
         UsageError: There is no such file, module or class, or it fails.
     """
-    factory = _find(net)
-    given = parse_arguments(arguments)
-    try:
-        signature = inspect.signature(factory)
-        signature.bind(**given)
-    except TypeError as error:
-        raise UsageError(
-            f"{net} cannot be built: {error}; given: "
-            f"{', '.join(f'{k}={v!r}' for k, v in given.items()) or 'no --arg'}; it takes "
-            f"{signature} (--arg name=value)"
-        ) from error
+    factory, given, signature = _bind(net, arguments)
     try:
         made = factory(**given)
     except Exception as error:
@@ -81,8 +75,41 @@ def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
     return made.eval()
 
 
+def description(net: str, arguments: Iterable[str] = ()) -> dict[str, Any]:
+    """The network's name, under ``net``, and what :func:`build` constructs it with, as plain data.
+
+    Raises:
+        UsageError: There is no such file, module or class, or it takes other arguments.
+    """
+    factory, given, signature = _bind(net, arguments)
+    defaults = {n: p.default for n, p in signature.parameters.items()}
+    return {
+        "net": factory.__qualname__,
+        **{n: v for n, v in defaults.items() if isinstance(v, _PLAIN)},
+        **{n: v if isinstance(v, _PLAIN) else repr(v) for n, v in given.items()},
+    }
+
+
+def _bind(
+    net: str, arguments: Iterable[str]
+) -> tuple[Callable[..., Any], dict[str, Any], inspect.Signature]:
+    """What makes the network, the arguments that it is given, and those that it takes."""
+    factory = _find(net)
+    given = parse_arguments(arguments)
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(**given)
+    except TypeError as error:
+        raise UsageError(
+            f"{net} cannot be built: {error}; given: "
+            f"{', '.join(f'{k}={v!r}' for k, v in given.items()) or 'no --arg'}; it takes "
+            f"{signature} (--arg name=value)"
+        ) from error
+    return factory, given, signature
+
+
 def _find(net: str) -> Callable[..., Any]:
-    place, colon, name = net.rpartition(":")
+    place, colon, name = (_example_file(net) if net in _EXAMPLES else net).rpartition(":")
     if not colon or not place or not name:
         raise UsageError(f"{net!r} names no network; write {_FORMS}")
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
@@ -98,6 +125,18 @@ def _find(net: str) -> Callable[..., Any]:
         )
     maker: Callable[..., Any] = found
     return maker
+
+
+def _example_file(name: str) -> str:
+    place = _EXAMPLES[name]
+    for folder in _EXAMPLE_FOLDERS:
+        if (folder / place.partition(":")[0]).is_file():
+            return str(folder / place)
+    raise UsageError(
+        f"the example {name} is examples/{place} of spikeport's repository, which is neither here nor "
+        "where spikeport is installed from; go to a checkout, or name a network of your own: "
+        "path/to/file.py:Class"
+    )
 
 
 def _offers(module: types.ModuleType, name: str) -> str:

@@ -28,8 +28,10 @@ def _made(module: str, name: str, **arguments: Any) -> Callable[[], Target]:
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
+    "cuda": _made(".cuda.target", "Cuda"),
     "lynxi": _made(".lynxi", "Lynxi", simulated=False),
     "lynxi-sim": _made(".lynxi", "Lynxi", simulated=True),
+    "onnx": _made(".onnx", "Onnx"),
     "reference": _made(".reference", "Reference"),
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from ..converters.errors import Finding, Findings
 from ..converters.passes import Pass
-from ..converters.program import NEURON, NEURON_STEP, Program, short, where
+from ..converters.program import NEURON, NEURON_STEP, STATE, Program, short, where
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Loaded(Protocol):
     """A compiled graph on a device."""
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The graph's outputs for the graph's inputs, in shapes and dtypes of the graph."""
+        """The graph's outputs for the graph's inputs, in shapes and dtypes of the graph.
+
+        Inputs may lie on any device of torch.
+        """
 
     def close(self) -> None:
         """Free the device."""
@@ -223,7 +226,7 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
     if n.target is operator.getitem:
         return  # a part of an operator's results; that operator is judged itself
     if can.ops is not None and op not in can.ops:
-        if n.target in (NEURON, NEURON_STEP):
+        if n.target in (NEURON, NEURON_STEP, STATE):
             yield "operator", op, "primitive operators", "lower the neurons first"
         else:
             yield (

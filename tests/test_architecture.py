@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("converters", "targets", "deploy")  # each may import those before it
 SDKS = {"lyngor", "lynpy", "pylynchipsdk", "poptorch", "popart"}
 FRAMEWORKS = {"spikingjelly", "snntorch"}
+#: Runs beside an SDK, by itself: every bundle has a copy.
+SCRIPT = ROOT / "targets" / "lynxi" / "run_bundle.py"
 
 
 def _sources() -> list[Path]:
@@ -41,7 +43,12 @@ def test_imports_go_one_way_and_name_no_vendor(path: Path) -> None:
     roots = {name.split(".")[0] for name in _imports(path)}
     assert not roots & set(above)
     assert "spikeport" not in roots, "imports inside the package are relative"
-    assert not roots & (SDKS | FRAMEWORKS)
+    if path != SCRIPT:
+        assert not roots & (SDKS | FRAMEWORKS)
+
+
+def test_the_script_for_other_machines_is_never_imported() -> None:
+    assert not [p for p in _sources() if any(SCRIPT.stem in name for name in _imports(p))]
 
 
 def test_the_rule_sees_a_wrong_import(tmp_path: Path) -> None:

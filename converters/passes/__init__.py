@@ -12,8 +12,10 @@ from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
 from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
+from .fold_constants import fold_constants
 from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
+from .reroll_time import reroll_time
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -23,6 +25,8 @@ __all__ = [
     "cast_float16",
     "flatten_time",
     "fold_batch_norm",
+    "fold_constants",
     "hoist_time_invariant",
     "lower_neurons",
+    "reroll_time",
 ]

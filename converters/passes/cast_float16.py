@@ -6,6 +6,8 @@ its layer, what is flushed to zero is counted.
 A threshold is rounded towards the side where nothing changes: for every float16 number h,
 ``h >= c`` holds exactly if ``h >= ceil(c)`` does, and ``h > c`` if ``h > floor(c)`` does, with ceil and
 floor to the next float16.
+
+A neuron that is still one operator computes in float32, so its parameters stay as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import fx
 
 from ..errors import Finding, UnsupportedError
 from ..ops import Node, aten
-from ..program import PassReport, Program, seal, short, where
+from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, seal, short, where
 
 _MAX = torch.finfo(torch.float16).max
 
@@ -33,12 +35,16 @@ def cast_float16(program: Program) -> Program:
     env: dict[Node, Node] = {}
     output = graph.graph_copy(program.graph, env)
     tensors, done, findings = {}, [], []
-    rounded = set()
+    rounded, kept = set(), set()
     for old, n in env.items():
         n.meta = dict(old.meta)
         n.name = old.name
         if n.op == "get_attr":
             value = program.tensor(n.target)
+            if _only_of_neurons(n):
+                tensors[n.target] = value
+                kept.add(n.target)
+                continue
             if value.is_floating_point():
                 findings += _overflow(n, value)
                 half = value.to(torch.float16)
@@ -62,9 +68,11 @@ def cast_float16(program: Program) -> Program:
     graph.output(output)
     done.insert(
         0,
-        f"{len(tensors)} weights and constants, {program.dtype} to torch.float16; "
-        f"{len(tensors) - len(rounded)} of them exactly",
+        f"{len(tensors) - len(kept)} weights and constants, {program.dtype} to torch.float16; "
+        f"{len(tensors) - len(kept) - len(rounded)} of them exactly",
     )
+    if kept:
+        done.append(f"{len(kept)} parameters of neurons stay in {program.dtype}")
     report = PassReport("cast_float16", tuple(done))
     return seal(
         program,
@@ -75,6 +83,11 @@ def cast_float16(program: Program) -> Program:
         dtype=torch.float16,
         rounded=frozenset(rounded),
     )
+
+
+def _only_of_neurons(n: Node) -> bool:
+    """Whether a tensor is nothing but a parameter of neurons."""
+    return all(u.target in (NEURON, NEURON_STEP, STATE) and u.args[0] is not n for u in n.users)
 
 
 #: Where the second side of a comparison is rounded to: up, or down.

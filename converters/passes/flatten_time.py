@@ -17,7 +17,7 @@ from torch import fx
 
 from .. import ops
 from ..ops import Node, aten, shape
-from ..program import NEURON, Builder, PassReport, Program, TensorSpec, short, where
+from ..program import NEURON, STATE, Builder, PassReport, Program, TensorSpec, short, where
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class _Flatten(Builder):
         self.handlers: dict[Any, Callable[[Node], Node | _Folded | None]] = {
             ops.RESHAPE: self._reshape,
             NEURON: self._neuron,
+            STATE: self._neuron,
             aten.expand.default: self._expand,
             aten.repeat.default: self._expand,
             aten.unsqueeze.default: self._unsqueeze,
@@ -203,7 +204,8 @@ class _Flatten(Builder):
         x = self._fold(n.args[0])
         params = [self.env[p] for p in n.args[1]]
         layout = "static" if x.static else "flat"
-        node = self.call(NEURON, x.node, params, n.args[2], layout, x.T, path=where(n))
+        spec, index = n.args[2], n.args[5:]
+        node = self.call(n.target, x.node, params, spec, layout, x.T, *index, path=where(n))
         return _Folded(node, x.T, x.N)
 
     def _expand(self, n: Node) -> Node | _Folded | None:

@@ -18,7 +18,7 @@ from torch import fx
 
 from .. import ops
 from ..ops import Node, aten, shape
-from ..program import NEURON, Builder, PassReport, Program, short, where
+from ..program import NEURON, STATE, Builder, PassReport, Program, short, where
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Hoist(Builder):
         if x.folded:
             full = self.call(ops.RESHAPE, full, list(shape(n)), path=path)
         self.env[n] = full
-        if user is not None and user.target is not NEURON:
+        if user is not None and user.target not in (NEURON, STATE):
             self.stopped.append(
                 f"{where(user) or user.name}: {short(user.target)} needs the time steps themselves"
             )

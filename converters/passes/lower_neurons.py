@@ -15,10 +15,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..equations import Symbol
+from ..equations import SPIKES, Symbol
 from ..neurons import Neuron
 from ..ops import Node, aten, shape
-from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, Site, where
+from ..program import (
+    NEURON,
+    NEURON_STEP,
+    STATE,
+    Builder,
+    PassReport,
+    Program,
+    Site,
+    state_of,
+    where,
+)
 
 
 def lower_neurons(program: Program) -> Program:
@@ -110,6 +120,10 @@ class _Emitter:
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
         return _Value(self, self._tensor(tensor))
 
+    def value(self, value: Any) -> _Value:
+        """A node for what may be a constant."""
+        return value if isinstance(value, _Value) else self.constant(value)
+
     def compare(self, name: str, a: _Value, b: Any) -> _Value:
         b = self._argument(b)
         packet = getattr(aten, name)
@@ -138,6 +152,7 @@ class _Lower(Builder):
         self.done: list[str] = []
         # The state after a single step, by the node of its call: it need not be a node itself.
         self.states: dict[Node, Any] = {}
+        self.unrolled: dict[Any, list[tuple[Node, tuple[Any, ...]]]] = {}
 
     def run(self) -> Program:
         for n in self.program.walk():
@@ -147,18 +162,24 @@ class _Lower(Builder):
                 self.env[n] = self.copy(n, self.env)
             elif n.op == "call_function" and n.target is NEURON:
                 self._multi_step(n)
+            elif n.op == "call_function" and n.target is STATE:
+                self._state(n)
             elif n.op == "call_function" and n.target is NEURON_STEP:
                 self._single_step(n)
             elif n.op == "call_function" and n.args and n.args[0] in self.states:
                 continue
+            elif (call := state_of(n)) is not None:
+                emit = _Emitter(self, where(n), f"{where(n)}.{n.name}", n.meta["val"].dtype)
+                self.env[n] = emit.value(self.states[call][n.args[2]]).node
             elif n.op == "call_function":
                 self.env[n] = self.copy(n, self.env)
+        named = {n.name: n for n in self.program.walk()}
         for site in self.program.sites:
             if site.layout == "steps":
                 self._site(
                     site,
-                    [self.env[self.program.node(d)] for d in site.drives],
-                    [self.env[self.program.node(s)] for s in site.spikes],
+                    [self.env[named[d]] for d in site.drives],
+                    [self.env[named[s]] for s in site.spikes],
                 )
         report = PassReport("lower_neurons", tuple(self.done))
         order = {site.name: i for i, site in enumerate(self.program.sites)}
@@ -171,28 +192,60 @@ class _Lower(Builder):
         self.lowered.append(replace(site, drives=names[0], spikes=names[1]))
         self.done.append(f"{site.name}: {site.neuron.describe()}, {site.T} steps")
 
-    def _initial(self, neuron: Neuron, dtype: torch.dtype) -> torch.Tensor:
-        """v_0 as the constant that the first step starts from."""
-        return torch.as_tensor(neuron.v_0, dtype=dtype).detach()
+    def _initial(self, neuron: Neuron, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The constants that the first step starts from."""
+        values = (neuron.v_0, *neuron.dynamics.states.values())
+        return tuple(torch.as_tensor(value, dtype=dtype).detach() for value in values)
+
+    def _step(
+        self, neuron: Neuron, state: tuple[Any, ...], x: _Value, t: int
+    ) -> tuple[Node, tuple[Any, ...]]:
+        """Spikes in the dtype of x, and the state after the step."""
+        emit, dtype = x.emit, x.node.meta["val"].dtype
+        fired, state, _ = neuron.step(state, x, neuron.fired, emit.where, t)
+        cast = self.call(aten._to_copy.default, fired.node, path=emit.path, dtype=dtype)
+        # The charge may multiply the last step's spikes, which a boolean does not take.
+        spikes = _Value(emit, cast)
+        parts = zip(state[1:], neuron.dynamics.states, strict=True)
+        return cast, (state[0], *(spikes if name == SPIKES else part for part, name in parts))
 
     def _multi_step(self, n: Node) -> None:
         site = self.sites[n.name]
-        neuron = site.neuron
-        x, T = self.env[n.args[0]], site.T
-        dtype, path = x.meta["val"].dtype, where(n)
-        emit = _Emitter(self, path, site.name, dtype)
-        N = shape(x)[0] // (1 if site.layout == "static" else T)
-        v: Any = self._initial(neuron, dtype)
-        spikes = []
+        spikes = [s for s, _ in self._unrolled(n)]
+        node = self._joined(spikes, where(n))
+        self.env[n] = node
+        self._site(site, [self.env[n.args[0]]], [node])
+
+    def _state(self, n: Node) -> None:
+        x, index = self.env[n.args[0]], n.args[5]
+        emit = _Emitter(self, where(n), f"{where(n)}.state_{index}", x.meta["val"].dtype)
+        parts = [emit.value(state[index]).node for _, state in self._unrolled(n)]
+        self.env[n] = self._joined(parts, where(n))
+
+    def _joined(self, steps: list[Node], path: str) -> Node:
+        return steps[0] if len(steps) == 1 else self.call(aten.cat.default, steps, 0, path=path)
+
+    def _unrolled(self, n: Node) -> list[tuple[Node, tuple[Any, ...]]]:
+        """Spikes and state of each step of a layer, emitted once for all that ask for them."""
+        x, params, spec, layout, T = n.args[:5]
+        key = (x, tuple(params), spec, layout)
+        if key in self.unrolled:
+            return self.unrolled[key]
+        neuron = Neuron.from_json(spec, (self.program.tensor(p.target) for p in params))
+        x, path = self.env[x], where(n)
+        dtype = x.meta["val"].dtype
+        name = self.sites[n.name].name if n.name in self.sites else f"{path}.state"
+        emit = _Emitter(self, path, name, dtype)
+        N = shape(x)[0] // (1 if layout == "static" else T)
+        state = self._initial(neuron, dtype)
+        steps = self.unrolled[key] = []
         for t in range(T):
             xt = x
-            if site.layout != "static" and T > 1:
+            if layout != "static" and T > 1:
                 xt = self.call(aten.slice.Tensor, x, 0, t * N, (t + 1) * N, path=path)
-            fired, v, _ = neuron.step(v, _Value(emit, xt), neuron.fired, emit.where, t)
-            spikes.append(self.call(aten._to_copy.default, fired.node, path=path, dtype=dtype))
-        node = spikes[0] if T == 1 else self.call(aten.cat.default, spikes, 0, path=path)
-        self.env[n] = node
-        self._site(site, [x], [node])
+            s, state = self._step(neuron, state, _Value(emit, xt), t)
+            steps.append((s, state))
+        return steps
 
     def _single_step(self, n: Node) -> None:
         x, before, _, spec, t = n.args
@@ -200,15 +253,10 @@ class _Lower(Builder):
         neuron = Neuron.from_json(spec, (self.program.tensor(p.target) for p in n.args[2]))
         dtype = x.meta["val"].dtype
         emit = _Emitter(self, path, f"{path}.step_{t}", dtype)
-        v: Any = self._initial(neuron, dtype)
+        state = self._initial(neuron, dtype)
         if before.target is operator.getitem and before.args[0] in self.states:
-            v = self.states[before.args[0]]
-        fired, after, _ = neuron.step(v, _Value(emit, self.env[x]), neuron.fired, emit.where, t)
-        self.states[n] = _Value(emit, after.node) if isinstance(after, _Value) else after
+            state = self.states[before.args[0]]
+        spikes, self.states[n] = self._step(neuron, state, _Value(emit, self.env[x]), t)
         for user in n.users:
             if user.args[1] == 0:
-                self.env[user] = self.call(
-                    aten._to_copy.default, fired.node, path=path, dtype=dtype
-                )
-            else:
-                self.env[user] = self.states[n].node
+                self.env[user] = spikes

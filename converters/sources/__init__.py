@@ -6,19 +6,32 @@ itself is not needed here. Whatever only resembles a known neuron is reported, n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from ..errors import Finding
 from .base import Reading, Source
 from .native import Native
+from .snntorch import SnnTorch, isolated
 from .spikingjelly import SpikingJelly
 
-__all__ = ["SOURCES", "Reading", "Source", "framework", "read_all", "register", "reset"]
+__all__ = [
+    "SOURCES",
+    "Reading",
+    "Source",
+    "copied",
+    "framework",
+    "isolated",
+    "read_all",
+    "register",
+    "reset",
+]
 
 _NATIVE = Native()
-SOURCES: tuple[Source, ...] = (_NATIVE, SpikingJelly())
+SOURCES: tuple[Source, ...] = (_NATIVE, SpikingJelly(), SnnTorch())
 
 
 def register(kind: type[nn.Module], read: Callable[[nn.Module], Reading]) -> None:
@@ -59,7 +72,19 @@ def reset(net: nn.Module) -> None:
             source.reset(module)
 
 
+def copied(net: nn.Module) -> nn.Module:
+    """A deep copy, in which no neuron's state has a history; torch copies no tensor that has one."""
+    states = {
+        id(value): value.detach().clone()
+        for _, module, _ in read_all(net)
+        for value in (*vars(module).values(), *module._buffers.values())
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(net, states)
+
+
 def framework(net: nn.Module) -> str:
     """Name of the framework whose modules the network uses."""
     used = {type(m).__module__.split(".")[0] for m in net.modules()}
-    return "spikingjelly" if "spikingjelly" in used else "torch"
+    names = [source.name for source in SOURCES if source.name in used - {_NATIVE.name}]
+    return ", ".join(names) or _NATIVE.name

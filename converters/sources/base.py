@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from ..errors import Finding
@@ -18,10 +20,24 @@ class Reading:
     Attributes:
         neuron: Its declaration.
         step_mode: ``"m"`` if a call takes x_seq [T, N, ...], ``"s"`` if it takes x [N, ...].
+        states: Names of the arguments by which a caller may hand its state back, in their order, with
+            their places in the declared state (v, ...).
+        returns_state: Whether a call returns these after the spikes.
+        gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
+        restart: Names of its methods that return what to start from.
     """
 
     neuron: Neuron
     step_mode: Literal["s", "m"] = "m"
+    states: Mapping[str, int] = field(default_factory=dict)
+    returns_state: bool = False
+    gain: torch.Tensor | None = None
+    restart: tuple[str, ...] = ()
+
+    def spikes(self, output: Any) -> torch.Tensor:
+        """The spikes, 0 and 1, in what a call returns."""
+        spikes: torch.Tensor = output[0] if self.returns_state else output
+        return spikes if self.gain is None else spikes / self.gain
 
 
 class Source(Protocol):
@@ -34,6 +50,29 @@ class Source(Protocol):
 
     def reset(self, module: nn.Module) -> None:
         """Put the module's own state back to its value before the first step."""
+
+
+def comparison(surrogate: Any) -> Literal[">=", ">"] | None:
+    """How a surrogate function fires at the threshold itself, seen from its output."""
+    tiny = torch.finfo(torch.float32).tiny
+    u = torch.tensor([-1.0, -tiny, 0.0, tiny, 1.0])
+    with torch.no_grad():
+        spikes = surrogate(u)
+    if torch.equal(spikes, (u >= 0).float()):
+        return ">="
+    return ">" if torch.equal(spikes, (u > 0).float()) else None
+
+
+def surrogate_output(surrogate: Any, path: str) -> Finding:
+    """The finding for a surrogate function whose output is no step."""
+    return Finding(
+        rule="surrogate-output",
+        where=path,
+        found=f"{surrogate} gives other values than spikes of 0 and 1",
+        allowed="a surrogate function whose output is a step at 0",
+        fix="use one whose forward is a step (SpikingJelly: spiking=True), or declare the dynamics "
+        "that you mean (spikeport.converters.neurons.dynamics)",
+    )
 
 
 def look_alike(module: nn.Module, path: str, known: str) -> Finding:

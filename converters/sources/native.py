@@ -33,4 +33,6 @@ class Native:
         return Reading(module.neuron)
 
     def reset(self, module: nn.Module) -> None:
-        """A Node keeps no state from one call to the next."""
+        """A Node keeps no state from one call to the next; a class that was made known may."""
+        if type(module) in self.readers and callable(reset := getattr(module, "reset", None)):
+            reset()

@@ -1,32 +1,48 @@
-"""SpikingJelly 2.0.0 and 0.0.0.0.14 (``spikingjelly.activation_based``).
+"""SpikingJelly 2.0.0 and 0.0.0.0.14 (``spikingjelly.activation_based``), 0.0.0.0.12 (``clock_driven``).
 
 Its stateless layers and containers trace as they are; only neurons and other keepers of state need
-reading. The two generations compute the same equations in other orders of rounding, which the
-declaration tells apart: 0.0.0.0.14 is the one whose neurons have a ``backend``.
+reading. The generations compute the same equations in other orders of rounding, which the declaration
+tells apart: 0.0.0.0.14 is the one of ``activation_based`` whose neurons have a ``backend``, and in
+``clock_driven`` the multi-step neurons are classes of their own.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .. import neurons
 from ..errors import Finding
 from ..neurons import Neuron
-from .base import Reading, look_alike
+from .base import Reading, comparison, look_alike, surrogate_output
 
-_KNOWN = ("IFNode", "LIFNode", "ParametricLIFNode")
-_STATELESS_IN_EVAL = ("Dropout", "Dropout2d")
+#: Names of the neurons that are read, with the modules of the package that they are defined in.
+_KNOWN = {
+    "IFNode": ("neuron",),
+    "LIFNode": ("neuron",),
+    "ParametricLIFNode": ("neuron",),
+    # LIF whose training is online; in eval mode they fire at the threshold, whatever the surrogate.
+    "OTTTLIFNode": ("neuron",),
+    "SLTTLIFNode": ("neuron",),
+    # LIF that remembers the mean of its potential for the search of an architecture.
+    "save_v_LIFNode": ("model", "spike_dhs"),
+}
+_ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
+_NOT_LIF = ("IFNode", "ParametricLIFNode")
+_STATELESS_IN_EVAL = ("Dropout", "Dropout2d", "MultiStepDropout", "MultiStepDropout2d")
 
 
 def _ours(kind: type) -> bool:
     return kind.__module__.split(".")[0] == "spikingjelly"
 
 
+def _clock_driven(kind: type) -> bool:
+    return kind.__module__.startswith("spikingjelly.clock_driven.")
+
+
 class SpikingJelly:
-    """Reads IFNode, LIFNode and ParametricLIFNode; refuses every other keeper of state by name."""
+    """Reads the neurons above; refuses every other keeper of state by name."""
 
     name = "spikingjelly"
 
@@ -41,7 +57,9 @@ class SpikingJelly:
             return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
         if kind.__name__ in _STATELESS_IN_EVAL:
             return None
-        if kind.__name__ not in _KNOWN or ".neuron" not in kind.__module__:
+        name = kind.__name__
+        home = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name, ())
+        if not home or list(home) != kind.__module__.split(".")[2 : 2 + len(home)]:
             return [
                 Finding(
                     rule="unknown-neuron",
@@ -56,18 +74,22 @@ class SpikingJelly:
         return self._neuron(module, path)
 
     def _neuron(self, module: Any, path: str) -> Reading | list[Finding]:
-        old, kind = hasattr(module, "backend"), type(module).__name__
+        clock_driven, name = _clock_driven(type(module)), type(module).__name__
+        kind = name.removeprefix("MultiStep")
+        old = clock_driven or hasattr(module, "backend")
         # 0.0.0.0.14 asks the surrogate of IFNode and LIFNode in training only.
-        ignored = old and kind != "ParametricLIFNode"
-        fires = ">=" if ignored else _comparison(module.surrogate_function)
+        ignored = kind in _ONLINE or (old and not clock_driven and kind != "ParametricLIFNode")
+        fires = ">=" if ignored else comparison(module.surrogate_function)
         if fires is None or not getattr(module.surrogate_function, "spiking", True):
+            return [surrogate_output(module.surrogate_function, path)]
+        if clock_driven and getattr(module, "backend", "torch") != "torch":
             return [
                 Finding(
-                    rule="surrogate-output",
+                    rule="neuron-backend",
                     where=path,
-                    found=f"{module.surrogate_function} gives other values than spikes of 0 and 1",
-                    allowed="a surrogate function whose output is a step at 0",
-                    fix="set spiking=True on the surrogate function",
+                    found=f"backend={module.backend!r}, whose kernels round in another order",
+                    allowed="backend='torch'",
+                    fix="set the neuron's backend to 'torch' before the conversion",
                 )
             ]
         if getattr(module, "_neuron_precision", None) is not None:
@@ -87,9 +109,9 @@ class SpikingJelly:
         if kind != "IFNode":
             plain = old and not module.decay_input
             params = {"decay_input": module.decay_input, "v_rest": v_reset}
-        if kind == "LIFNode":
+        if kind not in _NOT_LIF:
             dynamics, params["tau"] = neurons.LIF, module.tau
-            params["factored"] = plain and not hard
+            params["factored"] = plain and (v_reset == 0.0 if clock_driven else not hard)
         elif kind == "ParametricLIFNode":
             dynamics, params["w"] = neurons.ParametricLIF, module.w
             params["factored"] = plain and v_reset == 0.0
@@ -102,20 +124,11 @@ class SpikingJelly:
             fires=fires,
             v_0=module._memories_rv["v"],
         )
+        if clock_driven:
+            return Reading(neuron, "s" if name == kind else "m")
         return Reading(neuron, module.step_mode)
 
     def reset(self, module: nn.Module) -> None:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
-
-
-def _comparison(surrogate: Any) -> Literal[">=", ">"] | None:
-    """How a surrogate function fires at the threshold itself, seen from its output."""
-    tiny = torch.finfo(torch.float32).tiny
-    u = torch.tensor([-1.0, -tiny, 0.0, tiny, 1.0])
-    with torch.no_grad():
-        spikes = surrogate(u)
-    if torch.equal(spikes, (u >= 0).float()):
-        return ">="
-    return ">" if torch.equal(spikes, (u > 0).float()) else None

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,21 @@ from ...converters.passes import (
     cast_float16,
     flatten_time,
     fold_batch_norm,
+    fold_constants,
     hoist_time_invariant,
     lower_neurons,
+    reroll_time,
 )
 from ...converters.program import Builder, PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded
+from ..onnx.export import DEFAULT_OPSET, export
 from .capabilities import CAPABILITIES
 
-#: Arguments of ``Builder.build`` that a user may set, with this project's defaults.
+#: What a user may set, with this project's defaults: the form in which lyngor is given the network
+#: (``"Pytorch"``, or ``"ONNX"`` where its PyTorch is too old for the module), and arguments of its
+#: ``Builder.build``.
 _OPTIONS: dict[str, Any] = {
+    "model_type": "Pytorch",
     "apu_only": True,
     "build_mode": "auto",
     "opt_level": 3,
@@ -64,10 +72,16 @@ class Lynxi:
         For float16 a batch norm is absorbed rather than folded where that is possible, because
         folding rounds the weights once more, and the cast comes last.
         """
+        layout: tuple[Pass, ...] = (
+            fold_constants,
+            reroll_time,
+            hoist_time_invariant,
+            flatten_time,
+        )
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (hoist_time_invariant, flatten_time, *absorb, lower_neurons, cast_float16)
-        return hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons
+            return (*layout, *absorb, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:
@@ -109,20 +123,24 @@ class Lynxi:
                 f"there are {', '.join(_OPTIONS)}"
             )
         chosen = {**_OPTIONS, **options}
+        building = dict(chosen)
+        if (kind := building.pop("model_type")) not in ("Pytorch", "ONNX"):
+            raise UsageError(f"model_type is {kind!r}; allowed: Pytorch, ONNX")
         lyngor = self._import("lyngor")
         buffers = "float16" if program.dtype == torch.float16 else "float32"
         shapes = {spec.name: list(spec.graph_shape) for spec in program.inputs}
         try:
             model = lyngor.DLModel()
-            model.load(
-                _importable(program),
-                model_type="Pytorch",
-                inputs_dict=shapes,
-                in_type=buffers,
-                out_type=buffers,
-            )
+            with _importable(program, kind) as importable:
+                model.load(
+                    importable,
+                    model_type=kind,
+                    inputs_dict=shapes,
+                    in_type=buffers,
+                    out_type=buffers,
+                )
             builder = lyngor.Builder(target="apu", is_map=True)
-            builder.build(model.graph, model.params, out_path=str(directory), **chosen)
+            builder.build(model.graph, model.params, out_path=str(directory), **building)
         except Exception as error:
             raise CompileError(f"lyngor {lyngor.version} refused the program: {error}") from error
         files = sorted(p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
@@ -162,7 +180,7 @@ class _Model:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, copied out of the buffer that the next call overwrites."""
         parts = [
-            x.to(dtype).contiguous().numpy().reshape(-1).view(np.uint8)
+            x.to(dtype).cpu().contiguous().numpy().reshape(-1).view(np.uint8)
             for x, dtype in zip(inputs, self._dtypes, strict=True)
         ]
         try:
@@ -183,7 +201,17 @@ class _Model:
         self._model.unload()
 
 
-def _importable(program: Program) -> nn.Module:
+@contextmanager
+def _importable(program: Program, kind: str) -> Iterator[nn.Module | str]:
+    """The program as lyngor takes it: a module, or the path of an ONNX file."""
+    if kind == "Pytorch":
+        yield _module(program)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(export(program, Path(folder) / "model.onnx", DEFAULT_OPSET)[0])
+
+
+def _module(program: Program) -> nn.Module:
     """The graph in the spelling of torch.jit.trace, which the compiler's importer knows.
 
     A cast is ``aten::to``, and a selection has tensors on both sides.

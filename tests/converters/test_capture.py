@@ -22,7 +22,7 @@ from spikeport.converters.passes import (
     hoist_time_invariant,
     lower_neurons,
 )
-from spikeport.converters.program import Program
+from spikeport.converters.program import Program, short
 from spikeport.converters.sources import Reading
 
 T, N = 4, 2
@@ -38,7 +38,7 @@ class SingleStep(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         v = torch.zeros_like(x) if isinstance(self.v, float) else self.v
-        spikes, self.v = Neuron(IF).single_step(x, v)
+        spikes, (self.v,) = Neuron(IF).single_step(x, (v,))
         return spikes
 
 
@@ -645,6 +645,49 @@ def test_data_dependence(run: Callable[..., Any]) -> None:
     found = findings(Net(run, spike=IFNode()), rand(T, N, 3))
     assert [f.rule for f in found] == ["data-dependent"]
     assert "test_capture.py:" in found[0].found
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2), torch.tensor(True)])
+def test_a_branch_on_an_integer_kept_as_a_tensor(value: torch.Tensor) -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = value
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if self.up != 0 else x
+
+    net, x = Choice(), torch.randn(3, 4)
+    assert torch.equal(capture(net, (x,))(x), 2 * x)
+    assert net.up is value
+
+
+@pytest.mark.parametrize(
+    ("run", "operators"),
+    [
+        (lambda x: x.max(2)[0], ["aten.amax"]),
+        (lambda x: F.adaptive_max_pool2d(x, 1), ["aten.amax"]),
+        (lambda x: F.adaptive_max_pool2d(x, (2, 3)), ["aten.max_pool2d"]),
+        (lambda x: F.adaptive_max_pool1d(x[0], 3), ["aten.select", "aten.max_pool1d"]),
+        (
+            lambda x: F.avg_pool1d(x[0], 3, 2, 1, True),
+            ["aten.select", "aten.unsqueeze", "aten.avg_pool2d", "aten.squeeze"],
+        ),
+        (
+            lambda x: F.avg_pool1d(x[0], 2),
+            ["aten.select", "aten.unsqueeze", "aten.avg_pool2d", "aten.squeeze"],
+        ),
+    ],
+)
+def test_pooling_that_targets_have(run: Callable[..., Any], operators: list[str]) -> None:
+    class Pool(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return run(x)
+
+    x = torch.randn(2, 4, 6, 9)
+    program = capture(Pool(), (x,))
+    assert [short(n.target) for n in program.nodes("call_function")] == operators
+    assert torch.equal(program(x), run(x))
 
 
 def test_a_branch_on_a_spike_count_between_neurons() -> None:

@@ -214,7 +214,7 @@ def test_parameters_per_channel(reset: Any, reset_at: Any) -> None:
 
 def test_trace_gives_h_and_the_last_v() -> None:
     neuron = Neuron(IF, reset="soft")
-    spikes, h, v = neuron.trace(torch.tensor([[0.75], [0.5], [0.5]]))
+    spikes, h, (v,) = neuron.trace(torch.tensor([[0.75], [0.5], [0.5]]))
     assert spikes.flatten().tolist() == [0, 1, 0]
     assert h.flatten().tolist() == [0.75, 1.25, 0.75]
     assert v.tolist() == [0.75]
@@ -302,10 +302,10 @@ class TestDeclaring:
 
     def test_the_same_name_with_another_default(self) -> None:
         def make(value: float) -> Any:
-            def Leaky(v, x, *, leak=value):  # noqa: N802
+            def Leaking(v, x, *, leak=value):  # noqa: N802
                 return v * leak + x
 
-            return Leaky
+            return Leaking
 
         neurons.dynamics(make(0.5))
         neurons.dynamics(make(0.5))
@@ -365,20 +365,40 @@ def test_training_gives_the_same_spikes(population: dict[str, Any]) -> None:
     neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}, **population)
     v, spikes = neuron.initial(x[0]), []
     for t, x_t in enumerate(x):
-        s, v = neuron.train_step(v, x_t, surrogates.ATan(), False, t)
+        s, v, _ = neuron.train_step(v, x_t, surrogates.ATan(), False, t)
         spikes.append(s)
     assert torch.equal(torch.stack(spikes), neuron.multi_step(x))
 
 
-@pytest.mark.parametrize("surrogate", [surrogates.ATan(2.0), surrogates.Sigmoid(4.0)], ids=repr)
+#: What each surrogate is the derivative of, at its defaults; written out independently.
+PRIMITIVES: dict[str, Any] = {
+    "ATan": lambda u: torch.atan(math.pi * u) / math.pi,
+    "Sigmoid": lambda u: torch.sigmoid(4.0 * u),
+    "FastSigmoid": lambda u: u / (1 + 25.0 * u.abs()),
+    "SoftSign": lambda u: u / (1 + 2.0 * u.abs()),
+    "StraightThrough": lambda u: u,
+    "Rectangle": lambda u: u.clamp(-0.5, 0.5),
+    "PiecewiseQuadratic": lambda u: (
+        (u - u * u.abs() / 2) * (u.abs() < 1) + u.sign() / 2 * (u.abs() >= 1)
+    ),
+    "PiecewiseExp": lambda u: -u.sign() * torch.exp(-u.abs()) / 2,
+    "Gaussian": lambda u: torch.erf(2.0 * u) / 2,
+    "PiecewiseLeakyReLU": lambda u: u.clamp(-1, 1) + 0.01 * (u - u.clamp(-1, 1)),
+    "LeakyKReLU": lambda u: u.clamp(min=0),
+    "LogTailedReLU": lambda u: u.clamp(0, 1) + u.clamp(min=1).log(),
+}
+
+
+def test_every_surrogate_has_its_primitive_here() -> None:
+    assert PRIMITIVES.keys() <= surrogates.KINDS.keys()
+
+
+@pytest.mark.parametrize("surrogate", [surrogates.KINDS[n]() for n in PRIMITIVES], ids=repr)
 def test_the_gradient_of_one_step_is_the_surrogates(surrogate: surrogates.Surrogate) -> None:
-    x = torch.linspace(-2, 3, 41, dtype=torch.float64).reshape(1, 1, -1).requires_grad_()
+    x = torch.linspace(-2.013, 3, 41, dtype=torch.float64).reshape(1, 1, -1).requires_grad_()
     IFNode(surrogate=surrogate)(x).sum().backward()
     u = (x.detach() - 1.0).flatten()
-    if surrogate.name == "ATan":
-        primitive = lambda u: torch.atan(math.pi / 2 * 2.0 * u) / math.pi + 0.5  # noqa: E731
-    else:
-        primitive = lambda u: torch.sigmoid(4.0 * u)  # noqa: E731
+    primitive = PRIMITIVES[surrogate.name]
     step = 1e-6
     expected = (primitive(u + step) - primitive(u - step)) / (2 * step)
     assert torch.allclose(x.grad.flatten(), expected, atol=1e-8)
@@ -414,6 +434,98 @@ def test_learned_parameters_get_gradients() -> None:
     node(drive(5)).sum().backward()
     assert node.w.grad.abs() > 0
     assert node.v_threshold.grad.abs() > 0
+
+
+class TestSurrogateDeclarations:
+    def test_a_users_own(self) -> None:
+        @surrogates.surrogate
+        def Tenth(u, *, scale=0.1):  # noqa: N802
+            return scale / (1 + u**2)
+
+        given = Tenth(scale=0.2)
+        assert surrogates.Surrogate.from_json(given.to_json()).derivative(2.0) == 0.2 / 5
+        with pytest.raises(UsageError, match="its parameters are scale"):
+            Tenth(width=1.0)
+        with pytest.raises(UsageError, match="scale is nan"):
+            Tenth(float("nan"))
+
+    def test_a_wrong_one(self) -> None:
+        def NoDefault(u, *, scale):  # noqa: N802
+            return scale * u
+
+        def Rounded(u):  # noqa: N802
+            return torch.round(u)
+
+        with pytest.raises(UsageError, match=r"write def NoDefault\(u"):
+            surrogates.surrogate(NoDefault)
+        with pytest.raises(UsageError, match="Rounded: the equation must be plain arithmetic"):
+            surrogates.surrogate(Rounded)
+
+    def test_a_name_that_is_not_declared(self) -> None:
+        with pytest.raises(UsageError, match="no surrogate 'Missing' is declared; there are ATan"):
+            surrogates.Surrogate.from_json('{"surrogate": "Missing"}')
+
+
+# More states than the membrane
+
+
+@neurons.dynamics(states={"w": 0.0, "s": 0.0})
+def Adaptive(v, w, s, x, *, tau, tau_w, a, b):  # noqa: N802
+    w = w + b * s
+    return v + (x - v - w) / tau, w + (a * v - w) / tau_w
+
+
+ADAPTIVE = {"tau": 2.0, "tau_w": 4.0, "a": 0.5, "b": 0.25}
+
+
+def test_a_neuron_of_two_states_and_spikes_that_come_back() -> None:
+    x = drive(6) * 1.5
+    neuron = Neuron(Adaptive, ADAPTIVE)
+    v = w = s = torch.zeros_like(x[0])
+    expected = []
+    for x_t in x:
+        w = w + 0.25 * s
+        h, w = v + (x_t - v - w) / 2.0, w + (0.5 * v - w) / 4.0
+        s = (h >= 1).float()
+        v = torch.where(h >= 1, 0.0, h)
+        expected.append(s)
+    expected = torch.stack(expected)
+    assert 0.02 < expected.mean() < 0.9
+    assert torch.equal(neuron.multi_step(x), expected)
+    assert torch.equal(neurons.Node(Adaptive, **ADAPTIVE)(x), expected)
+    assert torch.equal(lowered(neuron, x), expected)
+
+
+class TestStateDeclarations:
+    def test_a_state_that_the_equation_does_not_give(self) -> None:
+        def Forgets(v, w, x):  # noqa: N802
+            return v + x - w
+
+        with pytest.raises(
+            UsageError, match=r"Forgets: the equation gives one value.*must give h, w"
+        ):
+            neurons.dynamics(states={"w": 0.0})(Forgets)
+
+    def test_a_state_that_the_signature_lacks(self) -> None:
+        def Lacks(v, x):  # noqa: N802
+            return v + x, v
+
+        with pytest.raises(UsageError, match=r"write def Lacks\(v, w, x"):
+            neurons.dynamics(states={"w": 0.0})(Lacks)
+
+    def test_a_comparison_has_no_derivative(self) -> None:
+        def Decides(v, x):  # noqa: N802
+            return v + x * (v > 0)
+
+        with pytest.raises(UsageError, match="Decides.*no derivative"):
+            neurons.dynamics(Decides)
+
+    def test_spikes_start_from_none(self) -> None:
+        def Early(v, s, x):  # noqa: N802
+            return v + x - s
+
+        with pytest.raises(UsageError, match="there is no spike"):
+            neurons.dynamics(states={"s": 1.0})(Early)
 
 
 # As data, and as a module

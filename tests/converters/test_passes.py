@@ -23,12 +23,13 @@ from spikeport.converters.passes import (
     cast_float16,
     flatten_time,
     fold_batch_norm,
+    fold_constants,
     hoist_time_invariant,
     lower_neurons,
 )
 from spikeport.converters.program import NEURON, NEURON_STEP, PassReport, Program, short
 
-EXACT = (hoist_time_invariant, flatten_time, lower_neurons)
+EXACT = (fold_constants, hoist_time_invariant, flatten_time, lower_neurons)
 T, N = 4, 2
 
 
@@ -406,6 +407,37 @@ def test_source_networks_of_another_dtype(dtype: torch.dtype) -> None:
 
 
 # Folding
+
+
+def test_constants_are_folded_once() -> None:
+    """A standardised weight, in each step of a loop over time."""
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        steps = []
+        for _ in range(3):
+            w = net.conv.weight
+            w = (w - w.mean((1, 2, 3), keepdim=True)) / w.var((1, 2, 3), keepdim=True).sqrt()
+            steps.append(net.spike(F.conv2d(x, w).unsqueeze(0)))
+        return torch.cat(steps)
+
+    net = Net(run, conv=nn.Conv2d(1, 4, 3), spike=IFNode()).eval()
+    x = rand(2, 1, 6, 6)
+    program = capture(net, (x,))
+    folded = fold_constants(program)
+    assert torch.equal(folded(x), reference(net, x))
+    assert names(folded).count("aten.conv2d") == 3
+    assert not {"aten.mean", "aten.var", "aten.sqrt", "aten.div"} & set(names(folded))
+    assert [tuple(t.shape) for t in folded.tensors.values()] == [(4, 1, 3, 3)]
+    assert len(report(folded, "fold_constants").done) == 1
+
+
+def test_a_constant_neuron_is_not_folded() -> None:
+    net = Net(lambda net, x: x + net.spike(net.drive), spike=IFNode())
+    net.register_buffer("drive", torch.full((4, 2, 3), 0.4))
+    x = rand(4, 2, 3)
+    folded = fold_constants(capture(net.eval(), (x,)))
+    assert len(folded.sites) == 1
+    assert torch.equal(folded(x), reference(net, x))
 
 
 def test_fold_within_rounding() -> None:

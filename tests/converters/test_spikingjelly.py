@@ -77,6 +77,8 @@ def refused(net: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, str]]:
 # The grid of neurons
 
 KINDS = ("IFNode", "LIFNode", "ParametricLIFNode")
+#: LIF in eval mode, single-step only.
+ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
 V_RESETS = (-0.3, 0.0, 0.2, None)
 
 
@@ -249,6 +251,22 @@ def test_a_network_that_resets_itself() -> None:
     converted(Resets(), rand(T, N, 5))
 
 
+@pytest.mark.parametrize("v_reset", [None, 0.0, -0.25])
+@pytest.mark.parametrize("decay_input", [True, False])
+@pytest.mark.parametrize("name", [name for name in ONLINE if hasattr(neuron, name)])
+def test_neurons_for_online_training(name: str, decay_input: bool, v_reset: float | None) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spike = getattr(neuron, name)(decay_input=decay_input, v_reset=v_reset)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([self.spike(step) for step in x])
+
+    program = converted(Loop(), grid(T, N, 5))
+    assert program.sites[0].neuron.fires == ">="
+
+
 # Every other keeper of state
 
 NEEDS = {
@@ -267,7 +285,9 @@ def other_neurons() -> list[str]:
     return [
         name
         for name, kind in inspect.getmembers(neuron, inspect.isclass)
-        if issubclass(kind, sj_base.MemoryModule) and name not in KINDS and "Base" not in name
+        if issubclass(kind, sj_base.MemoryModule)
+        and name not in (*KINDS, *ONLINE)
+        and "Base" not in name
     ]
 
 

@@ -194,7 +194,7 @@ def test_a_forgotten_reset_potential(dtype: str, monkeypatch: pytest.MonkeyPatch
 @DTYPES
 def test_a_forgotten_initial_potential(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lower = lowering.__globals__["_Lower"]
-    monkeypatch.setattr(lower, "_initial", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(lower, "_initial", lambda *_: (torch.zeros(()),))
     with pytest.raises(MismatchError, match="^spike1: "):
         convert(Net(), (X,), "lynxi-sim", dtype=dtype)
 

@@ -91,6 +91,10 @@ class Tampered:
         return dtype
 
     @property
+    def batch_dim(self) -> int:
+        return int(self.model.batch_dim)
+
+    @property
     def has_probes(self) -> bool:
         return bool(self.model.has_probes)
 

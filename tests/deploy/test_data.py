@@ -122,12 +122,20 @@ def test_items_and_batches(folder):
         ),
         (IMAGES, idx(PIXELS.astype(">i2")).replace(b"\x08", b"\x0b", 1), "0x00000b03, expected 0x"),
         (IMAGES, idx(PIXELS[:0]), r"found shape \[0, 28, 28\], expected no empty dimension"),
-        (IMAGES, gzip.compress(idx(PIXELS)), f"found gzip data, .*; name it {IMAGES}.gz"),
-        (f"{LABELS}.gz", gzip.compress(idx(CLASSES))[:-9], "not a whole gzip file"),
+        (IMAGES, gzip.compress(idx(PIXELS), mtime=0), f"found gzip data, .*; name it {IMAGES}.gz"),
+        (f"{LABELS}.gz", gzip.compress(idx(CLASSES), mtime=0)[:-9], "not a whole gzip file"),
         (f"{LABELS}.gz", idx(CLASSES), "not a whole gzip file"),
-        (f"{LABELS}.gz", gzip.compress(idx(CLASSES))[:-8] + bytes(8), "not a whole gzip .*CRC"),
-        (f"{LABELS}.gz", gzip.compress(idx(PIXELS)), r"\(IDX images\), .*; put the labels under"),
-        (f"{LABELS}.gz", gzip.compress(idx(CLASSES[:2])), "has 3 images and 2 labels"),
+        (
+            f"{LABELS}.gz",
+            gzip.compress(idx(CLASSES), mtime=0)[:-8] + bytes(8),
+            "not a whole gzip .*CRC",
+        ),
+        (
+            f"{LABELS}.gz",
+            gzip.compress(idx(PIXELS), mtime=0),
+            r"\(IDX images\), .*; put the labels under",
+        ),
+        (f"{LABELS}.gz", gzip.compress(idx(CLASSES[:2]), mtime=0), "has 3 images and 2 labels"),
     ],
 )
 def test_malformed_idx(folder, file, content, said):

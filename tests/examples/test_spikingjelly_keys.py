@@ -9,7 +9,7 @@ from torch import nn
 
 from spikeport.deploy import data
 
-pytest.importorskip("spikingjelly")
+pytest.importorskip("spikingjelly.activation_based")
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

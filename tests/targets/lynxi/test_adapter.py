@@ -56,9 +56,10 @@ def _ports(program: Program):
     return ins, [(s.graph_shape, program.dtype) for s in program.outputs]
 
 
-def test_device_equals_program_bit_for_bit(program, inputs, tmp_path) -> None:
+@pytest.mark.parametrize("model_type", ["Pytorch", "ONNX"])
+def test_device_equals_program_bit_for_bit(program, inputs, tmp_path, model_type) -> None:
     target = targets.get("lynxi-sim")
-    compiled = target.compile(program, tmp_path, {})
+    compiled = target.compile(program, tmp_path, {"model_type": model_type})
     assert "net_params.json" in compiled.files
     model = target.load(tmp_path, *_ports(program), device=2)
     found = program.nest(model.run(program.flat_inputs(inputs)))
@@ -67,6 +68,11 @@ def test_device_equals_program_bit_for_bit(program, inputs, tmp_path) -> None:
     assert torch.equal(found["spikes"], expected["spikes"])
     assert expected["spikes"].shape == (4, 2, 3, 6, 6)
     assert 0 < expected["spikes"].mean() < 1
+
+
+def test_another_form_than_lyngor_is_given_is_refused(program, tmp_path) -> None:
+    with pytest.raises(UsageError, match="model_type is 'Keras'; allowed: Pytorch, ONNX"):
+        targets.get("lynxi-sim").compile(program, tmp_path, {"model_type": "Keras"})
 
 
 def test_results_survive_the_next_call(program, inputs, tmp_path) -> None:
@@ -112,7 +118,9 @@ def test_no_such_device(program, tmp_path) -> None:
 
 
 def test_an_unknown_option_lists_those_there_are(program, tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"no option batch_size; there are apu_only, build_mode"):
+    with pytest.raises(
+        UsageError, match=r"no option batch_size; there are model_type, apu_only, build_mode"
+    ):
         targets.get("lynxi-sim").compile(program, tmp_path, {"batch_size": 4})
 
 

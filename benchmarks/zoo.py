@@ -1,0 +1,283 @@
+"""SpikingJelly 2.0's model zoo, every builder, converted for several targets and held against itself.
+
+    python benchmarks/zoo.py                              every builder; prints the table
+    python benchmarks/zoo.py sew_resnet18 spikformer_ti   these alone
+
+Float32. Each network is converted, which verifies it layer by layer (s: seconds, nodes: operators of
+the result), compiled, loaded, and compared with the source layer by layer on another batch than the
+one it was converted with. "equal": no spike differs there. "rounding flips spikes": some do, and where
+they part first the membrane lies at the threshold within the rounding of that layer. "rate" is the
+mean firing rate over layers, so that a silent network shows. lynxi-sim stores in float32 here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikeport import deploy
+from spikeport.targets.lynxi.simulator import options
+
+TARGETS = ("reference", "onnx", "lynxi-sim")
+_IMAGE, _SMALL, _CIFAR = (3, 224, 224), (3, 64, 64), (3, 32, 32)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How one network of the zoo is built.
+
+    Attributes:
+        file: Its module in ``spikingjelly.activation_based.model``.
+        image: Shape of one sample, [C, H, W].
+        T: Time steps.
+        options: Arguments of the builder.
+        feed: What the network takes: ``"image"`` [N, C, H, W], ``"repeated"`` [T, N, C, H, W] made of
+            an image inside the graph, ``"events"`` [T, N, C, H, W] itself, ``"steps"``, an image at
+            each of T calls, its outputs averaged, or ``"first"``, an image, for the first of its
+            results.
+        neuron: Class of the neurons, or ``""`` for the builder's own.
+    """
+
+    file: str
+    image: tuple[int, int, int] = _IMAGE
+    T: int = 4
+    options: tuple[tuple[str, Any], ...] = ()
+    feed: str = "repeated"
+    neuron: str = "IFNode"
+
+
+def _family(file: str, names: str, **rest: Any) -> dict[str, Builder]:
+    return {name: Builder(file, **rest) for name in names.split()}
+
+
+def _plif(names: str, **rest: Any) -> dict[str, Builder]:
+    return _family("parametric_lif_net", names, neuron="ParametricLIFNode", **rest)
+
+
+_RESNETS = "18 34 50 101 152"
+_WIDE = "resnext50_32x4d resnext101_32x8d wide_resnet50_2 wide_resnet101_2"
+_VGGS = "11 13 16 19"
+
+# What the two searched architectures are given in their papers' code.
+_SNAS = (
+    ("args", types.SimpleNamespace(dataset="cifar10", timestep=4, second_avgpooling=2, tau=4 / 3)),
+    ("con_mat", torch.tensor([[0, 2, 3, 4], [0, 0, 1, 3], [0, 0, 0, 2], [0, 0, 0, 0]])),
+)
+vars(_SNAS[0][1]).update(celltype="forward", threshold=1.0)
+_DHS = (
+    (
+        "args",
+        types.SimpleNamespace(
+            fea_step=3, fea_num_layers=8, fea_block_multiplier=3, fea_filter_multiplier=48
+        ),
+    ),
+)
+
+ZOO: dict[str, Builder] = {
+    **_plif("MNISTNet FashionMNISTNet", image=(1, 28, 28)),
+    **_plif("NMNISTNet", image=(2, 34, 34), feed="events"),
+    **_plif("CIFAR10Net", image=_CIFAR),
+    **_plif("CIFAR10DVSNet DVSGestureNet", image=(2, 128, 128), feed="events"),
+    **_family("spiking_resnet", " ".join(f"spiking_resnet{n}" for n in _RESNETS.split())),
+    **_family("spiking_resnet", " ".join(f"spiking_{n}" for n in _WIDE.split())),
+    **_family(
+        "sew_resnet",
+        " ".join(
+            [f"sew_resnet{n}" for n in _RESNETS.split()] + [f"sew_{n}" for n in _WIDE.split()]
+        ),
+        options=(("cnf", "ADD"),),
+    ),
+    **_family("spiking_vgg", " ".join(f"spiking_vgg{n} spiking_vgg{n}_bn" for n in _VGGS.split())),
+    **_family(
+        "spiking_vggws_ottt",
+        " ".join(
+            ["ottt_spiking_vggws"]
+            + [f"ottt_spiking_vgg{n} ottt_spiking_vgg{n}_ws" for n in _VGGS.split()]
+        ),
+        image=_CIFAR,
+        feed="steps",
+        neuron="",
+    ),
+    **_family("ms_resnet", "ms_resnet18 ms_resnet34", feed="image", neuron=""),
+    **_family("ms_resnet", "max_resnet18", image=_CIFAR, feed="image", neuron=""),
+    **_family("masnn", "masnn_dvs128_gesture", image=(2, 32, 32), T=60, feed="events", neuron=""),
+    **_family("masnn", "att_ms_resnet18", feed="image", neuron=""),
+    **_family("spikformer", "spikformer_ti spikformer_s", feed="image", neuron=""),
+    **_family("spikformer", "spikformer_cifar10", image=_CIFAR, feed="image", neuron=""),
+    **_family("qkformer", "qkformer_10_384", feed="image", neuron=""),
+    **_family("maxformer", "maxformer_10_384", feed="image", neuron=""),
+    **_family("maxformer", "maxformer_cifar", image=_CIFAR, feed="image", neuron=""),
+    **_family("spike_driven_transformer", "sdt_8_384", feed="image", neuron=""),
+    **_family("snas_net", "SNASNet", image=_CIFAR, feed="image", neuron="", options=_SNAS),
+    **_family("spike_dhs", "SpikeDHS", image=_CIFAR, T=6, feed="first", neuron="", options=_DHS),
+}
+
+
+class _Repeated(nn.Module):
+    """An image [N, C, H, W] at each of T steps of a multi-step network; outputs averaged."""
+
+    def __init__(self, net: nn.Module, T: int) -> None:
+        super().__init__()
+        self.net, self.T = net, T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net(x.unsqueeze(0).expand(self.T, *x.shape)).mean(0)
+        return y
+
+
+class _First(nn.Module):
+    """The first of a network's results; the other is None in eval mode."""
+
+    def __init__(self, net: nn.Module, T: int) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net(x)[0]
+        return y
+
+
+class _Steps(nn.Module):
+    """An image [N, C, H, W] at each of T calls of a single-step network; outputs averaged."""
+
+    def __init__(self, net: nn.Module, T: int) -> None:
+        super().__init__()
+        self.net, self.T = net, T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.net(x) for _ in range(self.T)]).mean(0)
+
+
+def stub_torchvision() -> None:
+    """Stand in for torchvision, of which the zoo asks for a downloader that is never called here."""
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        for name in ("torchvision", "torchvision._internally_replaced_utils"):
+            sys.modules.setdefault(name, types.ModuleType(name))
+        downloads: Any = sys.modules["torchvision._internally_replaced_utils"]
+        downloads.load_state_dict_from_url = None
+
+
+def build(name: str) -> tuple[nn.Module, Callable[[int], torch.Tensor]]:
+    """The network in eval mode, its batch norms calibrated, and ``n -> a batch of n samples``."""
+    from spikingjelly.activation_based import functional, neuron
+
+    stub_torchvision()
+    made = ZOO[name]
+    torch.manual_seed(0)
+    module = importlib.import_module(f"spikingjelly.activation_based.model.{made.file}")
+    options = dict(made.options)
+    if made.neuron:
+        options["spiking_neuron"] = getattr(neuron, made.neuron)
+    builder = getattr(module, name)
+    net: nn.Module = builder(**options)
+    functional.set_step_mode(net, "s" if made.feed == "steps" or name == "SNASNet" else "m")
+    wrappers = {"repeated": _Repeated, "steps": _Steps, "first": _First}
+    if made.feed in wrappers:
+        net = wrappers[made.feed](net, made.T)
+
+    def batch(n: int) -> torch.Tensor:
+        if made.feed == "events":
+            return (torch.rand(made.T, n, *made.image) < 0.1).float()
+        return torch.randn(n, *made.image)
+
+    net.eval()
+    _calibrate(net, batch(2))
+    return net, batch
+
+
+def _calibrate(net: nn.Module, x: torch.Tensor) -> None:
+    """Let an untrained network fire as a trained one does.
+
+    Batch norms take the statistics of a batch, and each neuron a threshold within its input's reach.
+    """
+    from spikingjelly.activation_based import functional, neuron
+
+    seen = set[nn.Module]()
+
+    def reach(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if layer not in seen and (spread := args[0].std().item()) > 0:
+            layer.v_threshold = round(spread / 2, 3)
+            seen.add(layer)
+
+    hooks = []
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.momentum = 1.0
+        elif isinstance(module, neuron.BaseNode):
+            hooks.append(module.register_forward_pre_hook(reach))
+    with torch.no_grad():
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    functional.reset_net(net)
+    net.eval()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one network on one target."""
+
+    nodes: int = 0
+    seconds: float = 0.0
+    rate: float = 0.0
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.nodes:5} {self.seconds:6.1f} {self.rate:6.3f}  {self.verdict}"
+
+
+def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target: str) -> Row:
+    """Convert, which verifies layer by layer; compile, load, and compare on another batch."""
+    start = time.perf_counter()
+    try:
+        program = deploy.convert(net, (batch(n),), target, dtype="float32")
+    except (deploy.FindingsError, deploy.UsageError, deploy.MismatchError) as error:
+        reasons = getattr(error, "findings", None) or [error]
+        return Row(verdict=f"REFUSED ({len(reasons)}): {reasons[0]}")
+    seconds = time.perf_counter() - start
+    nodes = sum(1 for _ in program.nodes("call_function"))
+    with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
+        deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
+        with deploy.load(f"{folder}/artifact") as model:
+            x = batch(n)
+            _, spikes = model.probe(x)
+            report = deploy.compare(net, model, [(x, torch.zeros(n, dtype=torch.long))], layers=n)
+    rate = sum(s.mean().item() for s in spikes.values()) / len(spikes)
+    differing = sum(sum(layer.differing) > 0 for layer in report.layers)
+    verdict = "equal" if not differing else f"rounding flips spikes in {differing} layers"
+    if not report.explained:
+        verdict = f"DIFFERS: {report.divergence}"
+    return Row(nodes, seconds, rate, verdict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="BUILDER", help="all unless given")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated")
+    args = parser.parse_args()
+    targets = args.target or TARGETS
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {threads}, float32")
+    print(f"{'builder':27} {'target':10} {'nodes':>5} {'s':>6} {'rate':>6}  verdict")
+    for name in args.names or ZOO:
+        net, batch = build(name)
+        for target in targets:
+            # One sample at 224 x 224: the largest networks are verified on a few hundred GFLOP.
+            row = convert(net, batch, 1 if ZOO[name].image == _IMAGE else 2, target)
+            print(f"{name:27} {target:10} {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

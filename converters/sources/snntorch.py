@@ -1,0 +1,222 @@
+"""snnTorch 1.0 and 0.9 (``snntorch``): single-step neurons inside a loop over time.
+
+Both releases compute the same. What sets their neurons apart: they fire above the threshold, not at
+it; the reset belongs to the next step (``reset_delay``); ``reset_mechanism="zero"`` clears the
+membrane of Leaky before that step's decay, and what Lapicque computed after it; and the state may be
+kept on the module (``init_hidden``) or handed from call to call by the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .. import neurons
+from ..errors import Finding
+from ..neurons import Neuron, ResetAt
+from .base import Reading, comparison, look_alike, surrogate_output
+
+_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha")
+#: What a neuron's state function, chosen when it was made, does at a reset.
+_RESETS: dict[str, tuple[int, Literal["hard", "soft", "none"]]] = {
+    "_base_sub": (0, "soft"),
+    "_base_zero": (1, "hard"),
+    "_base_int": (2, "none"),
+}
+
+
+def _ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "snntorch"
+
+
+def _is_neuron(kind: type) -> bool:
+    return ".".join(kind.__module__.split(".")[:2]) == "snntorch._neurons"
+
+
+class SnnTorch:
+    """Reads Leaky, Lapicque, Synaptic and Alpha; refuses every other neuron by name."""
+
+    name = "snntorch"
+
+    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
+        """The neuron, or why it cannot be read."""
+        kind = type(module)
+        bases = [k for k in kind.__mro__ if _is_neuron(k)]
+        if not bases or kind.__name__ == "RecurrentOneToOne":
+            return None
+        if not _ours(kind):
+            return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
+        if kind.__name__ not in _KNOWN:
+            return [
+                Finding(
+                    rule="unknown-neuron",
+                    where=path,
+                    found=f"{kind.__module__}.{kind.__qualname__}",
+                    allowed=", ".join(_KNOWN),
+                    fix="use one of those, or declare its dynamics "
+                    "(spikeport.converters.neurons.dynamics) and make the class known "
+                    "(spikeport.converters.sources.register)",
+                )
+            ]
+        findings = list(_obstacles(module, path))
+        return findings or _neuron(module)
+
+    def reset(self, module: nn.Module) -> None:
+        """As the module's own ``reset_mem``."""
+        if _is_neuron(type(module)) and type(module).__name__ in _KNOWN:
+            module.reset_mem()  # type: ignore[operator]
+
+
+@contextmanager
+def isolated(net: nn.Module) -> Iterator[None]:
+    """While a network runs, ``snntorch.utils.reset``, which clears every neuron ever made, reaches those
+    of ``net`` alone.
+    """
+    roots = {k for m in net.modules() for k in type(m).__mro__ if _lists_instances(k)}
+    kept = [(root, root.instances) for root in roots]  # type: ignore[attr-defined]
+    for root in roots:
+        root.instances = [  # type: ignore[attr-defined]
+            m for m in net.modules() if isinstance(m, root) and _is_neuron(type(m))
+        ]
+    try:
+        yield
+    finally:
+        for root, instances in kept:
+            root.instances = instances  # type: ignore[attr-defined]
+
+
+def _lists_instances(kind: type) -> bool:
+    return _is_neuron(kind) and "instances" in vars(kind)
+
+
+def _neuron(module: Any) -> Reading:
+    kind = type(module).__name__
+    dynamics, params = getattr(neurons, kind), _PARAMETERS[kind](module)
+    reset = _RESETS[module.state_function.__name__][1]
+    reset_at: ResetAt = "next"
+    if not getattr(module, "reset_delay", True):
+        reset_at = "now" if reset == "hard" else "ahead"
+    elif kind == "Leaky" and reset == "hard":
+        reset_at = "before"
+    if kind == "Alpha":
+        reset = "none"
+    gain = module.graded_spikes_factor.detach()
+    neuron = Neuron(
+        dynamics,
+        params,
+        v_threshold=_value(module.threshold),
+        reset=reset,
+        reset_at=reset_at,
+        fires=comparison(module.spike_grad) or ">",
+    )
+    return Reading(
+        neuron,
+        step_mode="s",
+        states=_STATES.get(kind, {"mem": 0}),
+        returns_state=bool(module.output or not module.init_hidden),
+        gain=None if (gain == 1).all() else gain.float(),
+        restart=("reset_mem", f"init_{kind.lower()}"),
+    )
+
+
+#: The states that a call takes and returns, in order, with their places in the declared state.
+_STATES = {
+    "Synaptic": {"syn": 1, "mem": 0},
+    "Alpha": {"syn_exc": 1, "syn_inh": 2, "mem": 0},
+}
+
+
+def _leaky(module: Any) -> dict[str, Any]:
+    return {"beta": _value(module.beta.clamp(0, 1))}
+
+
+def _lapicque(module: Any) -> dict[str, Any]:
+    # Their products are taken in float32, as the module does, so they stay tensors.
+    tensors = {"R": module.R, "C": module.C, "dt": module.time_step}
+    return {name: tensor.detach().float() for name, tensor in tensors.items()}
+
+
+def _synaptic(module: Any) -> dict[str, Any]:
+    return {"alpha": _value(module.alpha.clamp(0, 1)), **_leaky(module)}
+
+
+def _alpha(module: Any) -> dict[str, Any]:
+    a, b = module.alpha.detach().clamp(0, 1), module.beta.detach().clamp(0, 1)
+    tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
+    name = module.state_function.__name__
+    return {
+        **_synaptic(module),
+        "tau": _value(tau),
+        "jump": _value(module.threshold),
+        "zero": name == "_base_zero",
+        "subtract": name == "_base_sub",
+    }
+
+
+_PARAMETERS = {"Leaky": _leaky, "Lapicque": _lapicque, "Synaptic": _synaptic, "Alpha": _alpha}
+
+
+def _value(tensor: torch.Tensor) -> Any:
+    """A parameter: a number, whose float32 value a float holds exactly, or a tensor."""
+    tensor = tensor.detach().float()
+    return tensor.item() if tensor.dim() == 0 else tensor
+
+
+def _obstacles(module: Any, path: str) -> Iterator[Finding]:
+    def finding(rule: str, found: str, allowed: str, fix: str) -> Finding:
+        return Finding(rule=rule, where=path, found=found, allowed=allowed, fix=fix)
+
+    if module.inhibition:
+        yield finding(
+            "inhibition",
+            "inhibition=True, where one neuron's spike depends on all others' membranes",
+            "inhibition=False",
+            "compute the winner in the network's forward, from the spikes",
+        )
+    if module.state_quant:
+        yield finding(
+            "state-quant",
+            f"state_quant={module.state_quant}, which quantizes the membrane at each step",
+            "state_quant=False",
+            "train without it, or declare the dynamics that you mean "
+            "(spikeport.converters.neurons.dynamics)",
+        )
+    if comparison(module.spike_grad) is None:
+        yield surrogate_output(module.spike_grad, path)
+    if (module.threshold < 0).any():
+        yield finding(
+            "negative-threshold",
+            f"a threshold of {module.threshold.min().item():.6g}, below which the membrane starts: "
+            "snnTorch resets it before it has fired",
+            "thresholds of at least 0",
+            "clamp the threshold in training",
+        )
+    if (module.graded_spikes_factor == 0).any():
+        yield finding(
+            "graded-spikes",
+            "a graded_spikes_factor of 0, which silences the neuron",
+            "factors other than 0",
+            "take the neuron out",
+        )
+    for name in ("alpha", "beta", "threshold", "graded_spikes_factor"):
+        value = getattr(module, name, torch.zeros(()))
+        if value.dim() and value.dtype != torch.float32:
+            yield finding(
+                "parameter-dtype",
+                f"{name} of {value.dtype}, which changes the dtype of the membrane",
+                "torch.float32",
+                "call .float() on the network",
+            )
+    number = _RESETS[module.state_function.__name__][0]
+    if int(module.reset_mechanism_val) != number:
+        yield finding(
+            "reset-mechanism",
+            f"reset_mechanism={module.reset_mechanism!r}, set after the neuron was made, which goes on "
+            "with the one that it was made with",
+            "one reset mechanism",
+            "make the neuron with that reset_mechanism",
+        )

@@ -1,0 +1,132 @@
+"""The bundle: an ONNX artifact for a machine that has an old SDK and cannot have spikeport.
+
+::
+
+    model.onnx       the network (and model.onnx.data, where its weights exceed 2 GiB)
+    manifest.json    what it is; inputs and outputs of the graph; sha256 of every other file
+    samples.npz      recorded inputs and the outputs expected for them, as the graph has them
+    run.py           compiles with the Lynxi SDK, runs the recorded inputs, says what differs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from safetensors.torch import load_file
+
+from .. import targets
+from ..converters.errors import ArtifactExistsError, Finding, UnsupportedError, UsageError
+from ..targets import lynxi
+from . import store
+from .artifact import Artifact
+from .model import Port
+
+_MODELS = ("model.onnx", "model.onnx.data")
+
+
+def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Write an artifact of the target ``onnx`` as a bundle for Lynxi, and give its directory.
+
+    Args:
+        artifact: Directory of the artifact; compile it with dtype ``"float16"`` for the chip's own
+            arithmetic.
+        path: Directory to write; it appears when it is whole.
+
+    Raises:
+        UsageError: The artifact is of another target, or has no recorded inputs.
+        UnsupportedError: The model breaks rules of the chip.
+        ArtifactExistsError: ``path`` holds something.
+        ArtifactError: The artifact is missing or damaged, or ``path`` cannot be written.
+    """
+    source, path = Artifact.open(artifact), Path(path)
+    manifest = source.manifest
+    if manifest["target"] != "onnx":
+        raise UsageError(
+            f"{source.path} is compiled for {manifest['target']}; a bundle is made of an artifact for "
+            "onnx: compile with target onnx"
+        )
+    if not manifest["samples"]["calls"]:
+        raise UsageError(f"{source.path} has no recorded inputs; convert from example inputs")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ArtifactExistsError(f"{path} holds something already; choose another directory")
+    findings = list(_violations(source.path / "device" / _MODELS[0]))
+    if findings:
+        raise UnsupportedError("the Lynxi SDK cannot take this model:", findings)
+    with store.writing(path), store.staged(path) as stage:
+        for name in _MODELS:
+            if (source.path / "device" / name).exists():
+                shutil.copyfile(source.path / "device" / name, stage / name)
+        np.savez(stage / "samples.npz", **_samples(source))
+        script = resources.files(lynxi).joinpath("run_bundle.py")
+        (stage / "run.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
+        written = {p.name: store.file_sha256(p) for p in sorted(stage.iterdir())}
+        text = json.dumps(_manifest(manifest, written), indent=2, sort_keys=True)
+        (stage / "manifest.json").write_text(f"{text}\n", encoding="utf-8")
+        store.publish(stage, path)
+    return path
+
+
+def _violations(file: Path) -> Iterator[Finding]:
+    """Ranks above the chip's; operators are for the compiler to judge."""
+    most = targets.get("lynxi").capabilities.max_rank
+    graph = onnx.load(file, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        if most is not None and len(sizes) > most:
+            node = makers.get(value.name)
+            yield Finding(
+                rule="rank",
+                where=node.doc_string if node else "",
+                node=value.name,
+                target="lynxi",
+                found=f"{node.op_type if node else 'an input'} of shape {sizes}",
+                allowed=f"rank up to {most}",
+                fix="merge dimensions before this operator in the network's forward",
+            )
+
+
+def _ports(manifest: Any, side: str) -> list[Port]:
+    return [Port.from_dict(data) for data in manifest[side]]
+
+
+def _samples(source: Artifact) -> dict[str, Any]:
+    """The recorded tensors in the graph's own shapes and dtypes."""
+    recorded = load_file(source.path / "samples.safetensors")
+    samples = {}
+    for side in ("input", "output"):
+        for i, port in enumerate(_ports(source.manifest, f"{side}s")):
+            for call in range(source.manifest["samples"]["calls"]):
+                name = f"{call}.{side}.{i}"
+                tensor = recorded[name].reshape(port.spec.graph_shape).to(port.graph_dtype)
+                samples[name] = tensor.numpy()
+    return samples
+
+
+def _manifest(manifest: Any, files: dict[str, str]) -> dict[str, Any]:
+    def described(side: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": port.spec.name,
+                "shape": list(port.spec.graph_shape),
+                "dtype": port.to_dict()["graph_dtype"],
+            }
+            for port in _ports(manifest, side)
+        ]
+
+    kept = ("spikeport", "source", "state", "T", "batch", "dtype", "neurons", "compile_options")
+    return {
+        **{name: manifest[name] for name in kept},
+        "inputs": described("inputs"),
+        "outputs": described("outputs"),
+        "calls": manifest["samples"]["calls"],
+        "files": files,
+    }

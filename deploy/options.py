@@ -1,0 +1,120 @@
+"""The options of a training, and which of them decide its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..converters.errors import DeviceError, UsageError
+
+Backend = Literal["torch", "fused", "auto"]
+#: What may differ between a training and one that it resumes; all else decides the result.
+_NOT_RESULT = frozenset(
+    {
+        *("device", "data", "out_dir", "resume", "tensorboard", "backend", "channels_last"),
+        "sync_batch_norm",  # decides by way of separate_norms
+    }
+)
+_LEAST = {"epochs": 1, "batch_size": 1, "crop": 0}
+#: What checkpoints of before these could be chosen do not hold.
+_OF_OLD = {"net": "CSNN", "separate_norms": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a network is trained; ``spikeport train --help`` describes each.
+
+    Attributes:
+        network: Its name and what it is constructed with, as numbers and strings.
+
+    Raises:
+        UsageError: With everything that cannot be used.
+        DeviceError: There is no such device.
+    """
+
+    network: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 64
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    crop: int = 0
+    flip: bool = False
+    half: bool = False
+    amp: bool = False
+    seed: int = 0
+    limit: int | None = None
+    backend: Backend | None = None
+    channels_last: bool = False
+    sync_batch_norm: bool = False
+    device: str = "cpu"
+    data: str = "fashion-mnist"
+    out_dir: Path | None = None
+    resume: Path | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least {least}"
+            for name, least in _LEAST.items()
+            if getattr(self, name) < least
+        ]
+        if not self.lr > 0:
+            problems.append("lr must be above 0")
+        if self.backend not in (None, *get_args(Backend)):
+            problems.append(f"backend is {self.backend!r}; allowed: {', '.join(get_args(Backend))}")
+        if self.half and self.amp:
+            problems.append("half and amp exclude each other")
+        if problems:
+            raise UsageError("; ".join(problems))
+        _check_device(self.device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images."""
+        return torch.half if self.half else torch.float
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and scalars go; named after the options unless it was given."""
+        if self.out_dir is not None:
+            return self.out_dir
+        numbers = [f"{k}{v}" for k, v in self.network.items() if isinstance(v, (int, float))]
+        own = [f"b{self.batch_size}", f"lr{self.lr}", *["half"] * self.half, *["amp"] * self.amp]
+        return Path("logs") / "_".join([self.network.get("net", "net"), *numbers, *own])
+
+    def plain(self) -> dict[str, Any]:
+        """As numbers and strings, which load without unpickling objects."""
+        own = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(self).items()}
+        del own["network"]
+        of_net = {f"net.{n}" if n in own else n: v for n, v in self.network.items()}
+        return {**of_net, **own}
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What in two trainings' plain options makes their results differ, a line for each."""
+    theirs = {**_OF_OLD, **theirs}
+    names = [n for n in ours if n not in _NOT_RESULT and ours[n] != theirs.get(n)]
+    return [f"{n}: {theirs.get(n)} there, {ours[n]} here" for n in names]
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device is {name!r}; allowed: cpu, cuda, cuda:0, ...") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {name!r}; allowed: cpu, cuda, cuda:0, ...")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"there is no device {name}: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs; give --device cpu or one of these"
+        )

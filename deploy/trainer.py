@@ -1,0 +1,178 @@
+"""What trains a network, one batch after the other: here with torch, on a CPU or on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ..converters import sources
+from ..converters.errors import UsageError
+from ..targets.cuda import FusedNode
+from .options import Backend, Options
+from .ranks import ALONE, Ranks
+
+
+class Trainer(Protocol):
+    """One network in training, on whatever trains it.
+
+    Where several processes train together, each is given every batch whole and takes its share.
+    """
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the optimizer on samples x [N, ...] of classes y [N].
+
+        Returns:
+            This process's part of the batch's mean loss, and how many of its samples it had right.
+        """
+
+    def end_epoch(self) -> None:
+        """Move the learning rate on; every process has the same network then."""
+
+    def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+        """Mean loss and accuracy on all of x [N, ...] and y [N], whichever process saw them."""
+
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`load` needs to go on: ``net``, the network's state dict, and the rest."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: It is of another network.
+        """
+
+
+class TorchTrainer:
+    """SGD on the mean squared error of firing rates, with a cosine learning rate.
+
+    Args:
+        net: Samples [N, ...] -> firing rates [N, classes].
+        options: Those of the training.
+        ranks: The processes that train together.
+        classes: How many there are in the data.
+    """
+
+    def __init__(self, net: nn.Module, options: Options, ranks: Ranks, classes: int) -> None:
+        device = options.torch_device
+        if not any(p.requires_grad for p in net.parameters()):
+            raise UsageError("the network has no parameters that learn; there is nothing to train")
+        if options.backend is not None:
+            _set_backend(net, options.backend)
+        if ranks.size > 1 and options.sync_batch_norm:
+            if device.type != "cuda":
+                raise UsageError(
+                    f"--sync-batch-norm is for GPUs, and the device is {device}; train there in one "
+                    "process, or without it"
+                )
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+        self.net = net.to(device, options.dtype).train()
+        if options.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._options, self._ranks, self._classes = options, ranks, classes
+        self._optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=options.lr, momentum=options.momentum
+        )
+        self._lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, options.epochs
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp)
+        self._amp = torch.autocast(device.type, torch.half, enabled=options.amp)
+        self._together = self.net if ranks.size == 1 else DistributedDataParallel(self.net)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step, see :class:`Trainer`."""
+        label = self._ranks.share(y)
+        part = len(label) / len(y)
+        self._optimizer.zero_grad()
+        with self._amp:
+            rate = self._together(self._ranks.share(x))
+            self._check(rate, len(label))
+            loss = _loss(rate, label)
+        # DDP averages over processes, whose shares may differ in size.
+        torch.autograd.backward(self._scaler.scale(loss * (part * self._ranks.size)))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        sources.reset(self.net)
+        return loss.detach() * part, (rate.argmax(1) == label).sum()
+
+    def end_epoch(self) -> None:
+        """Move the learning rate on, and take process 0's running statistics, as DDP does."""
+        self._lr_scheduler.step()
+        self._ranks.spread(self.net.buffers())
+
+    def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+        """Mean loss and accuracy, see :class:`Trainer`."""
+        with self._amp:
+            return evaluate(self.net, x, y, self._options.batch_size, self._ranks)
+
+    def state(self) -> dict[str, Any]:
+        """State dicts of network, optimizer, learning rate and loss scale."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _check(self, rate: torch.Tensor, N: int) -> None:
+        if rate.dim() != 2 or len(rate) != N or rate.shape[1] < self._classes:
+            raise UsageError(
+                f"the network gives {list(rate.shape)} for {N} samples of {self._classes} classes; it "
+                f"must give firing rates [{N}, {self._classes}]"
+            )
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "net": self.net,
+            "optimizer": self._optimizer,
+            "lr_scheduler": self._lr_scheduler,
+            "scaler": self._scaler,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 128, ranks: Ranks = ALONE
+) -> tuple[float, float]:
+    """Mean loss and accuracy of ``net`` on samples x [N, ...] of classes y [N]."""
+    training = net.training
+    net.eval()
+    sums = torch.zeros(2, device=x.device, dtype=torch.double)
+    for samples, label in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        samples, label = ranks.share(samples), ranks.share(label)
+        if not len(label):
+            continue  # fewer samples than processes
+        rate = net(samples)
+        sums[0] += _loss(rate, label).double() * len(label)
+        sums[1] += (rate.argmax(1) == label).sum()
+        sources.reset(net)
+    net.train(training)
+    loss, right = (ranks.total(sums) / len(y)).tolist()
+    return loss, right
+
+
+def separate_norms(net: nn.Module, options: Options, ranks: Ranks) -> int:
+    """How many parts of a batch have batch norms take statistics of their own."""
+    norms = any(isinstance(m, _BatchNorm) for m in net.modules())
+    return ranks.size if norms and not options.sync_batch_norm else 1
+
+
+def _loss(rate: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(rate, F.one_hot(label, rate.shape[1]).to(rate.dtype))
+
+
+def _set_backend(net: nn.Module, backend: Backend) -> None:
+    nodes = [m for m in net.modules() if isinstance(m, FusedNode)]
+    if not nodes:
+        raise UsageError(
+            f"--backend {backend}: the network has no neuron layer of spikeport.targets.cuda, which "
+            "the backend is of; use these layers, or leave --backend out"
+        )
+    for node in nodes:
+        node.backend = backend

@@ -1,0 +1,503 @@
+"""Triton source of a neuron's kernels, written from its declaration.
+
+One program works on a tile of neurons for all T time steps, in chunks of ``steps``. The state stays in
+registers, in float32 whatever the dtype of x. The forward pass reads x and writes the spikes; where
+there are more chunks than one and a backward pass will come, it also keeps the state at the start of
+each chunk. The backward pass reads x and the gradient of the spikes, computes the chunk's states again,
+and runs the recursion of the derivatives in reverse.
+
+A batch norm before the neuron is part of its kernels: x is then ``(y - mean) * scale + shift``, and the
+derivatives that the norm's own backward pass sums over a channel are those in ``shift`` and ``scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ...converters.errors import UsageError
+from ...converters.neurons import Neuron
+from ...converters.surrogates import Surrogate
+from ...converters.symbolic import Expr, Tape, backward, needed
+
+#: What a batch norm before the neuron adds to its parameters.
+NORM = ("norm_mean", "norm_scale", "norm_shift")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that decides the source of a pair of kernels.
+
+    Attributes:
+        neuron: ``Neuron.to_json()``.
+        reads: How each tensor among the parameters is read: ``"scalar"``, one number; ``"element"``,
+            repeated over the tile as (n // inner) % size; ``"channel"``, one number a channel of the
+            tile.
+        surrogate: ``Surrogate.to_json()``.
+        detach_reset: Whether the reset passes no gradient.
+        steps: Time steps of a chunk.
+        tail: Time steps of the last chunk, if it is shorter, else 0.
+        loop: Whether there are chunks besides the tail's that a loop runs over; T <= steps has none.
+        tile: ``"flat"``, consecutive neurons; ``"rows"``, [neurons, channels] with channels innermost;
+            ``"planes"``, [outer, inner] of one channel.
+        masked: Whether the last tile reaches beyond the neurons.
+        wide: Whether the neurons' numbers need 64 bits.
+        strided: Whether x[t] is not dense: n lies at (n // inner) * outer + n % inner.
+        normalised: Whether a batch norm precedes.
+    """
+
+    neuron: str
+    reads: tuple[tuple[str, Literal["scalar", "element", "channel"]], ...]
+    surrogate: str
+    detach_reset: bool
+    steps: int
+    tail: int = 0
+    loop: bool = False
+    tile: Literal["flat", "rows", "planes"] = "flat"
+    masked: bool = True
+    wide: bool = False
+    strided: bool = False
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward kernel is asked for besides the spikes.
+
+    Attributes:
+        initial: Whether it starts from a state that is given.
+        final: Whether it gives the last state.
+        v_seq: Whether it gives v after each step.
+        checkpoints: Whether it keeps the state at the start of each chunk.
+    """
+
+    initial: bool = False
+    final: bool = False
+    v_seq: bool = False
+    checkpoints: bool = False
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a backward kernel is given and asked for.
+
+    Attributes:
+        initial: Whether the forward pass started from a state that was given.
+        final: Whether the last state has a gradient.
+        v_seq: Whether v after each step has a gradient.
+        into_x: ``"x"``, the gradient of x; ``"norm"``, that of a batch norm's input, corrected for the
+            norm's own mean and variance; or None.
+        wrt: Parameters whose gradients are wanted.
+    """
+
+    initial: bool = False
+    final: bool = False
+    v_seq: bool = False
+    into_x: Literal["x", "norm"] | None = "x"
+    wrt: tuple[str, ...] = ()
+
+
+class _Step:
+    """One time step as expressions."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.tape = tape = Tape()
+        names = [name for name, _ in spec.reads]
+        self.params = {name: tape.input(f"p_{name}") for name in names}
+        own = [self.params[n] for n in names if n not in NORM]
+        self.neuron = neuron = Neuron.from_json(spec.neuron, own)
+        self.surrogate = Surrogate.from_json(spec.surrogate)
+        self.names = ("v", *neuron.dynamics.states)
+        self.state = tuple(tape.input(f"q_{n}") for n in self.names)
+        self.x = drive = tape.input("x")
+        if spec.normalised:
+            mean, scale, shift = (self.params[n] for n in NORM)
+            drive = (self.x - mean) * scale + shift
+        began = tape.input("began")
+
+        def fire(h: Expr) -> Expr:
+            s = tape.fire(h, neuron.v_threshold, neuron.fires, self.surrogate)
+            return s * began if h is self.state[0] else s
+
+        def select(s: Expr, yes: Any, no: Expr) -> Any:
+            s = s.detach() if spec.detach_reset else s
+            return s * yes + (1.0 - s) * no
+
+        self.spikes, after, self.h = neuron.step(self.state, drive, fire, select)
+        self.after = tuple(tape.lift(part) for part in after)
+        self.forward = len(tape.exprs)
+
+    def gradients(self, wrt: list[Expr]) -> list[Expr]:
+        """The derivatives in ``wrt``, from g_spikes and, for each part of the state, gq_<name>."""
+        seeds: dict[Expr, Expr] = {self.spikes: self.tape.input("g_spikes")}
+        for name, part in zip(self.names, self.after, strict=True):
+            g = self.tape.input(f"gq_{name}")
+            seeds[part] = seeds[part] + g if part in seeds else g
+        return backward(self.tape, seeds, wrt)
+
+
+class _Text:
+    """Lines of a kernel."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.indent = 1
+
+    def __call__(self, line: str) -> None:
+        self.lines.append("    " * self.indent + line)
+
+    def evaluate(
+        self, step: _Step, results: list[Expr], given: Mapping[str, str], suffix: str
+    ) -> list[str]:
+        """Lines that compute the results; their names."""
+        names: dict[int, str] = {}
+        for e in needed(results):
+            if e.op == "const":
+                names[e.index] = repr(e.value)
+            elif e.op == "input":
+                names[e.index] = given[e.value]
+            elif e.op == "detach":
+                names[e.index] = names[e.args[0].index]
+            else:
+                names[e.index] = f"e{e.index}_{suffix}"
+                args = [names[a.index] for a in e.args]
+                self(f"{names[e.index]} = {_code(e, args, exact=e.index < step.forward)}")
+        return [names[r.index] for r in results]
+
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+
+def _code(e: Expr, args: list[str], exact: bool) -> str:
+    """One operation; ``exact`` divisions are rounded as torch rounds them."""
+    a, b, c = (*args, "", "", "")[:3]
+    if e.op in _INFIX:
+        return f"{a} {_INFIX[e.op]} {b}"
+    if e.op == "div":
+        return f"tl.div_rn({a}, {b})" if exact else f"{a} / {b}"
+    if e.op == "pow":
+        return _power(a, e.args[1])
+    return {
+        "neg": f"-{a}",
+        "abs": f"tl.abs({a})",
+        "sigmoid": f"tl.sigmoid({a})",
+        "exp": f"tl.exp({a})",
+        "tanh": f"2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
+        "where": f"tl.where({a}, {b}, {c})",
+        "fire_ge": f"tl.where({a} >= {b}, 1.0, 0.0)",
+        "fire_gt": f"tl.where({a} > {b}, 1.0, 0.0)",
+    }[e.op]
+
+
+def _power(a: str, exponent: Expr) -> str:
+    n = exponent.value
+    if exponent.op == "const" and n == 0.5:
+        return f"tl.sqrt_rn({a})"
+    if exponent.op == "const" and n == int(n) and 0 < abs(n) <= 8:
+        product = " * ".join([a] * abs(int(n)))
+        return product if n > 0 else f"1.0 / ({product})"
+    raise UsageError(
+        f"a fused kernel has powers of 0.5 and of whole numbers up to 8, not of {exponent}; write the "
+        "equation with those, or use backend='torch'"
+    )
+
+
+class _Kernel:
+    """What the forward and the backward kernel share: arguments, tile, parameters."""
+
+    def __init__(self, spec: Spec, name: str) -> None:
+        self.spec, self.name = spec, name
+        self.step = _Step(spec)
+        self.reads = dict(spec.reads)
+        self.text = _Text()
+        self.arguments: list[str] = []
+
+    def pointer(self, name: str) -> str:
+        """Another pointer among the arguments."""
+        self.arguments.append(name)
+        return name
+
+    def source(self) -> str:
+        """The whole function."""
+        spec = self.spec
+        sizes = ["N"]
+        sizes += [f"{n}_{w}" for n, r in spec.reads if r == "element" for w in ("inner", "size")]
+        sizes += ["x_time", "x_inner", "x_outer"] if spec.strided else []
+        sizes += ["rows", "C", "inner"] if spec.tile != "flat" else []
+        blocks = ["chunks", *(["BLOCK"] if spec.tile == "flat" else ["BLOCK_R", "BLOCK_C"])]
+        arguments = [*self.arguments, *sizes, *(f"{b}: tl.constexpr" for b in blocks)]
+        return f"def {self.name}({', '.join(arguments)}):\n" + "\n".join(self.text.lines) + "\n"
+
+    def prologue(self) -> None:
+        """The tile's neurons n, its mask and its parameters."""
+        p, spec = self.text, self.spec
+        index = "tl.int64" if spec.wide else "tl.int32"
+        p("N64 = tl.cast(N, tl.int64)")
+        if spec.tile == "flat":
+            p(f"program = tl.cast(tl.program_id(0), {index})")
+            p("n = program * BLOCK + tl.arange(0, BLOCK)")
+            p("within = n < N")
+            self.shape = "[BLOCK]"
+        else:
+            p(f"program, column = tl.cast(tl.program_id(0), {index}), tl.program_id(1)")
+            p("across = tl.arange(0, BLOCK_C)[None, :]")
+            if spec.tile == "rows":
+                p("row = program * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]")
+                p("channel = column * BLOCK_C + across")
+                p("n = row * C + channel")
+                p("within = (row < rows) & (channel < C)")
+                p("in_channel = channel < C")
+            else:
+                p("blocks = tl.cdiv(inner, BLOCK_C)")
+                p("row = (program // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]")
+                p("across = (program % blocks) * BLOCK_C + across")
+                p("channel = column")
+                p("n = (row * C + channel) * inner + across")
+                p("within = (row < rows) & (across < inner)")
+                p("in_channel = channel < C")
+            self.shape = "[BLOCK_R, BLOCK_C]"
+        for name, read in spec.reads:
+            pointer = self.pointer(f"{name}_ptr")
+            if read == "scalar":
+                p(f"p_{name} = tl.load({pointer}).to(tl.float32)")
+            elif read == "channel":
+                p(f"p_{name} = tl.load({pointer} + channel, mask=in_channel).to(tl.float32)")
+            else:
+                at = f"{pointer} + (n // {name}_inner) % {name}_size"
+                p(f"p_{name} = tl.load({at}{self.mask(other=True)}).to(tl.float32)")
+        if spec.strided:
+            p("n_x = (n // x_inner) * x_outer + n % x_inner")
+
+    def mask(self, other: bool = False) -> str:
+        """The mask of a load or store."""
+        if not self.spec.masked:
+            return ""
+        return ", mask=within, other=0.0" if other else ", mask=within"
+
+    def load(self, pointer: str, base: str) -> str:
+        """A load of the tile in float32."""
+        return f"tl.load({pointer} + ({base}) + n{self.mask(other=True)}).to(tl.float32)"
+
+    def load_x(self, t: str) -> str:
+        """x[t] in float32."""
+        if not self.spec.strided:
+            return self.load("x_ptr", f"({t}) * N64")
+        at = f"x_ptr + ({t}) * tl.cast(x_time, tl.int64) + n_x"
+        return f"tl.load({at}{self.mask(other=True)}).to(tl.float32)"
+
+    def store(self, pointer: str, base: str, value: str) -> None:
+        """Write the tile, in the pointer's dtype."""
+        value = f"tl.cast({value}, {pointer}.dtype.element_ty)"
+        self.text(f"tl.store({pointer} + ({base}) + n, {value}{self.mask()})")
+
+    def initial(self, given: bool) -> None:
+        """The state before the first step."""
+        neuron = self.step.neuron
+        for i, name in enumerate(self.step.names):
+            value: Any = neuron.v_0 if i == 0 else neuron.dynamics.states[name]
+            if given:
+                self.text(f"q_{name} = {self.load('initial_ptr', f'{i} * N64')}")
+            elif isinstance(value, Expr):
+                self.text(f"q_{name} = {self.block('0.0')} + {value.value}")
+            else:
+                self.text(f"q_{name} = {self.block(repr(value))}")
+
+    def block(self, value: str) -> str:
+        """A value as a tile, which a number is not."""
+        number = value.lstrip("-")[:1].isdigit()
+        return f"tl.full({self.shape}, {value}, tl.float32)" if number else value
+
+    def began(self, k: int, given: bool, looped: bool) -> str:
+        """1.0 where a step was before this one, as a number."""
+        if k or given:
+            return "1.0"
+        return "tl.where(chunk > 0, 1.0, 0.0)" if looped else "0.0"
+
+    def given(
+        self, k: int, initial: bool, looped: bool, state: Mapping[str, str]
+    ) -> dict[str, str]:
+        """What the inputs of one step are called."""
+        began = self.began(k, initial, looped)
+        return {**{f"p_{n}": f"p_{n}" for n in self.reads}, **state, "x": f"x_{k}", "began": began}
+
+
+def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
+    """The forward kernel.
+
+    Arguments: x, spikes; then, as asked for, v_seq, initial, final, checkpoints; the parameters; N and
+    what the tile needs; the number of whole chunks and the tile's blocks.
+    """
+    k = _Kernel(spec, name)
+    p, step = k.text, k.step
+    k.pointer("x_ptr")
+    k.pointer("spikes_ptr")
+    for wanted, pointer in (
+        (asked.v_seq, "v_seq_ptr"),
+        (asked.initial, "initial_ptr"),
+        (asked.final, "final_ptr"),
+        (asked.checkpoints, "checkpoints_ptr"),
+    ):
+        if wanted:
+            k.pointer(pointer)
+    k.prologue()
+    k.initial(asked.initial)
+
+    def chunk(steps: int, looped: bool) -> None:
+        p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
+        if asked.checkpoints:
+            for i, part in enumerate(step.names):
+                k.store("checkpoints_ptr", f"(chunk * {len(step.names)} + {i}) * N64", f"q_{part}")
+        for i in range(steps):
+            p(f"x_{i} = {k.load_x(f't + {i}')}")
+        for i in range(steps):
+            given = k.given(i, asked.initial, looped, {f"q_{n}": f"q_{n}" for n in step.names})
+            spikes, *after = p.evaluate(step, [step.spikes, *step.after], given, str(i))
+            for part, value in zip(step.names, after, strict=True):
+                p(f"q_{part}_{i} = {k.block(value)}")
+            k.store("spikes_ptr", f"(t + {i}) * N64", spikes)
+            if asked.v_seq:
+                k.store("v_seq_ptr", f"(t + {i}) * N64", f"q_v_{i}")
+            for part in step.names:
+                p(f"q_{part} = q_{part}_{i}")
+
+    _chunks(p, spec, chunk, reverse=False)
+    if asked.final:
+        for i, part in enumerate(step.names):
+            k.store("final_ptr", f"{i} * N64", f"q_{part}")
+    return k.source()
+
+
+def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
+    """The backward kernel.
+
+    Arguments: x, the gradient of the spikes; then, as asked for, the gradients of v_seq and of the last
+    state; initial, checkpoints; the gradients of x and initial; the two corrections of a batch norm;
+    the parameters' gradients, one each of N, of each program, or of each program and channel; the
+    parameters; N and what the tile needs; the number of whole chunks and the tile's blocks.
+    """
+    k = _Kernel(spec, name)
+    p, step = k.text, k.step
+    kept = spec.loop
+    k.pointer("x_ptr")
+    k.pointer("g_spikes_ptr")
+    for wanted, pointer in (
+        (asked.v_seq, "g_v_seq_ptr"),
+        (asked.final, "g_final_ptr"),
+        (asked.initial and not kept, "initial_ptr"),
+        (kept, "checkpoints_ptr"),
+        (asked.into_x is not None, "g_x_ptr"),
+        (asked.initial, "g_initial_ptr"),
+        (asked.into_x == "norm", "minus_ptr"),
+        (asked.into_x == "norm", "slope_ptr"),
+    ):
+        if wanted:
+            k.pointer(pointer)
+    for parameter in asked.wrt:
+        k.pointer(f"g_{parameter}_ptr")
+    k.prologue()
+    if asked.into_x == "norm":
+        p("minus = tl.load(minus_ptr + channel, mask=in_channel)")
+        p("slope = tl.load(slope_ptr + channel, mask=in_channel)")
+    for i, part in enumerate(step.names):
+        if asked.final:
+            p(f"gq_{part} = {k.load('g_final_ptr', f'{i} * N64')}")
+        else:
+            p(f"gq_{part} = {k.block('0.0')}")
+    for parameter in asked.wrt:
+        p(f"gp_{parameter} = {k.block('0.0')}")
+
+    def chunk(steps: int, looped: bool) -> None:
+        p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
+        if kept:
+            for i, part in enumerate(step.names):
+                at = f"(chunk * {len(step.names)} + {i}) * N64"
+                p(f"q_{part}_0 = {k.load('checkpoints_ptr', at)}")
+        else:
+            k.initial(asked.initial)
+            for part in step.names:
+                p(f"q_{part}_0 = q_{part}")
+        for i in range(steps):
+            p(f"x_{i} = {k.load_x(f't + {i}')}")
+        for i in range(steps):
+            p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
+        for i in range(steps - 1):
+            given = k.given(i, asked.initial, looped, {f"q_{n}": f"q_{n}_{i}" for n in step.names})
+            for part, value in zip(
+                step.names, p.evaluate(step, list(step.after), given, f"f{i}"), strict=True
+            ):
+                p(f"q_{part}_{i + 1} = {k.block(value)}")
+        for i in reversed(range(steps)):
+            _reverse_step(k, asked, i, looped)
+
+    _chunks(p, spec, chunk, reverse=True)
+    if asked.initial:
+        for i, part in enumerate(step.names):
+            k.store("g_initial_ptr", f"{i} * N64", f"gq_{part}")
+    for parameter in asked.wrt:
+        if parameter == "v_0":
+            p("gp_v_0 = gp_v_0 + gq_v")
+        _store_parameter(k, parameter)
+    return k.source()
+
+
+def _reverse_step(k: _Kernel, asked: Backward, i: int, looped: bool) -> None:
+    """One step of the recursion of the derivatives."""
+    p, step = k.text, k.step
+    if asked.v_seq:
+        p(f"gq_v = gq_v + {k.load('g_v_seq_ptr', f'(t + {i}) * N64')}")
+    given = k.given(i, asked.initial, looped, {f"q_{n}": f"q_{n}_{i}" for n in step.names})
+    given |= {f"gq_{n}": f"gq_{n}" for n in step.names} | {"g_spikes": f"g_{i}"}
+    wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
+    g_x, *rest = p.evaluate(step, step.gradients(wrt), given, f"b{i}")
+    if asked.into_x == "norm":
+        p(f"g_x = {g_x} - minus - (x_{i} - p_norm_mean) * slope")
+        g_x = "g_x"
+    if asked.into_x is not None:
+        k.store("g_x_ptr", f"(t + {i}) * N64", k.block(g_x))
+    # All of a step's derivatives are computed from the state's old ones before any is replaced.
+    states = [f"gq_{n}" for n in step.names]
+    sums = [f"gp_{n}" for n in asked.wrt]
+    for target, value in zip(states, rest, strict=False):
+        p(f"{target}_{i} = {k.block(value)}")
+    for target, value in zip(sums, rest[len(states) :], strict=True):
+        p(f"{target} = {target} + {value}")
+    for target in states:
+        p(f"{target} = {target}_{i}")
+
+
+def _store_parameter(k: _Kernel, name: str) -> None:
+    """A parameter's gradient: summed over what shares a value, as far as one program can."""
+    p, read, pointer = k.text, k.reads[name], f"g_{name}_ptr"
+    if k.spec.masked and read != "element":
+        p(f"gp_{name} = tl.where(within, gp_{name}, 0.0)")
+    if read == "element":
+        k.store(pointer, "0", f"gp_{name}")
+    elif read == "scalar":
+        column = "" if k.spec.tile == "flat" else " * tl.num_programs(1) + column"
+        p(f"tl.store({pointer} + program{column}, tl.sum(gp_{name}))")
+    elif k.spec.tile == "rows":
+        p(f"total = tl.sum(gp_{name}, 0)[None, :]")
+        p(f"tl.store({pointer} + program * C + channel, total, mask=in_channel)")
+    else:
+        p(f"tl.store({pointer} + program * C + channel, tl.sum(gp_{name}))")
+
+
+def _chunks(p: _Text, spec: Spec, chunk: Any, reverse: bool) -> None:
+    """The chunks in order: a loop over the whole ones, then the tail; or in reverse."""
+
+    def tail() -> None:
+        if spec.tail or not spec.loop:
+            p("chunk = chunks" if spec.loop else "chunk = 0")
+            chunk(spec.tail or spec.steps, looped=spec.loop)
+
+    if reverse:
+        tail()
+    if spec.loop:
+        p("for i in range(0, chunks):")
+        p.indent += 1
+        p("chunk = chunks - 1 - i" if reverse else "chunk = i")
+        chunk(spec.steps, looped=True)
+        p.indent -= 1
+    if not reverse:
+        tail()

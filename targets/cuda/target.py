@@ -1,0 +1,351 @@
+"""The CUDA target: inference on a GPU with fused neurons, replayed as one CUDA graph.
+
+Under ``TRITON_INTERPRET=1`` the same kernels run on the CPU, without CUDA graphs, for tests.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.passes import (
+    Pass,
+    absorb_batch_norm,
+    cast_float16,
+    flatten_time,
+    fold_batch_norm,
+    hoist_time_invariant,
+    reroll_time,
+)
+from ...converters.program import NEURON, NEURON_STEP, Program, steps
+from ...converters.surrogates import ATan
+from .. import graphs
+from ..base import SDK, Capabilities, Compiled, Loaded, memory
+from . import kernels, ops
+from .codegen import Forward, Spec, forward_source
+
+_SETTINGS = "settings.json"
+#: Options that a user may set, with their defaults.
+_OPTIONS = {"graph": True}
+#: Libraries choose their algorithms and set up their workspaces in the first runs.
+_WARM_UP = 3
+#: Part of a kernel's declaration, of no effect without a backward pass.
+_SURROGATE = ATan().to_json()
+#: How a parameter is read has no part in whether a kernel can be written.
+_ANY_READ: Literal["scalar"] = "scalar"
+
+CAPABILITIES = Capabilities(
+    ops=None,
+    dtypes=frozenset(
+        {torch.float16, torch.float32, torch.bool, torch.uint8}
+        | {torch.int8, torch.int16, torch.int32, torch.int64}
+    ),
+    notes=(
+        "neurons run as one kernel each over all time steps, in float32 whatever the graph's type is",
+        "no TF32 and no float16 accumulation, whatever torch is set to",
+        "shapes are static: the batch of the example input is captured in a CUDA graph",
+    ),
+)
+
+
+class Cuda:
+    """GPUs, through PyTorch and Triton."""
+
+    name = "cuda"
+    capabilities = CAPABILITIES
+
+    def default_dtype(self) -> torch.dtype:
+        """float32, as networks are trained."""
+        return torch.float32
+
+    def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
+        """The rewrites in order; neurons stay single operators.
+
+        For float16 a batch norm is absorbed rather than folded where that is possible, because folding
+        rounds the weights once more.
+
+        Raises:
+            UsageError: Another dtype than float32 and float16 was asked for.
+        """
+        if dtype == torch.float16:
+            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
+            return (reroll_time, hoist_time_invariant, flatten_time, *absorb, cast_float16)
+        if dtype != torch.float32:
+            raise UsageError(f"the cuda target computes in float32 or float16, not in {dtype}")
+        return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
+
+    def sdk(self) -> SDK:
+        """PyTorch with its CUDA version; the device ids are those of torch."""
+        if kernels.interpreted():
+            triton = kernels.triton().__version__
+            settings = {"triton": triton, "kernels": "interpreted on the CPU, no CUDA graphs"}
+            return SDK("torch", torch.__version__, True, (0,), settings)
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            found = (
+                f"torch {torch.__version__} is a build without CUDA; install one with it"
+                if torch.version.cuda is None
+                else f"torch {torch.__version__} sees none; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+            )
+            raise TargetUnavailableError(
+                f"no CUDA GPU: {found}. The target reference runs on the CPU; to test the kernels "
+                "there, set TRITON_INTERPRET=1 before Python starts"
+            )
+        devices = tuple(range(torch.cuda.device_count()))
+        settings = {
+            "triton": kernels.triton().__version__,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "gpus": [torch.cuda.get_device_name(i) for i in devices],
+        }
+        version = f"{torch.__version__}, CUDA {torch.version.cuda}"
+        return SDK("torch", version, False, devices, settings)
+
+    def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
+        """Write the graph and its weights; GPU code is made when they are loaded.
+
+        Args:
+            program: The program.
+            directory: Where to.
+            options: ``graph``: whether a run replays a CUDA graph (True), or launches one kernel after
+                another.
+        """
+        if unknown := set(options) - set(_OPTIONS):
+            raise UsageError(
+                f"cuda has no option {', '.join(sorted(unknown))}; there are {', '.join(_OPTIONS)}"
+            )
+        chosen = {**_OPTIONS, **options}
+        if not isinstance(chosen["graph"], bool):
+            raise UsageError(f"graph is {chosen['graph']!r}; allowed: True, False")
+        _check_kernels(program)
+        settings = json.dumps({**chosen, "memory": memory(program)})
+        (directory / _SETTINGS).write_text(settings, encoding="utf-8")
+        return Compiled(chosen, (*graphs.write(program, directory), _SETTINGS))
+
+    def load(
+        self,
+        directory: Path,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: int,
+    ) -> Loaded:
+        """Move the weights to a GPU, compile the kernels, and capture the CUDA graph."""
+        devices = self.sdk().devices
+        if device not in devices:
+            there = ", ".join(f"{i} ({_describe(_device(i))})" for i in devices)
+            raise DeviceError(f"no device {device}; there are {there}")
+        settings = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
+        module, on = graphs.read(directory), _device(device)
+        if on.type == "cpu" or not settings["graph"]:
+            return _Launched(module, on, settings["memory"])
+        return _Captured(module, on, settings["memory"], inputs)
+
+
+def _check_kernels(program: Program) -> None:
+    """Every neuron has a kernel.
+
+    Raises:
+        CompileError: Some have none; each is named with the reason.
+    """
+    wrong = []
+    for site in program.sites:
+        reads = tuple((name, _ANY_READ) for name in site.neuron.tensors())
+        spec = Spec(site.neuron.to_json(), reads, _SURROGATE, detach_reset=False, steps=1)
+        try:
+            forward_source(spec, Forward())
+        except UsageError as error:
+            wrong.append(f"{site.name} ({site.neuron.describe()}): {error}")
+    if wrong:
+        raise CompileError("no kernel can be written for " + "; ".join(wrong))
+
+
+def _device(number: int) -> torch.device:
+    return torch.device("cpu") if kernels.interpreted() else torch.device("cuda", number)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "the CPU, where Triton interprets its kernels"
+    return torch.cuda.get_device_name(device)
+
+
+class _Executor(graphs.ChannelsInnermost):
+    """Runs a graph with fused neurons; its tensors move to the device."""
+
+    extra_traceback = False  # a node's text would go into the middle of an error's
+
+    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+        super().__init__(module.to(device))
+        for n in module.graph.nodes:
+            # What makes a tensor from nothing is told where.
+            schema = getattr(n.target, "_schema", None)
+            takes = {a.name for a in schema.arguments} if schema is not None else set()
+            if "device" in takes and not n.all_input_nodes:
+                n.kwargs = {**n.kwargs, "device": device}
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's value, a neuron's from its kernel."""
+        if target is NEURON:
+            x, params, spec, layout, T = args
+            spikes, _ = _neuron(steps(x, layout, T), params, None, spec)
+            return spikes if layout == "stepped" else spikes.flatten(0, 1)
+        if target is NEURON_STEP:
+            x, state, params, spec, t = args
+            spikes, after = _neuron(x.unsqueeze(0), params, state if t else None, spec, final=True)
+            return spikes.squeeze(0), after
+        return super().call_function(target, args, kwargs)
+
+
+def _neuron(
+    x: torch.Tensor,
+    params: Sequence[torch.Tensor],
+    initial: torch.Tensor | None,
+    spec: str,
+    final: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes [T, N, ...] of x [T, N, ...], and the last state if ``final``."""
+    spikes, last, _, _ = ops.fused_neuron(
+        x,
+        norm=[],
+        params=params,
+        initial=initial,
+        neuron=spec,
+        surrogate=_SURROGATE,
+        detach_reset=False,
+        batch_statistics=False,
+        final=final,
+        v_seq=False,
+        checkpoints=False,
+    )
+    return spikes, last
+
+
+class _Launched:
+    """A graph on a device, one kernel launched after another."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device, need: int) -> None:
+        self._device, self._need = device, need
+        with _device_errors(device, need):
+            self._executor = _Executor(module, device)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's outputs, where the first input lies."""
+        device = self._device
+        with _device_errors(device, self._need), _exact(device), torch.inference_mode():
+            outputs = self._executor.run(*(x.to(device) for x in inputs))
+            return [y.to(inputs[0].device, copy=True) for y in outputs]
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        self._executor.module.to("meta")
+
+
+class _Captured:
+    """A graph on a GPU, captured once and replayed on the caller's stream."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        device: torch.device,
+        need: int,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    ) -> None:
+        self._device, self._need = device, need
+        # The buffers are one: calls take turns, also from several threads or streams.
+        self._turn = threading.Lock()
+        with _device_errors(device, need):
+            self._executor = _Executor(module, device)
+        with _device_errors(device, need), _exact(device), torch.inference_mode():
+            # A stream of its own: libraries keep a workspace for each, which a graph goes on using.
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._inputs = [torch.zeros(s, dtype=dtype, device=device) for s, dtype in inputs]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    self._executor.run(*self._inputs)
+            self._graph = torch.cuda.CUDAGraph()
+            self._outputs = self._capture(stream)
+
+    def _capture(self, stream: torch.cuda.Stream) -> list[torch.Tensor]:
+        # Other threads, such as a data loader's, may go on using the GPU meanwhile.
+        mode = "thread_local"
+        try:
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
+                return list(self._executor.run(*self._inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Leaving a broken capture raises once more; the first error is the reason.
+            reason = str(error.__context__ or error).partition("\n")[0]
+            raise DeviceError(
+                f"the program cannot be captured as a CUDA graph: {reason}. Compile it with graph=False "
+                "(--option graph=False), which launches its kernels one by one"
+            ) from error
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's outputs, where the first input lies."""
+        on = torch.cuda.device(self._device)
+        with self._turn, _device_errors(self._device, self._need), on, torch.inference_mode():
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            for mine, x in zip(self._inputs, inputs, strict=True):
+                mine.copy_(x, non_blocking=True)
+            self._graph.replay()
+            outputs = [y.to(inputs[0].device, copy=True) for y in self._outputs]
+            self._done.record(stream)
+            return outputs
+
+    def close(self) -> None:
+        """Free the device's memory, once no run is using it."""
+        self._done.synchronize()
+        self._graph.reset()
+        self._inputs, self._outputs = [], []
+        self._executor.module.to("meta")
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Sums in float32 without TF32, which is what the verification's bounds allow.
+
+    Algorithms are deterministic, so that an artifact's recorded outputs come again bit for bit.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(matmul, name) for name in names}
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        with (
+            torch.cuda.device(device),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+@contextmanager
+def _device_errors(device: torch.device, need: int) -> Iterator[None]:
+    """What torch raises on the device as a DeviceError; ``need`` is in bytes."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise DeviceError(
+            f"{device} ({_describe(device)}) has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, the "
+            f"program takes {need / 2**30:.1f} GiB for weights and live activations; convert with a "
+            "smaller example input, or free the device"
+        ) from error
+    except RuntimeError as error:
+        raise DeviceError(f"{device} ({_describe(device)}) failed: {error}") from error

@@ -1,0 +1,51 @@
+"""What the targets that torch itself runs share: a program as files, and the way it is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import fx
+
+from ..converters.ops import aten
+from ..converters.program import Program
+from ..converters.serial import graph_from_data, graph_to_data
+
+_GRAPH, _WEIGHTS = "graph.json", "weights.safetensors"
+_SPATIAL = frozenset({aten.conv2d.default, aten.max_pool2d.default, aten.avg_pool2d.default})
+
+
+def write(program: Program, directory: Path) -> tuple[str, ...]:
+    """Write a program's graph and weights; the names of the files."""
+    graph = json.dumps(graph_to_data(program.graph), indent=1)
+    (directory / _GRAPH).write_text(graph, encoding="utf-8")
+    tensors = {name: t.contiguous() for name, t in program.tensors.items()}
+    save_file(tensors, directory / _WEIGHTS)
+    return _GRAPH, _WEIGHTS
+
+
+def read(directory: Path) -> fx.GraphModule:
+    """What :func:`write` wrote."""
+    graph = graph_from_data(json.loads((directory / _GRAPH).read_text(encoding="utf-8")))
+    return fx.GraphModule(load_file(directory / _WEIGHTS), graph)
+
+
+class ChannelsInnermost(fx.Interpreter):
+    """Runs a graph with channels innermost wherever an operator is faster so."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        for n in module.graph.nodes:
+            if n.op == "get_attr" and any(u.target is aten.conv2d.default for u in n.users):
+                weight = self.fetch_attr(n.target)
+                if weight.dim() == 4:
+                    weight.data = weight.contiguous(memory_format=torch.channels_last)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The operator on inputs in its faster layout."""
+        if target in _SPATIAL and args[0].dim() == 4:
+            args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+        return super().call_function(target, args, kwargs)

@@ -1,0 +1,136 @@
+"""The ONNX target: written with the onnx package, run by ONNX Runtime, which is imported to run only."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from ...converters.errors import DeviceError, TargetUnavailableError, UsageError
+from ...converters.passes import (
+    Pass,
+    absorb_batch_norm,
+    cast_float16,
+    flatten_time,
+    fold_batch_norm,
+    fold_constants,
+    hoist_time_invariant,
+    lower_neurons,
+    reroll_time,
+)
+from ...converters.program import Program, short
+from ..base import SDK, Capabilities, Compiled, Loaded
+from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype
+from .operators import OPERATORS
+
+_FILE = "model.onnx"
+
+
+class Onnx:
+    """One .onnx file, unrolled over time, on this machine's CPU through ONNX Runtime."""
+
+    name = "onnx"
+    capabilities = Capabilities(
+        ops=frozenset(short(target) for target in OPERATORS),
+        dtypes=None,
+        in_place=False,
+        notes=(
+            f"standard operators, opset {DEFAULT_OPSET} unless the option opset says another "
+            f"({OPSETS[0]} to {OPSETS[-1]})",
+        ),
+    )
+
+    def default_dtype(self) -> torch.dtype:
+        """float32."""
+        return torch.float32
+
+    def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
+        """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
+        layout: tuple[Pass, ...] = (
+            fold_constants,
+            reroll_time,
+            hoist_time_invariant,
+            flatten_time,
+        )
+        if dtype == torch.float16:
+            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
+            return (*layout, *absorb, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, lower_neurons)
+
+    def sdk(self) -> SDK:
+        """The onnx package, which compiles; ONNX Runtime, which runs, may be missing."""
+        try:
+            runtime = _runtime().__version__
+        except TargetUnavailableError:
+            runtime = None
+        devices = () if runtime is None else (0,)
+        return SDK("onnx", onnx.__version__, False, devices, {"onnxruntime": runtime})
+
+    def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
+        """Write ``model.onnx``; the option ``opset`` chooses the opset."""
+        if unknown := set(options) - {"opset"}:
+            raise UsageError(f"onnx has no option {', '.join(sorted(unknown))}; there is opset")
+        opset = options.get("opset", DEFAULT_OPSET)
+        if opset not in OPSETS:
+            raise UsageError(f"opset is {opset!r}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
+        files = export(program, directory / _FILE, opset)
+        return Compiled({"opset": opset}, tuple(f.name for f in files))
+
+    def load(
+        self,
+        directory: Path,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: int,
+    ) -> Loaded:
+        """Load with ONNX Runtime."""
+        runtime = _runtime()
+        if device != 0:
+            raise DeviceError(f"no device {device}; the onnx target has device 0, the CPU")
+        return _Model(runtime, directory / _FILE, [dtype for _, dtype in inputs])
+
+
+def _runtime() -> Any:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise TargetUnavailableError(
+            f"onnxruntime cannot be imported ({error}); install it: pip install 'spikeport[ort]'. The "
+            "model itself is written without it, for whatever else reads ONNX."
+        ) from error
+
+
+class _Model:
+    """An ONNX Runtime session between torch tensors."""
+
+    def __init__(self, runtime: Any, file: Path, dtypes: Sequence[torch.dtype]) -> None:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors; a constant that is folded twice is none
+        try:
+            self._session = runtime.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise DeviceError(f"ONNX Runtime refused {file}: {error}") from error
+        self._names = [port.name for port in self._session.get_inputs()]
+        self._dtypes = [numpy_dtype(dtype) for dtype in dtypes]
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's outputs."""
+        arrays = (x.contiguous().numpy() for x in inputs)
+        feeds = {
+            name: array.astype(dtype, copy=False)
+            for name, array, dtype in zip(self._names, arrays, self._dtypes, strict=True)
+        }
+        try:
+            return [torch.from_numpy(y) for y in self._session.run(None, feeds)]
+        except Exception as error:
+            raise DeviceError(f"the run failed: {error}") from error
+
+    def close(self) -> None:
+        """Free the session."""
+        del self._session
