@@ -47,7 +47,8 @@ class PoplarExecutor:
         self._options._freeze()
         self._training = training
         self._user_model = model
-        self._model = copy.copy(model)  # flags such as training are its own; parameters are not
+        # Flags such as training are its own; parameters are not.
+        self._model = copy.copy(model) if isinstance(model, nn.Module) else model
         self._executable: Executable | None = None
         self._compiled: Arguments | None = None
         self._attached = False
