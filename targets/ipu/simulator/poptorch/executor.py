@@ -217,7 +217,12 @@ class PoplarExecutor:
         if wrapping.is_wrapped(self._user_model) and not self._training:
             self._seen = self._trainer_version()
         options = self._options
-        replicas = max(options.replication_factor // options.input_group_size, 1)
+        if options.input_group_size != 1:
+            raise Error(
+                "The simulation has no replicas that share an input: Options.inputReplicaGrouping is "
+                f"{options.input_group_size} and must be 1"
+            )
+        replicas = options.replication_factor
         schedule = Schedule(
             iterations=options.device_iterations,
             accumulation=options.Training.gradient_accumulation,
