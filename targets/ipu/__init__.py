@@ -6,6 +6,7 @@
 Everything that training needs runs beside the SDK, on Python 3.10 and torch 2.0.
 """
 
-from .training_module import TrainingModule, training_module
+from .model import TrainingModule, training_module
+from .training import Trainer, trainer
 
-__all__ = ["TrainingModule", "training_module"]
+__all__ = ["Trainer", "TrainingModule", "trainer", "training_module"]

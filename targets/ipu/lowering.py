@@ -12,7 +12,6 @@ whose value is the step's and whose derivative in u is the surrogate's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +27,65 @@ from ...converters.surrogates import Surrogate
 _HEADLINE = "the network cannot be rewritten for the IPU:"
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a neuron's module was read as, and how it learns."""
+class _Run:
+    """One neuron's module in one forward of the network.
 
-    reading: Reading
-    learning: Learning
+    Attributes:
+        state: (v, *states); None before the first step.
+        steps: How many steps led to it.
+    """
+
+    def __init__(self, module: nn.Module, reading: Reading, learning: Learning) -> None:
+        self._learning, self._places = learning, reading.states
+        self._neuron = learning.neuron(module)
+        self.state: tuple[torch.Tensor, ...] | None = None
+        self.steps = 0
+
+    def hand(self, given: Mapping[str, torch.Tensor], x: torch.Tensor) -> None:
+        """Go on from what the caller hands; for a part of another shape than x, from its start."""
+        neuron = self._neuron
+        parts = list(self.state or neuron.initial(x))
+        for name, part in given.items():
+            place = self._places[name]
+            if part is parts[place]:
+                continue
+            if part.shape == x.shape:
+                parts[place], self.steps = part, max(self.steps, 1)
+            else:
+                parts[place] = neuron.initial(x)[place]
+            if place == 0 and SPIKES in neuron.dynamics.states:
+                parts[_place_of_spikes(neuron)] = neuron.fired(parts[0]).to(x.dtype)
+        self.state = tuple(parts)
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, ...] -> spikes [N, ...], by one step from the state."""
+        neuron, learning = self._neuron, self._learning
+        if self.state is None or self.state[0].shape != x.shape:
+            self.state, self.steps = neuron.initial(x), 0
+        state = self.state
+        if learning.detach_past and SPIKES in neuron.dynamics.states:
+            at = _place_of_spikes(neuron)
+            state = (*state[:at], state[at].detach(), *state[at + 1 :])
+        due = neuron.fired if learning.detach_past or learning.detach_reset else None
+        spikes: torch.Tensor
+        spikes, self.state, _ = neuron.step(state, x, self._fire, self._select, self.steps, due)
+        self.steps += 1
+        return spikes
+
+    def _fire(self, h: torch.Tensor) -> torch.Tensor:
+        u = h - self._neuron.v_threshold
+        fixed = u.detach()
+        spikes: torch.Tensor = self._neuron.fired(h).to(h.dtype)
+        return spikes + (u - fixed) * self._learning.surrogate.derivative(fixed)
+
+    def _select(self, s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
+        number = not isinstance(yes, torch.Tensor)
+        if self._learning.detach_reset and s.dtype != torch.bool:
+            s = s.detach() > 0.5
+        if s.dtype == torch.bool:
+            return no.masked_fill(s, yes) if number else torch.where(s, yes, no)
+        rest: torch.Tensor = (1.0 - s) * no
+        return rest if number and yes == 0 else s * yes + rest
 
 
 class Lowered(nn.Module):
@@ -42,128 +94,75 @@ class Lowered(nn.Module):
     A call, the state's names and the methods that return the state to start from are as before.
     """
 
-    _plan: _Plan
+    _lowered: tuple[Reading, Learning]
+    _run: _Run | None
 
     @staticmethod
-    def take(module: nn.Module, plan: _Plan) -> None:
+    def take(module: nn.Module, reading: Reading, learning: Learning) -> None:
         """Turn a module into its lowered form, in place."""
         kind = type(module)
-        members: dict[str, Any] = dict.fromkeys(plan.reading.restart, Lowered.restart)
-        names = plan.reading.states or {"v": 0}
+        members: dict[str, Any] = dict.fromkeys(reading.restart, Lowered.restart)
+        names = reading.states or {"v": 0}
         members.update({name: _state(place) for name, place in names.items()})
         members["__module__"] = kind.__module__
         held = vars(module)
         for name in list(module._non_persistent_buffers_set):
             del module._buffers[name]  # a state
         module._non_persistent_buffers_set.clear()
-        held.pop("_memories", None)
+        if "_memories" in held:
+            held["_memories"] = {}
         for name in [n for n, value in held.items() if isinstance(value, torch.Tensor)]:
             del held[name]
-        held["_plan"] = plan
+        held |= {"_lowered": (reading, learning), "_run": None}
         module.__class__ = type(kind.__name__, (Lowered, kind), members)
-        module.reset()  # type: ignore[operator]
 
     def reset(self) -> None:
         """Start from v_0 again."""
-        vars(self).update(_neuron=None, _state=None, _steps=0)
+        vars(self)["_run"] = None
 
     def restart(self) -> Any:
         """As the methods of the original that return the state to start from: zeros of any shape."""
         self.reset()
-        zeros = tuple(torch.zeros(()) for _ in self._plan.reading.states)
+        zeros = tuple(torch.zeros(()) for _ in self._lowered[0].states)
         return zeros if len(zeros) > 1 else zeros[0]
 
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
         """As the original's; the state is that of this forward of the network."""
-        reading, gain = self._plan.reading, self._plan.learning.gain
+        reading, learning = self._lowered
         if reading.step_mode == "m":
-            vars(self).update(_state=None, _steps=0)
-            return torch.stack([self._step(one) for one in x.unbind()])
+            self.reset()
+        if self._run is None:
+            vars(self)["_run"] = _Run(self, reading, learning)
+        run = self._run
+        assert run is not None
+        if reading.step_mode == "m":
+            return torch.stack([run.step(one) for one in x.unbind()])
         handed = {**dict(zip(reading.states, given, strict=False)), **named}
-        for name, part in handed.items():
-            if part is not None:
-                self._hand(reading.states[name], part, x)
-        spikes = self._step(x)
-        if gain is not None:
-            spikes = spikes * gain(self)
+        run.hand({name: part for name, part in handed.items() if part is not None}, x)
+        spikes = run.step(x)
+        if learning.gain is not None:
+            spikes = spikes * learning.gain(self)
         if not reading.returns_state:
             return spikes
-        return (spikes, *(self._state[place] for place in reading.states.values()))
-
-    def _hand(self, place: int, part: torch.Tensor, x: torch.Tensor) -> None:
-        """Go on from a part of the state that the caller hands; of another shape, from the start."""
-        neuron = self._declared()
-        state = self._state or neuron.initial(x)
-        if part is state[place]:
-            return
-        if part.shape != x.shape:
-            part = neuron.initial(x)[place]
-            steps = self._steps
-        else:
-            steps = max(self._steps, 1)
-        parts = [*state]
-        parts[place] = part
-        if place == 0 and SPIKES in neuron.dynamics.states:
-            parts[_place_of_spikes(neuron)] = neuron.fired(part).to(x.dtype)
-        vars(self).update(_state=tuple(parts), _steps=steps)
-
-    def _declared(self) -> Neuron:
-        """The declaration, its parameters taken from the module once a forward."""
-        if self._neuron is None:
-            vars(self)["_neuron"] = self._plan.learning.neuron(self)
-        neuron: Neuron = self._neuron
-        return neuron
-
-    def _step(self, x: torch.Tensor) -> torch.Tensor:
-        neuron, learning = self._declared(), self._plan.learning
-        state = self._state
-        if state is None or state[0].shape != x.shape:
-            state, steps = neuron.initial(x), 0
-        else:
-            steps = self._steps
-        if learning.detach_past and SPIKES in neuron.dynamics.states:
-            at = _place_of_spikes(neuron)
-            state = (*state[:at], state[at].detach(), *state[at + 1 :])
-
-        def fire(h: torch.Tensor) -> torch.Tensor:
-            u = h - neuron.v_threshold
-            fixed = u.detach()
-            spikes = neuron.fired(h).to(h.dtype)
-            return spikes + (u - fixed) * learning.surrogate.derivative(fixed)
-
-        def select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
-            if s.dtype == torch.bool:
-                return torch.where(s, yes, no) if _is_tensor(yes) else no.masked_fill(s, yes)
-            if learning.detach_reset:
-                return select(s.detach() > 0.5, yes, no)
-            rest = (1.0 - s) * no
-            return rest if not _is_tensor(yes) and yes == 0 else s * yes + rest
-
-        due = neuron.fired if learning.detach_past or learning.detach_reset else None
-        spikes, after, _ = neuron.step(state, x, fire, select, steps, due)
-        vars(self).update(_state=after, _steps=steps + 1)
-        return spikes
+        assert run.state is not None
+        return (spikes, *(run.state[place] for place in reading.states.values()))
 
 
 def _state(place: int) -> property:
     """A part of the state under the name that it has in the original."""
 
     def get(self: Any) -> torch.Tensor:
-        part: torch.Tensor = torch.zeros(()) if self._state is None else self._state[place]
-        return part
+        run: _Run | None = self._run
+        return torch.zeros(()) if run is None or run.state is None else run.state[place]
 
     def put(self: Any, value: torch.Tensor) -> None:
-        if self._state is None or value.shape != self._state[0].shape:
+        run: _Run | None = self._run
+        if run is None or run.state is None or value.shape != run.state[0].shape:
             self.reset()
         else:
-            state = (*self._state[:place], value, *self._state[place + 1 :])
-            vars(self).update(_state=state)
+            run.state = (*run.state[:place], value, *run.state[place + 1 :])
 
     return property(get, put)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _place_of_spikes(neuron: Neuron) -> int:
@@ -182,7 +181,7 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
         UnsupportedError: With everything that cannot be rewritten.
     """
     given = dict(surrogates or {})
-    plans: dict[str, _Plan] = {}
+    plans: dict[str, tuple[Reading, Learning]] = {}
     findings = list(_obstacles(net))
     for path, module, reading in sources.read_all(net):
         if isinstance(module, Lowered):
@@ -192,7 +191,7 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
             continue
         learning = sources.learning(module, path, given.pop(path, None))
         if isinstance(learning, Learning):
-            plans[path] = _Plan(reading, learning)
+            plans[path] = (reading, learning)
         else:
             findings += learning
     if given:
@@ -220,7 +219,7 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
         ) from error
     sources.reset(work)
     for path, plan in plans.items():
-        Lowered.take(work.get_submodule(path), plan)
+        Lowered.take(work.get_submodule(path), *plan)
     return work
 
 

@@ -25,6 +25,7 @@ class TrainingModule(nn.Module):
 
     Attributes:
         net: The rewritten network.
+        loss: The loss, of spikes [T, N, C] or rates [N, C] and labels.
         sdk: Name of the module that marks the loss; None for a ``poptorch`` that was imported, if any.
     """
 
@@ -32,7 +33,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.net = net
         self.sdk: str | None = None
-        self._loss, self._output = loss, output
+        self.loss, self._output = loss, output
 
     def forward(self, x: torch.Tensor, label: torch.Tensor | None = None) -> Any:
         """See the class.
@@ -53,7 +54,7 @@ class TrainingModule(nn.Module):
         first = spikes.transpose(0, 1) if spikes.dim() > 2 else spikes
         if label is None or not self.training:
             return first
-        return first, self._marked(self._loss(spikes.float(), label))
+        return first, self._marked(self.loss(spikes.float(), label))
 
     def _spikes(self, outputs: Any, N: int) -> torch.Tensor:
         several = isinstance(outputs, (tuple, list))
