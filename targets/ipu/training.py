@@ -7,6 +7,7 @@ that a step is that of one batch of all their samples.
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
 from collections.abc import Mapping
@@ -251,7 +252,10 @@ class Trainer:
         ]
         self.model.eval()
         with torch.no_grad():
-            spikes = self.model(x)
+            if x.dtype == torch.half:  # which an older torch cannot compute on a host
+                spikes = copy.deepcopy(self.model).float()(x.float())
+            else:
+                spikes = self.model(x)
         for hook in hooks:
             hook.remove()
         if again := [f"{path} {n} times" for path, n in sorted(calls.items()) if n > 1]:
