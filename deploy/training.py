@@ -55,8 +55,8 @@ class Training:
     TensorBoard's scalars go to ``options.folder``; process 0 writes them.
 
     Args:
-        make_net: Makes the network, images [N, 1, H, W] -> firing rates [N, classes]; called once the
-            seed is set.
+        make_net: Makes the network, images [N, 1, H, W] -> firing rates [N, classes] or spikes
+            [T, N, classes]; called once the seed is set.
         options: How.
         ranks: The processes that train together, each with the same arguments.
         make_trainer: Makes what takes the steps.
@@ -145,7 +145,7 @@ class Training:
 
     def _steps(self, epoch: int) -> tuple[float, float, int]:
         """One epoch's steps: their mean loss and accuracy, and how many images they saw."""
-        (x, y), size, ranks = self._train, self._options.batch_size, self._ranks
+        (x, y), size, ranks = self._train, self._options.call_size, self._ranks
         # Seeded for each epoch, so that a resumed run sees the same order of images.
         seed = self._options.seed * 100_000 + epoch
         torch.manual_seed(seed * ranks.size + ranks.rank)  # for layers that draw, such as dropout
@@ -176,8 +176,8 @@ def _make(folder: Path) -> None:
 
 def _check_batches(images: int, options: Options, ranks: Ranks) -> None:
     problems = []
-    if images < options.batch_size:
-        problems.append(f"{images} training images are no batch of {options.batch_size}")
+    if images < options.call_size:
+        problems.append(f"{images} training images are no batch of {options.call_size}")
     if options.batch_size < ranks.size:
         problems.append(
             f"a batch of {options.batch_size} is too small for {ranks.size} processes, each of which "

@@ -24,7 +24,6 @@ from torch import nn
 from ...converters import neurons, sources
 from ...converters.errors import TargetUnavailableError, UsageError
 from ...converters.sources import Reading
-from . import ops
 from .codegen import Backward, Forward, backward_source, forward_source
 from .kernels import DTYPES, Call, interpreted
 
@@ -114,6 +113,8 @@ class FusedNode(neurons.Node):
         v_seq: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The operator of :mod:`.ops` with this layer's parameters."""
+        from . import ops  # which a torch of before custom operators cannot import
+
         params = [*self._tensors().values()]
         inputs = [x, *norm, *params, *([] if initial is None else [initial])]
         checkpoints = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
