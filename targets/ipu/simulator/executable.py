@@ -7,7 +7,6 @@ replicas, the replica changing fastest. Each device iteration makes one optimize
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from .arguments import returned
 from .errors import Error
 from .graph import Graph, Slot, replace, slots
-from .settings import SimulatorWarning
+from .settings import warn
 from .updates import Updater
 
 FINAL, EVERY_N, ALL, SUM = range(4)
@@ -209,11 +208,9 @@ class Executable:
         if self._warned or bool(torch.isfinite(loss).all()):
             return
         self._warned = True
-        warnings.warn(
+        warn(
             f"the loss is not finite in optimizer step {self._step}. A device trains on without a "
-            "word, unless Options.Precision.enableFloatingPointExceptions(True) stops it.",
-            SimulatorWarning,
-            stacklevel=2,
+            "word, unless Options.Precision.enableFloatingPointExceptions(True) stops it."
         )
 
     @property
@@ -241,7 +238,7 @@ def _collect(
         if rows:
             rows[0] = [a + b for a, b in zip(rows[0], row, strict=True)]
         else:
-            rows.append(list(row))
+            rows.append([value.clone() for value in row])
 
 
 def _joined(rows: list[list[Tensor]]) -> Tensor:

@@ -7,7 +7,6 @@ leaves no trace: attributes and branches are what they were at that time. A
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import on_device
 from .graph import Graph, Node, Slot, device_bytes, function_name, replace, tensors
 from .precision import in_device_precision
-from .settings import SimulatorWarning, current
+from .settings import current, warn
 
 if TYPE_CHECKING:
     from .poptorch.strategies import ExecutionStrategy
@@ -320,7 +319,7 @@ class Tracer(TorchFunctionMode):
                 if current().strict:
                     self._problem(text)
                 else:
-                    _warn(
+                    warn(
                         f"buffer {self._buffers[slot]} is read in Python{where} and becomes a "
                         f"constant; an SDK from 3.0 on refuses it: {aten} is only supported in "
                         "eager mode"
@@ -350,8 +349,9 @@ class Tracer(TorchFunctionMode):
                 self._dynamic.add(slot)
             elif value.grad_fn is not None:
                 self._problem(
-                    f"a tensor of shape {list(value.shape)} comes from an operation that is no torch "
-                    f"function ({value.grad_fn}) and cannot be traced"
+                    f"{self._module() or 'the model'} uses a tensor of shape {list(value.shape)} that "
+                    f"no torch function of this call made ({value.grad_fn.name()}): state that an "
+                    "earlier call left in an attribute? Reset it before the model is compiled."
                 )
             self.found.graph.constants[slot] = value.detach().clone()
         return slot
@@ -534,7 +534,3 @@ def _has_own_backward(value: Tensor) -> bool:
 
 def _storage(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, SimulatorWarning, stacklevel=2)

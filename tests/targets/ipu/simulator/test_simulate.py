@@ -12,6 +12,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+import torch
 
 from spikeport.deploy import cli
 from spikeport.targets.ipu.simulator import install, popart, poptorch
@@ -139,6 +140,24 @@ def test_snntorch_ipu_learns(tmp_path: Path) -> None:
     assert said.startswith("simulation of the Poplar SDK 3.4.0 (poptorch) by spikeport")
     assert float(said.split("epoch 1: test accuracy ")[1].split()[0]) > 0.7
     assert not list((tmp_path / "site").rglob("*.so"))
+
+
+@pytest.mark.spikingjelly
+def test_stock_spikingjelly_is_refused() -> None:
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 3)
+            self.lif = neuron.LIFNode()
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            spikes = self.lif(self.fc(x)) + self.lif(self.fc(x))
+            return torch.nn.functional.cross_entropy(spikes, y)
+
+    with pytest.raises(poptorch.Error, match=r"(?s)lif.*targets.ipu.training_module rewrites"):
+        poptorch.trainingModel(Net())(torch.ones(2, 4), torch.tensor([0, 1]))
 
 
 @pytest.mark.snntorch

@@ -184,8 +184,9 @@ def test_reading_a_buffer_is_a_warning_or_an_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1 if self.mode == 1 else x
 
-    with pytest.warns(SimulatorWarning, match="buffer mode is read in Python"):
+    with pytest.warns(SimulatorWarning, match="buffer mode is read in Python") as caught:
         assert torch.equal(poptorch.inferenceModel(Net())(X), X + 1)
+    assert caught[0].filename == __file__  # the line that reads it
     with settings(strict=True), pytest.raises(poptorch.Error, match="only supported in eager mode"):
         poptorch.inferenceModel(Net())(X)
 
@@ -225,6 +226,29 @@ def test_buffers_are_not_reassigned() -> None:
             caught.value
         )
     assert net.a.mem is before
+
+
+def test_state_that_an_earlier_call_left_behind() -> None:
+    class Net(nn.Module):
+        v: Any = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = self.v + self.fc(x)
+            return self.v
+
+    net = Net()
+    model = poptorch.inferenceModel(net)
+    torch.testing.assert_close(
+        model(X), model(X)
+    )  # compiled from a state of zero: as on the device
+    with pytest.raises(poptorch.Error, match=r"state that an earlier call left in an attribute\?"):
+        poptorch.inferenceModel(model._model)(X)
+    net.v = 0.0
+    poptorch.inferenceModel(net)(X)
 
 
 def test_buffers_are_written_in_place() -> None:
