@@ -15,7 +15,6 @@ import gzip
 from pathlib import Path
 
 import numpy as np
-import popart  # noqa: F401  (snntorch-ipu looks for it)
 import poptorch
 import snntorch as snn
 import snntorch.functional as SF

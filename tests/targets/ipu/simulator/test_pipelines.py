@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeport.targets.ipu.simulator import poptorch, settings
+from spikeport.targets.ipu.simulator import current, poptorch, settings
 
 
 class Chain(nn.Module):
@@ -146,18 +146,20 @@ def test_inference_keeps_nothing_for_a_backward_pass() -> None:
     assert found == pytest.approx(4 + 2 * 0.4, abs=0.05)
 
 
-def test_an_ipu_has_624_megabytes() -> None:
+def test_an_ipu_has_624_megabytes_unless_the_settings_say_else() -> None:
     class Table(nn.Module):
         def __init__(self, megabytes: int) -> None:
             super().__init__()
-            self.table = nn.Parameter(torch.empty(megabytes * 250_000), requires_grad=False)
+            self.table = nn.Parameter(torch.zeros(megabytes * 250_000), requires_grad=False)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.table[0] + x
 
-    poptorch.inferenceModel(Table(623)).compile(torch.ones(1))
-    with pytest.raises(poptorch.Error, match=r"estimated 626\.0 MB .* an IPU takes 624 MB"):
-        poptorch.inferenceModel(Table(626)).compile(torch.ones(1))
+    assert current().memory_mb == 624
+    with settings(memory_mb=8):
+        poptorch.inferenceModel(Table(7)).compile(torch.ones(1))
+        with pytest.raises(poptorch.Error, match=r"estimated 9\.0 MB .* an IPU takes 8 MB"):
+            poptorch.inferenceModel(Table(9)).compile(torch.ones(1))
 
 
 def test_float16_and_other_memory_take_less() -> None:

@@ -107,18 +107,6 @@ def images(folder: Path, limit: int) -> Path:
     return folder
 
 
-def simulate(script: Path, folder: Path, *args: str, path: str = "") -> tuple[int, str]:
-    """Exit code and output of the shell's command, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if path:
-        environment["PYTHONPATH"] = path + os.pathsep + environment.get("PYTHONPATH", "")
-    command = [sys.executable, "-m", "spikeport.deploy", "simulate", "ipu", str(script), "--data"]
-    done = subprocess.run(
-        [*command, str(folder), *args], capture_output=True, text=True, env=environment, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def installed(name: str) -> str:
     """The folder of a distribution, to be found before others of the same module."""
     try:
@@ -134,9 +122,26 @@ def test_snntorch_ipu_learns(tmp_path: Path) -> None:
         pytest.skip("needs snntorch-ipu on PYTHONPATH; see Makefile")
     # A copy: its build writes into its own folder, and so would a second test at the same time.
     shutil.copytree(Path(found) / "snntorch", tmp_path / "site" / "snntorch")
-    shorter = ("--epochs", "2", "--num-steps", "8")
-    code, said = simulate(EXAMPLE, images(tmp_path, 1920), *shorter, path=str(tmp_path / "site"))
-    assert code == 0, said
+    path = os.pathsep.join((str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")))
+    arguments = (str(images(tmp_path, 1920)), "--epochs", "2", "--num-steps", "8")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "spikeport.deploy",
+            "simulate",
+            "ipu",
+            EXAMPLE,
+            "--data",
+            *arguments,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     assert said.startswith("simulation of the Poplar SDK 3.4.0 (poptorch) by spikeport")
     assert float(said.split("epoch 1: test accuracy ")[1].split()[0]) > 0.7
     assert not list((tmp_path / "site").rglob("*.so"))
@@ -161,11 +166,14 @@ def test_stock_spikingjelly_is_refused() -> None:
 
 
 @pytest.mark.snntorch
-def test_stock_snntorch_is_refused_and_each_module_named(tmp_path: Path) -> None:
+def test_stock_snntorch_is_refused_and_each_module_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not util.find_spec("snntorch"):
         pytest.skip("needs snnTorch on PYTHONPATH; see Makefile")
-    code, said = simulate(EXAMPLE, images(tmp_path, 256), "--num-steps", "2", "--epochs", "1")
-    assert code == 1
+    arguments = ("--data", str(images(tmp_path, 256)), "--num-steps", "2")
+    assert cli.main(["simulate", "ipu", str(EXAMPLE), *arguments]) == 1
+    said = capsys.readouterr().err
     if metadata.version("snntorch").startswith("1."):
         for name in ("lif1", "lif2"):
             assert (
