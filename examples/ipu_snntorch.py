@@ -1,10 +1,11 @@
 """snnTorch on Graphcore IPUs, as its tutorial does it: 784-1000-10 leaky neurons over 25 time steps.
 
-A script for poptorch, which knows nothing of spikeport. With ``pip install --no-deps snntorch-ipu==0.5.18``
-it runs on a machine with the Poplar SDK, and on one without::
+A script for poptorch, which knows nothing of spikeport. It needs ``pip install --no-deps
+snntorch-ipu==0.5.18`` and the Poplar SDK, or instead of the SDK::
 
     spikeport simulate ipu examples/ipu_snntorch.py --epochs 1
 
+(That package reads buffers in Python, which SDKs from 3.0 on refuse; the simulation warns.)
 The images are Fashion-MNIST's, from a folder of IDX files (``apt install dataset-fashion-mnist``).
 """
 

@@ -461,12 +461,15 @@ class PoplarExecutor:
         return anchored[short_name]
 
     def cycleCount(self) -> int:
-        """Not known: the simulation has no cycles.
+        """Not known, like every latency: the simulation has no clock.
 
         Raises:
             Error: Always.
         """
-        raise Error("The simulation has no cycles to count")
+        raise Error("The simulation has no clock: it counts neither cycles nor latencies")
+
+    getPerfCounters = getLatency = getComputeLatency = cycleCount
+    getHostIpuLatency = getIpuHostLatency = cycleCount
 
     @property
     def rng_state(self) -> list[int]:

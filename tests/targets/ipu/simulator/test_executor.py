@@ -452,3 +452,10 @@ def test_inner_tensors_come_back() -> None:
     unknown.anchorTensor("twice", "nothing")
     with pytest.raises(poptorch.Error, match="No tensor with name nothing found"):
         poptorch.inferenceModel(forward, unknown)(torch.ones(2))
+
+
+def test_there_is_no_clock() -> None:
+    model = poptorch.inferenceModel(two)
+    for read in (model.cycleCount, model.getLatency, model.getPerfCounters):
+        with pytest.raises(poptorch.Error, match="neither cycles nor latencies"):
+            read()
