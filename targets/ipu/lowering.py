@@ -75,8 +75,9 @@ class _Run:
     def _fire(self, h: torch.Tensor) -> torch.Tensor:
         u = h - self._neuron.v_threshold
         fixed = u.detach()
+        derivative: torch.Tensor = self._learning.surrogate.derivative(fixed)
         spikes: torch.Tensor = self._neuron.fired(h).to(h.dtype)
-        return spikes + (u - fixed) * self._learning.surrogate.derivative(fixed)
+        return spikes + (u - fixed) * derivative
 
     def _select(self, s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
         number = not isinstance(yes, torch.Tensor)
