@@ -1,7 +1,8 @@
 """Training on the IPU: networks rewritten for it against the torch path.
 
     python benchmarks/ipu.py                  all of it, into benchmarks/ipu.txt and benchmarks/ipu.svg
-    python benchmarks/ipu.py surrogates       one of: surrogates, speed, training, deployment
+    python benchmarks/ipu.py surrogates       one of: surrogates, replication, speed, training,
+                                              deployment
 
 Needs snnTorch, SpikingJelly, matplotlib, and Fashion-MNIST's training set. Runs on the simulated SDK;
 speeds are the simulator's.
@@ -289,6 +290,80 @@ def surrogate_table() -> str:
     return f"{_aligned([head, *lines])}\n\n{total}"
 
 
+# Replication and accumulation
+
+
+class Spiking(nn.Module):
+    """784-100-10 leaky neurons over 5 steps, with the loss inside."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.fc = nn.ModuleList((nn.Linear(784, 100), nn.Linear(100, 10)))
+        self.reduction = reduction
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        mem = [torch.zeros(len(x), fc.out_features) for fc in self.fc]
+        count = torch.zeros(len(x), 10)
+        for _ in range(5):
+            spk = x.flatten(1)
+            for i, fc in enumerate(self.fc):
+                mem[i] = 0.9 * mem[i] + fc(spk)
+                smooth = torch.sigmoid(4 * (mem[i] - 1))
+                spk = (mem[i] >= 1).float() + (smooth - smooth.detach())
+                mem[i] = mem[i] - spk.detach()
+            count = count + spk
+        return nn.functional.cross_entropy(count, y, reduction=self.reduction)
+
+
+def replication(steps: int = 20, batch: int = 4) -> str:
+    """Weights after training with D x G x R against one plain torch run of the combined batches."""
+    rows = [
+        (reduction, *dgr, *_replicated(reduction, *dgr, steps, batch))
+        for reduction, *dgr in itertools.product(("mean", "sum"), *[(1, 2, 4)] * 3)
+    ]
+    head = ("reduction", "D", "G", "R", "difference", "trained by")
+    shown = [(*map(str, row[:4]), f"{row[4]:.1e}", f"{row[5]:.1e}") for row in rows]
+    return (
+        f"{_aligned([head, *shown])}\n\nlargest difference of a weight after {steps} optimizer steps on "
+        f"Fashion-MNIST, micro-batches of {batch}: {max(row[4] for row in rows):.1e}; training moved a "
+        f"weight by up to {max(row[5] for row in rows):.1e}"
+    )
+
+
+def _replicated(
+    reduction: str, d: int, g: int, r: int, steps: int, batch: int
+) -> tuple[float, float]:
+    """Largest difference of a weight from the plain run's, and from where the plain run began."""
+    from spikeport.targets.ipu.simulator import poptorch
+
+    mean = reduction == "mean"
+    options = poptorch.Options().deviceIterations(d).replicationFactor(r)
+    options.Training.gradientAccumulation(g)
+    options.Training.accumulationAndReplicationReductionType(
+        poptorch.ReductionType.Mean if mean else poptorch.ReductionType.Sum
+    )
+    torch.manual_seed(0)
+    net = Spiking(reduction)
+    plain, start = copy.deepcopy(net), copy.deepcopy(net)
+    hyper = {"lr": 0.005 if mean else 0.005 / (batch * g * r), "momentum": 0.9}
+    optimizer = poptorch.optim.SGD(net.parameters(), **hyper)
+    model = poptorch.trainingModel(net, options, optimizer)
+    torch_optimizer = torch.optim.SGD(plain.parameters(), **hyper)
+    images = data.load("fashion-mnist", limit=steps * batch * g * r)
+    for x, y in images.loader(batch * d * g * r):
+        model(x, y)
+    for x, y in images.loader(batch * g * r):
+        torch_optimizer.zero_grad()
+        plain(x, y).backward()
+        torch_optimizer.step()
+    return _distance(net, plain), _distance(start, plain)
+
+
+def _distance(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+
+
 # Speed
 
 
@@ -423,6 +498,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts: dict[str, Callable[[argparse.Namespace], str]] = {
         "surrogates": lambda args: surrogate_table(),
+        "replication": lambda args: replication(),
         "speed": lambda args: speed(),
         "training": lambda args: training(args.epochs, args.folder),
         "deployment": lambda args: deployment(args.folder),

@@ -16,6 +16,7 @@ weights                           on the device; dirty on the host until they ar
 types                             int64 within int32, float64 as float32; weights follow
                                   activations; int32 and float32 come back
 pipelines                         least number of micro-batches, number of IPUs
+processes                         as many as PopRun starts; here ``torchrun``, over gloo
 ================================  ================================================================
 Not known                         assumed
 ================================  ================================================================
@@ -29,7 +30,7 @@ custom operators                  as declared, not what writing in place may do 
 an IPU's memory                   an estimate against 624 MB; see :mod:`.memory`
 time                              none: neither compiling nor running takes what an IPU takes
 executables                       JSON with the graph's text; no IPU can load them
-texts marked nowhere as public    those on pipelines, constants of optimizers and memory
+its own words                     on pipelines, constants of optimizers, memory, labels out of range
 ================================  ================================================================
 
 :class:`Settings` chooses among them, by :func:`settings` or the environment

@@ -6,7 +6,6 @@ Tensors are what the model computes on; anything else is a constant of the compi
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import Error
 from .graph import replace, tensors
-from .settings import SimulatorWarning
+from .settings import warn
 
 _END = (
     "\nThis error occurred because the inputs passed at runtime don't match the inputs used to "
@@ -174,11 +173,9 @@ def narrow(value: Tensor) -> Tensor:
     if value.dtype == torch.int64 and value.numel():
         wrapped = value.int().long()
         if not torch.equal(wrapped, value):
-            warnings.warn(
+            warn(
                 "an int64 input has values outside of int32, which is all that the device has: they "
-                "wrap around",
-                SimulatorWarning,
-                stacklevel=2,
+                "wrap around"
             )
             return wrapped
     return value

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable
 
 from .errors import Error
 from .graph import Graph, Node
-from .settings import SimulatorWarning
+from .settings import warn
 from .trace import Surrogate, Traced
 
 _logger = logging.getLogger("poptorch")
@@ -92,11 +91,9 @@ def gradients(traced: Traced, loss: int, trainable: Iterable[str]) -> None:
     graph = traced.graph
     found = [_surrogate(s) for s in traced.surrogates if s.blocks]
     for passing in (s for s in traced.surrogates if not s.blocks):
-        warnings.warn(
+        warn(
             f"{passing.module or 'the model'}: the backward of torch.autograd.Function "
-            f"{passing.name} is ignored; its forward is differentiated instead",
-            SimulatorWarning,
-            stacklevel=2,
+            f"{passing.name} is ignored; its forward is differentiated instead"
         )
     if found:
         raise Error("\n".join([*found, _ADVICE]))

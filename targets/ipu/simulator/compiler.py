@@ -21,6 +21,12 @@ from .updates import Recipe, Updater
 _logger = logging.getLogger("poptorch")
 
 
+_STATE = (
+    "State that begins anew in every call belongs into local variables of forward: "
+    "spikeport.targets.ipu.training_module rewrites the neurons of SpikingJelly and snnTorch so."
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be compiled.
@@ -176,6 +182,8 @@ def _on_device(model: Any, weights: Mapping[str, Tensor]) -> Iterator[list[str]]
                     f"This is not supported. Consider using self.{name}.copy_(src) to copy data from "
                     "a source tensor, where src is the name of the source tensor."
                 )
+        if problems:
+            problems.append(_STATE)
     finally:
         for _, _, store, key, value in places:
             store[key] = value

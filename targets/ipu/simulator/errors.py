@@ -22,6 +22,22 @@ class Error(RuntimeError):
         return self.message
 
 
+def on_device(error: Exception, node: str) -> Error:
+    """The error of a call that failed while a model ran, or while it was traced on example values.
+
+    Args:
+        error: Torch's error.
+        node: The call, by its name in the graph.
+    """
+    text = f"{node}: {error}"
+    if str(error).startswith(("Target", "index out of range in self")):
+        text += (
+            " A device takes a label or index out of range without a word and computes something "
+            "else; the simulation stops."
+        )
+    return Error(text, "poptorch_cpp_error", node)
+
+
 class RecoverableError(Error):
     """An error after which the device can be used again.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .arguments import returned
 from .errors import Error
 from .graph import Graph, Slot, replace, slots
+from .settings import warn
 from .updates import Updater
 
 FINAL, EVERY_N, ALL, SUM = range(4)
@@ -92,6 +93,7 @@ class Executable:
         self.training = training
         self._anchors = dict(anchors or {})
         self._check_floats = check_floats
+        self._warned = False
         self.anchored: dict[str, Tensor] = {}
         self._outputs = tuple(dict.fromkeys(s.index for s in slots(graph.outputs)))
         written = {name for name, slot in graph.weights.items() if slot in graph.written}
@@ -158,7 +160,7 @@ class Executable:
         with torch.enable_grad():
             env = self.graph.replay(inputs, weights)
         loss = env[training.loss]
-        self._check_finite("the loss", loss)
+        self._check_loss(loss)
         scale = training.updater.recipe.shared["loss_scaling"]
         leaves = [weights[name] for name in training.trained]
         if not leaves:
@@ -193,11 +195,29 @@ class Executable:
         self.training.updater.step(gradients)
 
     def _check_finite(self, what: str, value: Tensor) -> None:
-        if self._check_floats and not bool(torch.isfinite(value).all()):
-            raise Error(
-                f"Floating point exception on the device: {what} is not finite",
-                "poplar_application_runtime_error",
-            )
+        if not self._check_floats or bool(torch.isfinite(value).all()):
+            return
+        raise Error(
+            f"Floating point exception on the device: {what} is not finite in optimizer step "
+            f"{self._step}",
+            "poplar_application_runtime_error",
+        )
+
+    def _check_loss(self, loss: Tensor) -> None:
+        self._check_finite("the loss", loss)
+        if self._warned or bool(torch.isfinite(loss).all()):
+            return
+        self._warned = True
+        warn(
+            f"the loss is not finite in optimizer step {self._step}. A device trains on without a "
+            "word, unless Options.Precision.enableFloatingPointExceptions(True) stops it."
+        )
+
+    @property
+    def _step(self) -> int:
+        """Number of the optimizer step under way, from 1 on."""
+        assert self.training is not None
+        return self.training.updater.steps + 1
 
     def digest(self) -> str:
         """What tells this executable from another: its graph, shapes, types and schedule."""
@@ -218,7 +238,7 @@ def _collect(
         if rows:
             rows[0] = [a + b for a, b in zip(rows[0], row, strict=True)]
         else:
-            rows.append(list(row))
+            rows.append([value.clone() for value in row])
 
 
 def _joined(rows: list[list[Tensor]]) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import Error, on_device
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -129,7 +131,11 @@ class Graph:
             seen.update(node.free)
 
     def replay(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> list[Any]:
-        """The environment after the calls were made on these inputs and weights."""
+        """The environment after the calls were made on these inputs and weights.
+
+        Raises:
+            Error: A call failed; which, and where.
+        """
         env: list[Any] = [None] * self.size
         for index, value in self.constants.items():
             env[index] = value.clone() if index in self.fresh else value
@@ -139,11 +145,16 @@ class Graph:
             env[index] = weights[name]
         for node in self.nodes:
             args, kwargs = fill(node.args, env), fill(node.kwargs, env) if node.kwargs else {}
-            if node.grad:
-                result = node.func(*args, **kwargs)
-            else:
-                with torch.no_grad():
+            try:
+                if node.grad:
                     result = node.func(*args, **kwargs)
+                else:
+                    with torch.no_grad():
+                        result = node.func(*args, **kwargs)
+            except Error:
+                raise
+            except (IndexError, RuntimeError, ValueError) as error:
+                raise on_device(error, node.name) from error
             if isinstance(result, Tensor):
                 if node.outs:
                     env[node.outs[0]] = result

@@ -1,7 +1,7 @@
 """Satisfies packages that build C++ operators for popart, with ``make``, when they are imported.
 
-``make`` and ``g++`` on PATH are replaced by a program that writes a placeholder for what links
-against popart or poplar and hands everything else on; loading a placeholder loads nothing, because
+The compilers on PATH are replaced by a program that writes a placeholder for what links against
+popart or poplar and hands everything else on; loading a placeholder loads nothing, because
 the operators are those of :mod:`.custom_ops`. Placeholders go when the simulation ends.
 """
 

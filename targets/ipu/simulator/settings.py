@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 _PREFIX = "SPIKEPORT_IPU_SIM_"
 
 
 class SimulatorWarning(UserWarning):
     """Something that a real SDK would refuse, or do without a word, and that matters."""
+
+
+_INSIDE = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+
+
+def warn(text: str) -> None:
+    """Issue a :class:`SimulatorWarning` at the user's line: the first outside of here and of torch."""
+    level, frame = 2, sys._getframe().f_back
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, SimulatorWarning, stacklevel=level)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ leaves no trace: attributes and branches are what they were at that time. A
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .errors import on_device
 from .graph import Graph, Node, Slot, device_bytes, function_name, replace, tensors
 from .precision import in_device_precision
-from .settings import SimulatorWarning, current
+from .settings import current, warn
 
 if TYPE_CHECKING:
     from .poptorch.strategies import ExecutionStrategy
@@ -182,12 +182,15 @@ class Tracer(TorchFunctionMode):
         operator = _operator(func)
         if operator and not operator.startswith("aten::"):
             modules = self._unsupported.setdefault(operator, {})
-            modules.setdefault(self._path[-1] if self._path else "")
+            modules.setdefault(self._module())
         versions = [t._version for t in given]
         # Norms write their statistics without a trace in the version.
         buffers = [(t, t.detach().clone()) for t in given if self._is_buffer(t)]
         before = torch.get_rng_state()
-        func, result = in_device_precision(func, args, kwargs, name)
+        try:
+            func, result = in_device_precision(func, args, kwargs, name)
+        except IndexError as error:
+            raise on_device(error, self._qualified(name)) from error
         made = list(tensors(result))
         mutated = [t for t, v in zip(given, versions, strict=True) if t._version != v]
         mutated += [
@@ -230,8 +233,7 @@ class Tracer(TorchFunctionMode):
             for slot in ins:
                 if slot in self._buffers:
                     self._buffers.update(dict.fromkeys(outs, self._buffers[slot]))
-        module = self._path[-1] if self._path else ""
-        unique = f"{module}/{name}" if module else name
+        module, unique = self._module(), self._qualified(name)
         self._names[unique] = count = self._names.get(unique, -1) + 1
         reached = any(s in self.found.gradients for s in ins)
         passes = [t.requires_grad and name not in _STEPS for t in made]
@@ -256,6 +258,13 @@ class Tracer(TorchFunctionMode):
             )
         )
 
+    def _module(self) -> str:
+        """Path of the module whose forward runs."""
+        return self._path[-1] if self._path else ""
+
+    def _qualified(self, name: str) -> str:
+        return f"{self._module()}/{name}" if self._module() else name
+
     # torch.autograd.Function
 
     def apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -270,7 +279,7 @@ class Tracer(TorchFunctionMode):
         made = [t for t in tensors(result) if not any(t is d for d in context.constant)]
         if given and made:
             blocks = not any(self._differentiable(t) for t in made)
-            self._surrogate(function.__name__, self._path[-1] if self._path else "", blocks)
+            self._surrogate(function.__name__, self._module(), blocks)
         return result
 
     def _differentiable(self, value: Tensor) -> bool:
@@ -293,7 +302,7 @@ class Tracer(TorchFunctionMode):
 
     def _read(self, name: str, given: list[Tensor]) -> None:
         aten = _READS[name]
-        where = f" (in {self._path[-1]})" if self._path and self._path[-1] else ""
+        where = f" (in {self._module()})" if self._module() else ""
         mode = "training" if self.training else "inference"
         text = (
             f"{aten} is only supported in eager mode, but was used in a model passed to "
@@ -310,9 +319,9 @@ class Tracer(TorchFunctionMode):
                 if current().strict:
                     self._problem(text)
                 else:
-                    _warn(
+                    warn(
                         f"buffer {self._buffers[slot]} is read in Python{where} and becomes a "
-                        f"constant; a SDK from 3.0 on refuses it: {aten} is only supported in "
+                        f"constant; an SDK from 3.0 on refuses it: {aten} is only supported in "
                         "eager mode"
                     )
 
@@ -340,8 +349,9 @@ class Tracer(TorchFunctionMode):
                 self._dynamic.add(slot)
             elif value.grad_fn is not None:
                 self._problem(
-                    f"a tensor of shape {list(value.shape)} comes from an operation that is no torch "
-                    f"function ({value.grad_fn}) and cannot be traced"
+                    f"{self._module() or 'the model'} uses a tensor of shape {list(value.shape)} that "
+                    f"no torch function of this call made ({value.grad_fn.name()}): state that an "
+                    "earlier call left in an attribute? Reset it before the model is compiled."
                 )
             self.found.graph.constants[slot] = value.detach().clone()
         return slot
@@ -415,7 +425,7 @@ class Tracer(TorchFunctionMode):
 
     def enter_module(self, module: nn.Module, _: Any) -> None:
         """A forward begins."""
-        self._path.append(self._modules.get(id(module), self._path[-1] if self._path else ""))
+        self._path.append(self._modules.get(id(module), self._module()))
 
     def leave_module(self, module: nn.Module, _: Any, __: Any) -> None:
         """A forward ends."""
@@ -426,7 +436,7 @@ class Tracer(TorchFunctionMode):
         storage = _storage(value)
         if storage not in self._counted:
             self._counted.add(storage)
-            key = (self.ipu, self._path[-1] if self._path else "")
+            key = (self.ipu, self._module())
             size = value.untyped_storage().nbytes() // value.element_size()
             size *= device_bytes(value.dtype)
             self.found.saved[key] = self.found.saved.get(key, 0) + size
@@ -524,7 +534,3 @@ def _has_own_backward(value: Tensor) -> bool:
 
 def _storage(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, SimulatorWarning, stacklevel=2)

@@ -80,12 +80,19 @@ def wrap(model: nn.Module, owner: Owner) -> None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+            made = nn.Parameter(self.detach().clone(), self.requires_grad)
+            return memo.setdefault(id(self), made)  # type: ignore[no-any-return]
+
         def __repr__(self) -> str:  # type: ignore[override]
             return f"Parameter containing:\n{self.detach().requires_grad_(self.requires_grad)!r}"
 
     class Buffer(Tensor):
         __getattribute__ = Parameter.__getattribute__
         __torch_function__ = Parameter.__torch_function__
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+            return memo.setdefault(id(self), self.detach().clone())  # type: ignore[no-any-return]
 
         def __repr__(self) -> str:  # type: ignore[override]
             return repr(self.detach())

@@ -47,7 +47,8 @@ class PoplarExecutor:
         self._options._freeze()
         self._training = training
         self._user_model = model
-        self._model = copy.copy(model)  # flags such as training are its own; parameters are not
+        # Flags such as training are its own; parameters are not.
+        self._model = copy.copy(model) if isinstance(model, nn.Module) else model
         self._executable: Executable | None = None
         self._compiled: Arguments | None = None
         self._attached = False
@@ -216,7 +217,12 @@ class PoplarExecutor:
         if wrapping.is_wrapped(self._user_model) and not self._training:
             self._seen = self._trainer_version()
         options = self._options
-        replicas = max(options.replication_factor // options.input_group_size, 1)
+        if options.input_group_size != 1:
+            raise Error(
+                "The simulation has no replicas that share an input: Options.inputReplicaGrouping is "
+                f"{options.input_group_size} and must be 1"
+            )
+        replicas = options.replication_factor
         schedule = Schedule(
             iterations=options.device_iterations,
             accumulation=options.Training.gradient_accumulation,

@@ -257,11 +257,18 @@ class _PopartOptions:
 
 
 class _DistributedOptions(OptionsDict):
-    """``Options.Distributed``: which process of how many this is."""
+    """``Options.Distributed``: which process of how many this is.
+
+    Read from the environment of ``mpirun``, as PopRun sets it, or else of ``torchrun``, which stands
+    in for PopRun here.
+    """
 
     def __init__(self) -> None:
         super().__init__(num_distributed_processes=1, distributed_process_id=0, ipuof_configs={})
-        self.setEnvVarNames("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+        mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
+        self.setEnvVarNames(
+            *(("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK") if mpi else ("WORLD_SIZE", "RANK"))
+        )
 
     def disable(self) -> _DistributedOptions:
         """One process, whatever the environment says."""

@@ -56,7 +56,15 @@ class Double(torch.autograd.Function):
         return 100 * grads[0]
 
 
-kept_apply = ATan.apply  # as frameworks keep it
+kept_apply = ATan.apply  # as some frameworks keep it, looked up before the trace
+
+
+def atan(u: Tensor) -> Tensor:
+    return ATan.apply(u)
+
+
+def split(u: Tensor) -> Tensor:
+    return Split.apply(u)
 
 
 def surrogate(u: Tensor) -> Tensor:
@@ -89,7 +97,7 @@ X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 
 @pytest.mark.parametrize(
     ("fire", "name"),
-    [(lambda u: ATan.apply(u), "ATan"), (kept_apply, "ATan"), (lambda u: Split.apply(u), "Split")],
+    [(atan, "ATan"), (kept_apply, "ATan"), (split, "Split")],
 )
 def test_a_stock_surrogate_is_refused(fire: Any, name: str) -> None:
     model = poptorch.trainingModel(SNN(fire))
@@ -101,14 +109,16 @@ def test_a_stock_surrogate_is_refused(fire: Any, name: str) -> None:
 
 
 def test_a_stock_surrogate_runs_in_inference() -> None:
-    net = SNN(lambda u: ATan.apply(u))
+    net = SNN(atan)
     out, _ = poptorch.inferenceModel(net)(X, Y)
     assert torch.equal(out, net(X, Y)[0])
 
 
 def test_a_step_that_cuts_weights_off_is_refused() -> None:
-    for fire in (lambda u: (u > 0).float(), lambda u: u.sign(), lambda u: torch.round(u)):
-        with pytest.raises(poptorch.Error, match=r"lif \(lif/.*\): the operation is a step.*fc.weight"):
+    for fire in (lambda u: (u > 0).float(), lambda u: u.sign(), torch.round):
+        with pytest.raises(
+            poptorch.Error, match=r"lif \(lif/.*\): the operation is a step.*fc.weight"
+        ):
             poptorch.trainingModel(SNN(fire))(X, Y)
 
 
@@ -117,7 +127,8 @@ def test_a_surrogate_in_the_forward_is_differentiated() -> None:
     net = SNN(surrogate)
     before = net.fc.weight.detach().clone()
     wanted = torch.autograd.grad(net(X, Y)[1], net.fc.weight)[0]
-    poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))(X, Y)
+    model = poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))
+    model(X, Y)
     torch.testing.assert_close(before - net.fc.weight.detach(), wanted)
     assert wanted.abs().max() > 0
 
@@ -133,7 +144,9 @@ def test_the_traced_forward_is_differentiated_not_the_functions_backward() -> No
 
     net = Net()
     model = poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))
-    with pytest.warns(SimulatorWarning, match="backward of torch.autograd.Function Double is ignored"):
+    with pytest.warns(
+        SimulatorWarning, match="backward of torch.autograd.Function Double is ignored"
+    ):
         model(torch.ones(1))
     assert float(net.w.detach()) == 1 - 2
 
@@ -171,13 +184,16 @@ def test_reading_a_buffer_is_a_warning_or_an_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1 if self.mode == 1 else x
 
-    with pytest.warns(SimulatorWarning, match="buffer mode is read in Python"):
+    with pytest.warns(SimulatorWarning, match="buffer mode is read in Python") as caught:
         assert torch.equal(poptorch.inferenceModel(Net())(X), X + 1)
+    assert caught[0].filename == __file__  # the line that reads it
     with settings(strict=True), pytest.raises(poptorch.Error, match="only supported in eager mode"):
         poptorch.inferenceModel(Net())(X)
 
 
-@pytest.mark.parametrize("op", [torch.nonzero, lambda x: x.masked_select(x > 0), torch.unique])
+@pytest.mark.parametrize(
+    "op", [lambda x: x.nonzero(), lambda x: x.masked_select(x > 0), torch.unique]
+)
 def test_shapes_do_not_depend_on_data(op: Any) -> None:
     with pytest.raises(poptorch.Error, match="shapes are static"):
         poptorch.inferenceModel(op)(X)
@@ -206,8 +222,33 @@ def test_buffers_are_not_reassigned() -> None:
     with pytest.raises(poptorch.Error) as caught:
         poptorch.inferenceModel(net)(X)
     for name in ("a.mem", "b.mem"):
-        assert f"Buffer {name} is reassigned within the model when calling the forward" in str(caught.value)
+        assert f"Buffer {name} is reassigned within the model when calling the forward" in str(
+            caught.value
+        )
     assert net.a.mem is before
+
+
+def test_state_that_an_earlier_call_left_behind() -> None:
+    class Net(nn.Module):
+        v: Any = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.v = self.v + self.fc(x)
+            return self.v
+
+    net = Net()
+    model = poptorch.inferenceModel(net)
+    torch.testing.assert_close(
+        model(X), model(X)
+    )  # compiled from a state of zero: as on the device
+    with pytest.raises(poptorch.Error, match=r"state that an earlier call left in an attribute\?"):
+        poptorch.inferenceModel(model._model)(X)
+    net.v = 0.0
+    poptorch.inferenceModel(net)(X)
 
 
 def test_buffers_are_written_in_place() -> None:
@@ -285,7 +326,8 @@ def test_no_grad_and_detach_hold_in_the_trace() -> None:
             return poptorch.identity_loss(self.w * scale + (self.w * 5).detach() * x, "sum")
 
     net = Net()
-    poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))(torch.ones(1))
+    model = poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))
+    model(torch.ones(1))
     assert float(net.w.detach()) == 3 - 6
 
 
@@ -324,12 +366,15 @@ def test_identity_loss_seeds_ones() -> None:
                 return poptorch.identity_loss(self.w + x, reduction)
 
         net = Net()
-        poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))(X[:, 0])
+        model = poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))
+        model(X[:, 0])
         assert float(net.w.detach()) == pytest.approx(-wanted)
 
 
 def test_zero_sized_tensors() -> None:
-    with pytest.raises(poptorch.Error, match=r"Zero-sized tensors are unsupported \(Got shape \[0\]"):
+    with pytest.raises(
+        poptorch.Error, match=r"Zero-sized tensors are unsupported \(Got shape \[0\]"
+    ):
         poptorch.inferenceModel(lambda x: torch.cat([x, torch.zeros(0) + x[:0]]))(torch.ones(3))
 
 
@@ -355,9 +400,7 @@ def test_operators_of_others_are_refused() -> None:
 
 
 def test_loops_and_conditions() -> None:
-    model = poptorch.inferenceModel(
-        lambda x: poptorch.for_loop(3, lambda v: [v * 2], [x])[0]
-    )
+    model = poptorch.inferenceModel(lambda x: poptorch.for_loop(3, lambda v: [v * 2], [x])[0])
     assert torch.equal(model(X), 8 * X)
 
     def choose(flag: Tensor, x: Tensor) -> Tensor:
@@ -398,7 +441,8 @@ def test_custom_operators() -> None:
         ("FastSigmoid", [0.0, 1.0, 1.0], [1 / 9, 1.0, 1 / 1.5**2]),
     ):
         net = Net(name)
-        out, _ = poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))()
+        model = poptorch.trainingModel(net, None, torch.optim.SGD(net.parameters(), lr=1.0))
+        out, _ = model()
         assert out.tolist() == spikes
         torch.testing.assert_close(u - net.w.detach(), torch.tensor(gradient))
         assert op(name)(u).tolist() == [0.0] * 3  # outside of a compilation
@@ -408,7 +452,10 @@ def test_custom_operators() -> None:
 
 def test_hints_change_nothing() -> None:
     def forward(x: Tensor) -> Tensor:
-        with poptorch.MultiConv().planType(poptorch.MultiConvPlanType.Serial), poptorch.NameScope("a"):
+        with (
+            poptorch.MultiConv().planType(poptorch.MultiConvPlanType.Serial),
+            poptorch.NameScope("a"),
+        ):
             x = poptorch.set_available_memory(poptorch.nop(x), 0.2)
         x = poptorch.recomputationCheckpoint(x)
         mode = poptorch.MatMulSerializationMode.ReducingDim
@@ -418,17 +465,16 @@ def test_hints_change_nothing() -> None:
 
 
 def test_backward_is_not_called_in_or_after_a_model() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            (self.w * x).sum().backward()
+            return x
+
     with pytest.raises(poptorch.Error, match="backward.. cannot be called inside a model"):
-
-        class Net(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.w = nn.Parameter(torch.ones(1))
-
-            def forward(self, x: Tensor) -> Tensor:
-                (self.w * x).sum().backward()
-                return x
-
         poptorch.inferenceModel(Net())(X)
     out = poptorch.inferenceModel(lambda x: x + 1)(X)
     with pytest.raises(poptorch.Error, match="cannot be called explicitly on outputs"):
