@@ -48,6 +48,7 @@ class IpuTrainer:
             replicas=options.replicas,
             half=options.half,
             simulator=options.target == "ipu-sim",
+            seed=options.seed,
             **parameters,
         )
         self._options, self._classes, self._epochs = options, classes, 0

@@ -29,6 +29,8 @@ def _made(module: str, name: str, **arguments: Any) -> Callable[[], Target]:
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "cuda": _made(".cuda.target", "Cuda"),
+    "ipu": _made(".ipu.target", "Ipu", simulated=False),
+    "ipu-sim": _made(".ipu.target", "Ipu", simulated=True),
     "lynxi": _made(".lynxi", "Lynxi", simulated=False),
     "lynxi-sim": _made(".lynxi", "Lynxi", simulated=True),
     "onnx": _made(".onnx", "Onnx"),

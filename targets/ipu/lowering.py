@@ -20,7 +20,7 @@ from torch import nn
 from ...converters import sources
 from ...converters.equations import SPIKES
 from ...converters.errors import Finding, UnsupportedError, UsageError
-from ...converters.neurons import Neuron
+from ...converters.neurons import Neuron, Node
 from ...converters.sources import Learning, Reading
 from ...converters.surrogates import Surrogate
 
@@ -75,8 +75,9 @@ class _Run:
     def _fire(self, h: torch.Tensor) -> torch.Tensor:
         u = h - self._neuron.v_threshold
         fixed = u.detach()
+        derivative: torch.Tensor = self._learning.surrogate.derivative(fixed)
         spikes: torch.Tensor = self._neuron.fired(h).to(h.dtype)
-        return spikes + (u - fixed) * self._learning.surrogate.derivative(fixed)
+        return spikes + (u - fixed) * derivative
 
     def _select(self, s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
         number = not isinstance(yes, torch.Tensor)
@@ -129,8 +130,8 @@ class Lowered(nn.Module):
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
         """As the original's; the state is that of this forward of the network."""
         reading, learning = self._lowered
-        if reading.step_mode == "m":
-            self.reset()
+        if reading.step_mode == "m" and isinstance(self, Node):
+            self.reset()  # other sources' neurons go on where the last call ended
         if self._run is None:
             vars(self)["_run"] = _Run(self, reading, learning)
         run = self._run

@@ -24,8 +24,8 @@ def load(simulated: bool) -> Any:
         raise TargetUnavailableError(
             f"poptorch cannot be imported ({error}): the Poplar SDK is not on this machine. It is on no "
             "package index: Graphcore's Poplar SDK archive holds a wheel of poptorch, which needs the "
-            "SDK's enable script to be sourced (poptorch 3.4: Python 3.8 or 3.10, torch 2.0.1). The "
-            "target ipu-sim (simulator=True) runs the same on a simulation."
+            "SDK's enable script to be sourced (poptorch 3.4 is for torch 2.0.1, on Ubuntu 22.04 for "
+            "Python 3.10). The target ipu-sim (simulator=True) runs the same on a simulation."
         ) from error
 
 

@@ -8,6 +8,7 @@ that a step is that of one batch of all their samples.
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import pickle
 from collections.abc import Mapping
@@ -224,6 +225,7 @@ class Trainer:
         self._look(x[:size])
         self._check_labels(y)
         self.model.train()
+        self._rehearse(x[:size], y[:size])
         try:
             executor = self._sdk.trainingModel(self.model, self._options, self._optimizer)
         except RuntimeError as error:
@@ -265,6 +267,23 @@ class Trainer:
                 "all time steps at once"
             )
         self._classes = spikes.shape[-1]
+
+    def _rehearse(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Let the simulation say all that the SDK's compiler would refuse, before that compiles."""
+        simulator = importlib.import_module(".simulator", __package__)
+        if self._sdk is simulator.poptorch:
+            return
+        name, self.model.sdk = self.model.sdk, simulator.poptorch.__name__
+        executor = simulator.poptorch.trainingModel(self.model)
+        try:
+            with (
+                simulator.settings(memory_mb=10**9),
+                poplar.errors(simulator.poptorch, CompileError, "refused the model"),
+            ):
+                executor.compile(x, y)
+        finally:
+            executor.destroy()
+            self.model.sdk = name
 
     def _inference_model(self, x: torch.Tensor) -> Any:
         executor = self._inference.get(x.shape)
@@ -330,6 +349,7 @@ def trainer(
     executable_cache: str | Path | None = None,
     blocks: Mapping[str, int] | None = None,
     execution: Literal["pipelined", "sharded"] = "pipelined",
+    seed: int | None = None,
     **parameters: Any,
 ) -> Trainer:
     """A trainer of a model on the IPU, or on its simulation.
@@ -347,6 +367,7 @@ def trainer(
         executable_cache: Directory for compiled executables.
         blocks: IPU of the layers from each module path on.
         execution: How IPUs work on these blocks: on several micro-batches at a time, or in turn.
+        seed: Of random numbers, on the host too.
         **parameters: Of the optimizer, such as betas, momentum, weight_decay and loss_scaling.
 
     Raises:
@@ -388,6 +409,8 @@ def trainer(
     options.outputMode(sdk.OutputMode.All)
     if replicas > 1 and any(isinstance(m, _BatchNorm) for m in paths.values()):
         options.broadcastBuffers(False)
+    if seed is not None:
+        options.randomSeed(seed)
     if executable_cache is not None:
         options.enableExecutableCaching(str(executable_cache))
     if blocks:

@@ -245,6 +245,24 @@ def test_each_forward_begins_anew() -> None:
     assert not torch.equal(net(x), net(x))  # the original goes on
 
 
+@pytest.mark.spikingjelly
+def test_spikingjelly_goes_on_from_call_to_call_of_one_forward() -> None:
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = neuron.LIFNode(step_mode="m")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.lif(x.transpose(0, 1)) for _ in range(2)])
+
+    net, (x, _) = Twice(), drive()
+    spikes = ipu.training_module(net, "mse").eval()(x).transpose(0, 1)
+    assert torch.equal(spikes, net(x))
+    assert not torch.equal(spikes[:T], spikes[T:])
+
+
 @pytest.mark.snntorch
 def test_states_are_read_and_set_by_name_as_in_the_original() -> None:
     snn = pytest.importorskip("snntorch")

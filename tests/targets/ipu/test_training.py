@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from spikeport.converters.errors import (
 )
 from spikeport.targets import cuda, ipu
 from spikeport.targets.ipu import simulator
+from spikeport.targets.script import importable
 
 T, C = 6, 4
 
@@ -225,6 +227,33 @@ def test_a_loop_over_time_is_no_pipeline() -> None:
 def test_no_sdk() -> None:
     with pytest.raises(TargetUnavailableError, match=r"Poplar SDK.*ipu-sim \(simulator=True\)"):
         trainer(simulator=False)
+
+
+def test_an_sdk_is_rehearsed_on_the_simulation() -> None:
+    installed = types.ModuleType("poptorch")  # the same functions, as another module
+    vars(installed).update(
+        {n: v for n, v in vars(simulator.poptorch).items() if not n.startswith("__")}
+    )
+    compiled = []
+
+    def wrap(*args: Any) -> Any:
+        compiled.append(args)
+        return simulator.poptorch.trainingModel(*args)
+
+    installed.trainingModel = wrap  # type: ignore[attr-defined]
+
+    class Reading(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * x.mean().item() if x.sum() > 0 else x)
+
+    with importable({"poptorch": installed}):
+        with pytest.raises(
+            CompileError, match="(?s)aten::item.*aten::is_nonzero|aten::is_nonzero.*"
+        ):
+            trainer(Reading(), simulator=False).step(*data(8))
+        assert not compiled
+        trainer(simulator=False).step(*data(8))
+        assert compiled
 
 
 def test_wrong_arguments_all_at_once() -> None:
