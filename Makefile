@@ -5,7 +5,8 @@ VENV ?= .venv
 # point pip at a CPU build, or name another release: make test TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
 FRAMEWORKS := $(VENV)/frameworks
-NEWEST := $(FRAMEWORKS)/spikingjelly-2.0.0:$(FRAMEWORKS)/snntorch-1.0
+# snntorch-ipu's module is called snntorch too: it stands last, and its test alone puts it first.
+NEWEST := $(FRAMEWORKS)/spikingjelly-2.0.0:$(FRAMEWORKS)/snntorch-1.0:$(FRAMEWORKS)/snntorch-ipu
 OLDER := $(FRAMEWORKS)/spikingjelly-0.0.0.0.14:$(FRAMEWORKS)/snntorch-0.9
 OLDEST := $(FRAMEWORKS)/spikingjelly-0.0.0.0.12
 BIN := $(VENV)/bin
@@ -42,6 +43,7 @@ types: $(VENV)/.tested
 bench: $(VENV)/.tested  ## the numbers of the README
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/deployment.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/rerolling.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/ipu.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +59,7 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.14 spikingjelly==0.0.0.0.14
 	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-1.0 "snntorch==1.0.*"
 	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-0.9 "snntorch==0.9.*"
+	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-ipu snntorch-ipu==0.5.18
 	if $(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
 		$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-2.0.0 spikingjelly==2.0.0; fi
 	touch $@

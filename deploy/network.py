@@ -27,9 +27,13 @@ from ..converters.errors import CheckpointError, UsageError
 
 _FORMS = (
     "path/to/file.py:Class or package.module:Class (a function that returns the network will do), or "
-    "conv or fc for an example"
+    "conv, fc or leaky for an example"
 )
-_EXAMPLES = {"conv": "conv_fashion_mnist.py:CSNN", "fc": "fc_fashion_mnist.py:FCSNN"}
+_EXAMPLES = {
+    "conv": "conv_fashion_mnist.py:CSNN",
+    "fc": "fc_fashion_mnist.py:FCSNN",
+    "leaky": "leaky_fashion_mnist.py:LeakySNN",
+}
 _EXAMPLE_FOLDERS = (Path(__file__).resolve().parent.parent / "examples", Path("examples"))
 _PLAIN = (bool, int, float, str, types.NoneType)
 _WELL_KNOWN = ("net", "model", "state_dict", "model_state_dict")
@@ -51,7 +55,7 @@ _logger = logging.getLogger(__name__)
 
 
 def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
-    """The network that ``file.py:Class``, ``package.module:Class``, ``conv`` or ``fc`` names, in eval mode.
+    """The network that ``file.py:Class``, ``package.module:Class`` or an example's name says, in eval mode.
 
     Its file can import its neighbours; ``__main__`` blocks do not run.
 

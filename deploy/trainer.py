@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..converters import sources
+from ..converters import losses, sources
 from ..converters.errors import UsageError
-from ..targets.cuda import FusedNode
-from ..targets.graphs import channels_innermost
 from .options import Backend, Options
 from .ranks import ALONE, Ranks
 from .replay import Replay
@@ -75,10 +72,10 @@ class Float32Copies(nn.ParameterList):
 
 
 class TorchTrainer:
-    """SGD on the mean squared error of firing rates, with a cosine learning rate.
+    """Trains with torch, with a cosine learning rate.
 
     Args:
-        net: Samples [N, ...] -> firing rates [N, classes].
+        net: Samples [N, ...] -> firing rates [N, classes], or spikes [T, N, classes].
         options: Those of the training.
         ranks: The processes that train together.
         classes: How many there are in the data.
@@ -99,19 +96,14 @@ class TorchTrainer:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         self.net = net.to(device, options.dtype).train()
         if options.channels_last:
+            from ..targets.graphs import channels_innermost
+
             channels_innermost(self.net)
         self._options, self._ranks, self._classes = options, ranks, classes
         self._copies = Float32Copies(self.net) if options.half else None
-        self._optimizer = torch.optim.SGD(
-            self._copies.parameters() if self._copies else self.net.parameters(),
-            lr=options.lr,
-            momentum=options.momentum,
-            fused=device.type == "cuda",
-        )
-        for group in self._optimizer.param_groups:
-            for p in group["params"] if options.momentum else ():
-                # torch's fused kernel leaves a buffer uninitialised that it makes in a skipped step.
-                self._optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        weights = self._copies or self.net
+        self._optimizer = _OPTIMIZERS[options.optimizer](weights.parameters(), options)
+        self._loss = losses.named(options.loss)
         self._lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, options.epochs
         )
@@ -134,9 +126,9 @@ class TorchTrainer:
         part = len(label) / len(y)
         self.net.zero_grad()
         with self._amp:
-            rate = self._together(self._ranks.share(x))
-            self._check(rate, len(label))
-            loss = _loss(rate, label)
+            spikes = self._together(self._ranks.share(x))
+            check_outputs(spikes, len(label), self._classes)
+            loss = self._loss(spikes, label)
         # DDP averages over processes, whose shares may differ in size.
         torch.autograd.backward(self._scaler.scale(loss * (part * self._ranks.size)))
         if self._copies:
@@ -146,7 +138,7 @@ class TorchTrainer:
         if self._copies:
             self._copies.give_weights()
         sources.reset(self.net)
-        return loss.detach() * part, (rate.argmax(1) == label).sum()
+        return loss.detach() * part, (losses.rates(spikes).argmax(1) == label).sum()
 
     def end_epoch(self) -> None:
         """Move the learning rate on, and take process 0's running statistics, as DDP does."""
@@ -158,7 +150,7 @@ class TorchTrainer:
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
         """Mean loss and accuracy, see :class:`Trainer`."""
         with self._amp:
-            return evaluate(self.net, x, y, self._options.batch_size, self._ranks)
+            return evaluate(self.net, x, y, self._options.batch_size, self._ranks, self._loss)
 
     def state(self) -> dict[str, Any]:
         """State dicts of network, optimizer, learning rate and loss scale."""
@@ -168,16 +160,10 @@ class TorchTrainer:
         """Go on from a state."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        on_gpu = self._options.torch_device.type == "cuda"
         for group in self._optimizer.param_groups:
             # The checkpoint may come from another device.
-            group["fused"] = self._options.torch_device.type == "cuda"
-
-    def _check(self, rate: torch.Tensor, N: int) -> None:
-        if rate.dim() != 2 or len(rate) != N or rate.shape[1] < self._classes:
-            raise UsageError(
-                f"the network gives {list(rate.shape)} for {N} samples of {self._classes} classes; it "
-                f"must give firing rates [{N}, {self._classes}]"
-            )
+            group |= {name: on_gpu for name in ("fused", "capturable") if name in group}
 
     def _parts(self) -> dict[str, Any]:
         copies = {"float32": self._copies} if self._copies else {}
@@ -190,9 +176,48 @@ class TorchTrainer:
         }
 
 
+def _sgd(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
+    weights, fused = [*weights], options.torch_device.type == "cuda"
+    optimizer = torch.optim.SGD(weights, lr=options.lr, momentum=options.momentum, fused=fused)
+    for p in weights if fused and options.momentum else ():
+        # torch's fused kernel leaves a buffer uninitialised that it makes in a step that is skipped.
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def _adam(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
+    fused = options.torch_device.type == "cuda"
+    return torch.optim.Adam(weights, lr=options.lr, fused=fused, capturable=fused)
+
+
+_OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], Options], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+}
+
+
+def check_outputs(spikes: torch.Tensor, N: int, classes: int) -> None:
+    """Refuse what is neither firing rates [N, classes] nor spikes [T, N, classes].
+
+    Raises:
+        UsageError: It is not.
+    """
+    shape = list(spikes.shape)
+    if len(shape) not in (2, 3) or shape[-2] != N or shape[-1] < classes:
+        raise UsageError(
+            f"the network gives {shape} for {N} samples of {classes} classes; it must give firing "
+            f"rates [{N}, {classes}] or spikes [T, {N}, {classes}]"
+        )
+
+
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 128, ranks: Ranks = ALONE
+    net: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch_size: int = 128,
+    ranks: Ranks = ALONE,
+    loss: losses.Loss = losses.mse,
 ) -> tuple[float, float]:
     """Mean loss and accuracy of ``net`` on samples x [N, ...] of classes y [N]."""
     training = net.training
@@ -202,13 +227,13 @@ def evaluate(
         samples, label = ranks.share(samples), ranks.share(label)
         if not len(label):
             continue  # fewer samples than processes
-        rate = net(samples)
-        sums[0] += _loss(rate, label).double() * len(label)
-        sums[1] += (rate.argmax(1) == label).sum()
+        spikes = net(samples)
+        sums[0] += loss(spikes, label).double() * len(label)
+        sums[1] += (losses.rates(spikes).argmax(1) == label).sum()
         sources.reset(net)
     net.train(training)
-    loss, right = (ranks.total(sums) / len(y)).tolist()
-    return loss, right
+    mean, right = (ranks.total(sums) / len(y)).tolist()
+    return mean, right
 
 
 def separate_norms(net: nn.Module, options: Options, ranks: Ranks) -> int:
@@ -217,11 +242,9 @@ def separate_norms(net: nn.Module, options: Options, ranks: Ranks) -> int:
     return ranks.size if norms and not options.sync_batch_norm else 1
 
 
-def _loss(rate: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(rate, F.one_hot(label, rate.shape[1]).to(rate.dtype))
-
-
 def _set_backend(net: nn.Module, backend: Backend) -> None:
+    from ..targets.cuda import FusedNode
+
     nodes = [m for m in net.modules() if isinstance(m, FusedNode)]
     if not nodes:
         raise UsageError(

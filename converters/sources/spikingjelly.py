@@ -8,6 +8,7 @@ tells apart: 0.0.0.0.14 is the one of ``activation_based`` whose neurons have a 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -15,7 +16,16 @@ from torch import nn
 from .. import neurons
 from ..errors import Finding
 from ..neurons import Neuron
-from .base import Reading, comparison, look_alike, surrogate_output
+from ..surrogates import KINDS, Surrogate, Window
+from .base import (
+    Learning,
+    Reading,
+    comparison,
+    look_alike,
+    same_derivative,
+    surrogate_output,
+    unknown_surrogate,
+)
 
 #: Names of the neurons that are read, with the modules of the package that they are defined in.
 _KNOWN = {
@@ -30,6 +40,8 @@ _KNOWN = {
 }
 _ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
 _NOT_LIF = ("IFNode", "ParametricLIFNode")
+#: Surrogates that are declared under another name; the rest keep theirs.
+_SURROGATES = {"Erf": "Gaussian", "Rect": "Rectangle", "DeterministicPass": "StraightThrough"}
 _STATELESS_IN_EVAL = ("Dropout", "Dropout2d", "MultiStepDropout", "MultiStepDropout2d")
 
 
@@ -128,7 +140,44 @@ class SpikingJelly:
             return Reading(neuron, "s" if name == kind else "m")
         return Reading(neuron, module.step_mode)
 
+    def learning(
+        self, module: Any, path: str, surrogate: Surrogate | None = None
+    ) -> Learning | list[Finding]:
+        """By backpropagation through time, as its ``detach_reset`` and surrogate function say."""
+        if type(module).__name__ in _ONLINE:
+            return [
+                Finding(
+                    rule="online-neuron",
+                    where=path,
+                    found=f"{type(module).__name__}, which learns online",
+                    allowed="neurons that learn by backpropagation through time",
+                    fix="use a LIFNode",
+                )
+            ]
+        chosen = surrogate or _surrogate(module.surrogate_function)
+        if chosen is None:
+            return [unknown_surrogate(module.surrogate_function, path)]
+        reading = self._neuron(module, path)
+        if not isinstance(reading, Reading):
+            return reading
+        return Learning(chosen, partial(_live, reading.neuron), module.detach_reset)
+
     def reset(self, module: nn.Module) -> None:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
+
+
+def _live(neuron: Neuron, module: Any) -> Neuron:
+    return neuron.replace_tensors({name: getattr(module, name) for name in neuron.tensors()})
+
+
+def _surrogate(function: Any) -> Surrogate | None:
+    """The declared surrogate that a surrogate function is."""
+    kind = KINDS.get(_SURROGATES.get(type(function).__name__, type(function).__name__))
+    if kind is None or any(not hasattr(function, name) for name in kind.defaults):
+        return None
+    found = [kind(**{name: getattr(function, name) for name in kind.defaults})]
+    if kind.name == "PiecewiseLeakyReLU":  # of half the height since 2.0.0
+        found.append(Window(w=function.w, height=1 / (2 * function.w), c=function.c))
+    return next((s for s in found if same_derivative(function, s)), None)

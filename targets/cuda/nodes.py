@@ -24,7 +24,6 @@ from torch import nn
 from ...converters import neurons, sources
 from ...converters.errors import TargetUnavailableError, UsageError
 from ...converters.sources import Reading
-from . import ops
 from .codegen import Backward, Forward, backward_source, forward_source
 from .kernels import DTYPES, Call, interpreted
 
@@ -115,6 +114,8 @@ class FusedNode(neurons.Node):
         window: tuple[int, int] = (1, 1),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The operator of :mod:`.ops` with this layer's parameters."""
+        from . import ops  # which a torch of before custom operators cannot import
+
         params = [*self.tensors().values()]
         inputs = [x, *norm, *params, *([] if initial is None else [initial])]
         checkpoints = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
