@@ -44,6 +44,9 @@ def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Reading | list[Fi
     for path, module in net.named_modules():
         for source in SOURCES:
             if (reading := source.read(module, path)) is not None:
+                part = reading.part if isinstance(reading, Reading) else ""
+                if part:
+                    path, module = f"{path}.{part}" if path else part, module.get_submodule(part)
                 yield path, module, _altered(module, path) or reading
                 break
 

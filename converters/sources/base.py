@@ -25,8 +25,9 @@ class Reading:
         returns_state: Whether a call returns these after the spikes.
         gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
         restart: Names of its methods that return what to start from.
-        readout: For multi-step neurons that do not fire: what a call returns of the membrane potentials
-            [T, N, ...]. None for neurons that fire.
+        readout: For neurons that give no spikes: what a call returns of a state, [T, N, ...] or [N, ...].
+        state: Place of that state in the declared ones; the membrane potential is the first.
+        part: Name of the module's child that is the neuron, where the rest of it is plain arithmetic.
     """
 
     neuron: Neuron
@@ -36,6 +37,8 @@ class Reading:
     gain: torch.Tensor | None = None
     restart: tuple[str, ...] = ()
     readout: Callable[[torch.Tensor], Any] | None = None
+    state: int = 0
+    part: str = ""
 
     def spikes(self, output: Any) -> torch.Tensor:
         """The spikes, 0 and 1, in what a call returns."""
