@@ -29,6 +29,7 @@ from .passes.lower_neurons import lower_neurons
 from .probes import probe_inputs
 from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
 from .rounding import CERTAINTY, Bounds
+from .sources import Reading
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ def _probe_neurons(captured: Program, net: nn.Module) -> dict[str, int]:
         if not torch.equal(expected, lowered):
             raise MismatchError(_differs(site, "the lowered form", lowered, expected, x))
         module = modules[site.path]
-        reading: Any = readings[id(module)]
+        reading = readings[id(module)]
+        assert isinstance(reading, Reading)
         if (readout := reading.readout) is not None:
             expected = torch.stack([*map(readout, site.neuron.states(x, reading.state))])
         own = _own_spikes(module, reading, x)
@@ -281,14 +283,16 @@ def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(result).reshape(x.shape)
 
 
-def _own_spikes(module: nn.Module, reading: Any, x: torch.Tensor) -> torch.Tensor:
+def _own_spikes(module: nn.Module, reading: Reading, x: torch.Tensor) -> torch.Tensor:
     """The network's own neuron, a copy of it, on x [T, 1, ...] from before its first step."""
     module = sources.copied(module).eval()
     sources.reset(module)
     with torch.no_grad():
         if reading.step_mode == "s":
-            return torch.stack([reading.spikes(module(step)) for step in x])
-        return reading.spikes(module(x))
+            spikes = torch.stack([reading.spikes(module(step)) for step in x])
+        else:
+            spikes = reading.spikes(module(x))
+    return spikes
 
 
 def _differs(

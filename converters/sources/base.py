@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -46,13 +46,28 @@ class Reading:
         return spikes if self.gain is None else spikes / self.gain
 
 
+@dataclass(frozen=True)
+class Memory:
+    """A layer that is no neuron and keeps values from step to step, which trace as they are.
+
+    Attributes:
+        step_mode: As in :class:`Reading`.
+    """
+
+    step_mode: Literal["s", "m"] = "m"
+
+
+#: What a source has to say about a module: what it is, or what stops it.
+Read: TypeAlias = "Reading | Memory | list[Finding]"
+
+
 class Source(Protocol):
     """One framework."""
 
     name: str
 
-    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
-        """The neuron; or what stops it; or None for a module that is no neuron of this source."""
+    def read(self, module: nn.Module, path: str) -> Read | None:
+        """The neuron or the memory; or what stops it; or None for a module that keeps no state."""
 
     def reset(self, module: nn.Module) -> None:
         """Put the module's own state back to its value before the first step."""

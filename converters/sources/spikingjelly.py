@@ -19,14 +19,24 @@ from .. import neurons
 from ..equations import Dynamics
 from ..errors import Finding
 from ..neurons import Neuron
-from .base import Reading, comparison, look_alike, surrogate_output
+from .base import Memory, Read, Reading, comparison, look_alike, surrogate_output
 
 _STATELESS_IN_EVAL = (
     "Dropout",
     "Dropout2d",
-    "DropConnectLinear",
     "MultiStepDropout",
     "MultiStepDropout2d",
+)
+#: Layers whose state is plain arithmetic on what came before.
+_MEMORIES = (
+    "BatchNormThroughTime1d",
+    "BatchNormThroughTime2d",
+    "BatchNormThroughTime3d",
+    "Delay",
+    "ElementWiseRecurrentContainer",
+    "LinearRecurrentContainer",
+    "NeuNorm",
+    "SynapseFilter",
 )
 
 
@@ -48,8 +58,8 @@ class SpikingJelly:
 
     name = "spikingjelly"
 
-    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
-        """The neuron, or why it cannot be read."""
+    def read(self, module: nn.Module, path: str) -> Read | None:
+        """The neuron or the memory, or why it cannot be read."""
         kind = type(module)
         bases = [k for k in kind.__mro__ if _ours(k)]
         if not any(k.__name__ in _KEEPERS for k in bases):
@@ -59,6 +69,8 @@ class SpikingJelly:
         name = kind.__name__
         if name in _STATELESS_IN_EVAL:
             return None
+        if name in _MEMORIES and kind.__module__.split(".")[2] == "layer":
+            return Memory(_step_mode(module))
         known = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name)
         home = _HOMES.get(name, ("neuron",))
         if known is None or kind.__module__.split(".")[2 : 2 + len(home)] != list(home):
