@@ -38,6 +38,8 @@ _MEMORIES = (
     "NeuNorm",
     "SynapseFilter",
 )
+#: Those whose first step, in 0.0.0.0.14, is made of ``x.data``.
+_FROM_DATA = ("Delay", "ElementWiseRecurrentContainer", "SynapseFilter")
 
 
 def _ours(kind: type) -> bool:
@@ -70,7 +72,8 @@ class SpikingJelly:
         if name in _STATELESS_IN_EVAL:
             return None
         if name in _MEMORIES and kind.__module__.split(".")[2] == "layer":
-            return Memory(_step_mode(module))
+            early = kind.__module__.endswith(".layer") and name in _FROM_DATA
+            return [_from_data(name, path)] if early else Memory(_step_mode(module))
         known = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name)
         home = _HOMES.get(name, ("neuron",))
         if known is None or kind.__module__.split(".")[2 : 2 + len(home)] != list(home):
@@ -95,6 +98,16 @@ class SpikingJelly:
 
 #: Classes whose descendants keep state.
 _KEEPERS = ("MemoryModule", "NonSpikingBaseNode", "ILCBaseNode", "NoisyBaseNode", "PSN")
+
+
+def _from_data(name: str, path: str) -> Finding:
+    return Finding(
+        rule="untraceable",
+        where=path,
+        found=f"{name} of 0.0.0.0.14, which starts from x.data, where torch.export loses the trace",
+        allowed=f"{name} of 2.0.0",
+        fix="load the network in SpikingJelly 2.0.0",
+    )
 
 
 # Each kind of neuron as it is read
