@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import Finding
 from ..surrogates import Surrogate
-from .base import Learning, Reading, Source
+from .base import Learning, Memory, Read, Reading, Source
 from .native import Native
 from .snntorch import SnnTorch, isolated
 from .spikingjelly import SpikingJelly
@@ -22,6 +22,7 @@ from .spikingjelly import SpikingJelly
 __all__ = [
     "SOURCES",
     "Learning",
+    "Memory",
     "Reading",
     "Source",
     "copied",
@@ -42,11 +43,14 @@ def register(kind: type[nn.Module], read: Callable[[nn.Module], Reading]) -> Non
     _NATIVE.readers[kind] = read
 
 
-def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Reading | list[Finding]]]:
+def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Read]]:
     """Every module of the network that a source has something to say about."""
     for path, module in net.named_modules():
         for source in SOURCES:
             if (reading := source.read(module, path)) is not None:
+                part = reading.part if isinstance(reading, Reading) else ""
+                if part:
+                    path, module = f"{path}.{part}" if path else part, module.get_submodule(part)
                 yield path, module, _altered(module, path) or reading
                 break
 

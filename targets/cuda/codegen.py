@@ -190,6 +190,7 @@ def _code(e: Expr, args: list[str], exact: bool) -> str:
         "sigmoid": f"tl.sigmoid({a})",
         "exp": f"tl.exp({a})",
         "tanh": f"2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
+        "relu": f"tl.where({a} < 0.0, 0.0, {a})",
         "where": f"tl.where({a}, {b}, {c})",
         "fire_ge": f"tl.where({a} >= {b}, 1.0, 0.0)",
         "fire_gt": f"tl.where({a} > {b}, 1.0, 0.0)",
@@ -321,15 +322,14 @@ class _Kernel:
         """The state before the first step, under names that end in ``after``."""
         neuron = self.step.neuron
         for w in self.members:
-            for i, name in enumerate(self.step.names):
-                value: Any = neuron.v_0 if i == 0 else neuron.dynamics.states[name]
+            for i, (name, value) in enumerate(zip(self.step.names, neuron.starts, strict=True)):
                 if given:
-                    value = self.load("initial_ptr", f"{i} * M64", w)
+                    start = self.load("initial_ptr", f"{i} * M64", w)
                 elif isinstance(value, Expr):
-                    value = f"{self.block('0.0')} + {value.value}"
+                    start = f"{self.block('0.0')} + {value.value}"
                 else:
-                    value = self.block(repr(value))
-                self.text(f"q_{name}{w}{after} = {value}")
+                    start = self.block(repr(value))
+                self.text(f"q_{name}{w}{after} = {start}")
 
     def block(self, value: str) -> str:
         """A value as a tile, which a number is not."""

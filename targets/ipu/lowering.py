@@ -21,7 +21,7 @@ from ...converters import sources
 from ...converters.equations import SPIKES
 from ...converters.errors import Finding, UnsupportedError, UsageError
 from ...converters.neurons import Neuron, Node
-from ...converters.sources import Learning, Reading
+from ...converters.sources import Learning, Memory, Reading
 from ...converters.surrogates import Surrogate
 
 _HEADLINE = "the network cannot be rewritten for the IPU:"
@@ -187,6 +187,9 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
     for path, module, reading in sources.read_all(net):
         if isinstance(module, Lowered):
             continue  # said already
+        if isinstance(reading, Memory) or (isinstance(reading, Reading) and reading.readout):
+            findings.append(_no_neuron(path, module))
+            continue
         if not isinstance(reading, Reading):
             findings += reading
             continue
@@ -222,6 +225,16 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
     for path, plan in plans.items():
         Lowered.take(work.get_submodule(path), *plan)
     return work
+
+
+def _no_neuron(path: str, module: nn.Module) -> Finding:
+    return Finding(
+        rule="no-spiking-neuron",
+        where=path,
+        found=f"{type(module).__name__}, which keeps a state and does not fire",
+        allowed="neurons that fire; snnTorch's give their membrane potential besides",
+        fix="read out the spikes, or a neuron's returned membrane potential",
+    )
 
 
 def _obstacles(net: nn.Module) -> Iterator[Finding]:
