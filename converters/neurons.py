@@ -50,7 +50,9 @@ __all__ = [
     "IF",
     "LIF",
     "Alpha",
+    "CubaLIF",
     "Dynamics",
+    "Heaviside",
     "IFNode",
     "LIFNode",
     "Lapicque",
@@ -156,6 +158,25 @@ def Alpha(  # noqa: N802
     if subtract:
         return h + syn_inh * s, exc - jump * s, inh - inh * s
     return h, exc, inh
+
+
+@dynamics(states={"syn": 0.0}, potentials=("v_rest",))
+def CubaLIF(  # noqa: N802
+    v: Any, syn: Any, x: Any, *, tau_syn: Any, tau_mem: Any, r: Any, v_rest: Any
+) -> Any:
+    """LIF driven through a resistance r by a current that decays, time constants in time steps.
+
+    NIR's equation, Pedersen et al. 2024, Nature Communications 15:8122, by forward Euler with a step
+    of 1, the current first.
+    """
+    syn = syn + (x - syn) / tau_syn
+    return v + (r * syn - (v - v_rest)) / tau_mem, syn
+
+
+@dynamics(potentials=())
+def Heaviside(v: Any, x: Any) -> Any:  # noqa: N802
+    """No memory: h = x, so that a neuron is a step function of its input."""
+    return x
 
 
 def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
