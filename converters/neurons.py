@@ -61,6 +61,7 @@ __all__ = [
     "Node",
     "ParametricLIF",
     "ParametricLIFNode",
+    "Readout",
     "Synaptic",
     "dynamics",
     "exp",
@@ -194,6 +195,12 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     raise UsageError(f"{name} is {value!r}; allowed: a finite number or a tensor")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.item():.4g}" if value.numel() == 1 else f"{list(value.shape)}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -426,17 +433,15 @@ class Neuron:
             (params if name in kind.parameters else fields)[name] = tensor
         return cls(kind, params, **fields)
 
+    def describe_charge(self) -> str:
+        """The dynamics and its parameters, for people."""
+        parts = [f"{n}={_shown(v)}" for n, v in self.params.items() if v is not False]
+        return f"{self.dynamics.name}({', '.join(parts)})"
+
     def describe(self) -> str:
         """One line for people."""
-
-        def show(value: Any) -> str:
-            if isinstance(value, torch.Tensor):
-                return f"{value.item():.4g}" if value.numel() == 1 else f"{list(value.shape)}"
-            return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-        parts = [f"{n}={show(v)}" for n, v in self.params.items() if v is not False]
         resets = {
-            "hard": f"hard reset to {show(self.v_reset)}",
+            "hard": f"hard reset to {_shown(self.v_reset)}",
             "soft": "soft reset",
             "none": "no reset",
         }[self.reset]
@@ -447,12 +452,31 @@ class Neuron:
             "ahead": ", at the next step and ahead of it",
         }[self.reset_at if self.reset != "none" else "now"]
         return (
-            f"{self.dynamics.name}({', '.join(parts)}), fires at h {self.fires} "
-            f"{show(self.v_threshold)}, {resets}{late}, v_0={show(self.v_0)}"
+            f"{self.describe_charge()}, fires at h {self.fires} {_shown(self.v_threshold)}, "
+            f"{resets}{late}, v_0={_shown(self.v_0)}"
         )
 
 
-class Node(nn.Module):
+class _Layer(nn.Module):
+    """A declaration with the tensors that it is made of."""
+
+    def __init__(self, neuron: Neuron) -> None:
+        super().__init__()
+        self._declared = neuron
+        for name, tensor in neuron.tensors().items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def neuron(self) -> Neuron:
+        """The declaration with the present values of its parameters."""
+        names = self._declared.tensors()
+        return self._declared.replace_tensors({n: getattr(self, n) for n in names})
+
+
+class Node(_Layer):
     """A layer of neurons, multi-step: x_seq [T, N, ...] -> spikes [T, N, ...].
 
     Every call starts from v_0. A parameter given as an ``nn.Parameter`` is learned, as a tensor is a
@@ -483,32 +507,22 @@ class Node(nn.Module):
         detach_reset: bool = False,
         **params: Any,
     ) -> None:
-        super().__init__()
         hard = v_reset is not None
         rest: Parameter = 0.0 if v_reset is None else v_reset
-        self._declared = Neuron(
-            kind,
-            params,
-            v_threshold=v_threshold,
-            v_reset=rest,
-            reset="hard" if hard else "soft",
-            reset_at=reset_at,
-            fires=fires,
-            v_0=rest if v_0 is None else v_0,
+        super().__init__(
+            Neuron(
+                kind,
+                params,
+                v_threshold=v_threshold,
+                v_reset=rest,
+                reset="hard" if hard else "soft",
+                reset_at=reset_at,
+                fires=fires,
+                v_0=rest if v_0 is None else v_0,
+            )
         )
-        for name, tensor in self._declared.tensors().items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
         self.surrogate = ATan() if surrogate is None else surrogate
         self.detach_reset = detach_reset
-
-    @property
-    def neuron(self) -> Neuron:
-        """The declaration with the present values of its parameters."""
-        names = self._declared.tensors()
-        return self._declared.replace_tensors({n: getattr(self, n) for n in names})
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> spikes [T, N, ...]."""
@@ -524,6 +538,30 @@ class Node(nn.Module):
     def extra_repr(self) -> str:
         """The declaration in one line."""
         return self.neuron.describe()
+
+
+class Readout(_Layer):
+    """Neurons that do not fire, multi-step: x_seq [T, N, ...] -> membrane potentials [T, N, ...].
+
+    Of kind LIF or Leaky it is a leaky integrator. Every call starts from v_0; parameters are given as
+    in :class:`Node`.
+    """
+
+    def __init__(self, kind: Dynamics, *, v_0: Parameter = 0.0, **params: Any) -> None:
+        super().__init__(Neuron(kind, params, reset="none", v_0=v_0))
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        """x_seq [T, N, ...] -> the potential that each step ends with, [T, N, ...]."""
+        neuron = self.neuron
+        state, kept = neuron.initial(x_seq[0]), []
+        for x in x_seq:
+            state = neuron.charge(state, x)
+            kept.append(state[0])
+        return torch.stack(kept)
+
+    def extra_repr(self) -> str:
+        """The charge in one line."""
+        return f"{self.neuron.describe_charge()}, does not fire"
 
 
 ATan = surrogates.ATan

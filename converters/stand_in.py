@@ -11,7 +11,7 @@ from torch import nn
 from .equations import SPIKES
 from .errors import UsageError
 from .neurons import Neuron
-from .program import NEURON, NEURON_STEP
+from .program import NEURON, NEURON_STEP, STATE
 from .sources import Reading
 
 
@@ -87,6 +87,8 @@ class StandIn(nn.Module):
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
         """The operator that the neuron is in the graph; ``given`` is the membrane, handed back."""
         params = [getattr(self, name) for name in self._names]
+        if (readout := self._reading.readout) is not None:
+            return readout(STATE(x, params, self._spec, "stepped", x.shape[0], 0))
         if self._reading.step_mode == "m":
             return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)

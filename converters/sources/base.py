@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,8 @@ class Reading:
         returns_state: Whether a call returns these after the spikes.
         gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
         restart: Names of its methods that return what to start from.
+        readout: For multi-step neurons that do not fire: what a call returns of the membrane potentials
+            [T, N, ...]. None for neurons that fire.
     """
 
     neuron: Neuron
@@ -33,6 +35,7 @@ class Reading:
     returns_state: bool = False
     gain: torch.Tensor | None = None
     restart: tuple[str, ...] = ()
+    readout: Callable[[torch.Tensor], Any] | None = None
 
     def spikes(self, output: Any) -> torch.Tensor:
         """The spikes, 0 and 1, in what a call returns."""

@@ -8,8 +8,10 @@ tells apart: 0.0.0.0.14 is the one of ``activation_based`` whose neurons have a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .. import neurons
@@ -28,6 +30,8 @@ _KNOWN = {
     # LIF that remembers the mean of its potential for the search of an architecture.
     "save_v_LIFNode": ("model", "spike_dhs"),
 }
+#: Neurons that do not fire, each call of which starts anew (2.0.0).
+_READOUTS = ("NonSpikingIFNode", "NonSpikingLIFNode")
 _ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
 _NOT_LIF = ("IFNode", "ParametricLIFNode")
 _STATELESS_IN_EVAL = ("Dropout", "Dropout2d", "MultiStepDropout", "MultiStepDropout2d")
@@ -50,9 +54,10 @@ class SpikingJelly:
         """The neuron, or why it cannot be read."""
         kind = type(module)
         bases = [k for k in kind.__mro__ if _ours(k)]
-        if not any(k.__name__ == "MemoryModule" for k in bases):
+        if kind.__name__ in _READOUTS and _ours(kind):
+            return _readout(module)
+        if not any(k.__name__ in ("MemoryModule", "NonSpikingBaseNode") for k in bases):
             return None
-        name = f"{kind.__module__}.{kind.__qualname__}"
         if not _ours(kind):
             return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
         if kind.__name__ in _STATELESS_IN_EVAL:
@@ -132,3 +137,29 @@ class SpikingJelly:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
+
+
+def _readout(module: Any) -> Reading:
+    tau = getattr(module, "tau", None)
+    kind = neurons.IF if tau is None else neurons.LIF
+    params = {} if tau is None else {"tau": tau, "v_rest": 0.0}
+    return Reading(Neuron(kind, params, reset="none"), readout=_DECODERS.get(module.decode, _each))
+
+
+def _each(v_seq: torch.Tensor) -> list[torch.Tensor]:
+    return list(v_seq.unbind())
+
+
+def _farthest(v_seq: torch.Tensor) -> torch.Tensor:
+    highest, lowest = v_seq.amax(0), v_seq.amin(0)
+    above = highest.abs() > lowest.abs()
+    return highest * above + lowest * ~above
+
+
+#: What a readout makes of its potentials, by the value of ``decode``.
+_DECODERS: dict[str | None, Callable[[torch.Tensor], Any]] = {
+    "max-mem": lambda v_seq: v_seq.amax(0),
+    "max-abs-mem": _farthest,
+    "mean-mem": lambda v_seq: v_seq.mean(0),
+    "last_mem": lambda v_seq: v_seq[-1],
+}

@@ -328,12 +328,25 @@ def test_layers_with_state_are_refused_by_name(made: Callable[[], nn.Module]) ->
     assert type(net[1]).__name__ in found.found
 
 
+# Readouts
+
+
+@pytest.mark.parametrize("decode", [None, "max-mem", "max-abs-mem", "mean-mem", "last_mem"])
 @pytest.mark.parametrize("name", ["NonSpikingIFNode", "NonSpikingLIFNode"])
-def test_keepers_of_state_that_are_no_memory_modules(name: str) -> None:
+def test_readouts_of_membrane_potentials(name: str, decode: str | None) -> None:
     if not hasattr(neuron, name):
         pytest.skip("only in 2.0.0")
-    rules = refused(nn.Sequential(getattr(neuron, name)()), rand(T, N, 5))
-    assert rules == [("surviving-state", "0")]
+    tau = {"tau": 2.5} if "LIF" in name else {}
+    net = nn.Sequential(nn.Linear(5, 5), getattr(neuron, name)(decode=decode, **tau))
+    x = rand(T, N, 5)
+    low = lowered(capture(net, (x,)))
+    found, expected = low(x), reference(net, x)
+    if decode is None:
+        assert isinstance(found, list)
+        found, expected = torch.stack(found), torch.stack(expected)
+    # Unrolled, the means are sums in another order.
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6 * (decode == "mean-mem"))
+    assert not low.sites
 
 
 def test_a_subclass_of_the_users() -> None:
