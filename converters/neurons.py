@@ -524,6 +524,14 @@ class Node(_Layer):
         self.surrogate = ATan() if surrogate is None else surrogate
         self.detach_reset = detach_reset
 
+    @classmethod
+    def of(cls, neuron: Neuron) -> Node:
+        """A layer of a population that is declared already."""
+        node = Node.__new__(Node)
+        _Layer.__init__(node, neuron)
+        node.surrogate, node.detach_reset = ATan(), False
+        return node
+
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> spikes [T, N, ...]."""
         neuron = self.neuron

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,13 @@ class Unit:
             return tuple(np.shape(self.fields["r"]))
         return None
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether what comes out at a moment depends on what went in before it alone."""
+        if self.kind == "Delay":
+            return bool((np.asarray(self.fields.get("delay", 0)) > 0).all())
+        return self.kind in NEURONS
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -92,6 +99,20 @@ class Graph:
     def into(self, name: str) -> list[str]:
         """The nodes whose outputs a node sums."""
         return [a for a, b in self.edges if b == name]
+
+    def after(self, name: str) -> list[str]:
+        """The nodes that take a node's output."""
+        return [b for a, b in self.edges if a == name]
+
+    def reached_from(self, names: Iterable[str], through: Container[str] | None = None) -> set[str]:
+        """The nodes that a signal from these reaches; beyond the first only by way of ``through``."""
+        found: set[str] = set()
+        stack = [b for name in names for b in self.after(name)]
+        while stack:
+            if (name := stack.pop()) not in found:
+                found.add(name)
+                stack += self.after(name) if through is None or name in through else []
+        return found
 
 
 def read(source: Any) -> Graph:
@@ -331,6 +352,15 @@ def _connections(graph: Graph) -> Iterator[Finding]:
                 "nodes on a way from an Input to an Output",
                 "add the edge or remove the node",
             )
+    fed = graph.reached_from(graph.inputs)
+    for name in sorted(ends - fed):
+        yield finding(
+            "dangling",
+            name,
+            "no Input leads to it",
+            "nodes on a way from an Input to an Output",
+            "add an edge or remove the node",
+        )
     for cycle in _instant_cycles(graph):
         yield finding(
             "cycle",
@@ -343,8 +373,8 @@ def _connections(graph: Graph) -> Iterator[Finding]:
 
 def _instant_cycles(graph: Graph) -> Iterator[list[str]]:
     """Cycles of nodes that hold nothing back, each once."""
-    through = {n for n, u in graph.units.items() if u.kind not in (*NEURONS, "Delay")}
-    after = {n: [b for a, b in graph.edges if a == n and b in through] for n in through}
+    through = {n for n, u in graph.units.items() if not u.holds_back}
+    after = {n: [b for b in graph.after(n) if b in through] for n in through}
     done: set[str] = set()
     for start in sorted(through):
         trail: list[str] = []
@@ -420,7 +450,7 @@ def time_step(graph: Graph, dt: float | None) -> float:
     if dt is None and own is None:
         raise UsageError(
             "NIR describes networks in continuous time and this graph does not say its time step; "
-            "give it: dt=1e-4 (--dt 1e-4), in the unit of its time constants"
+            "give it: dt=1e-4 (--arg dt=1e-4), in the unit of its time constants"
         )
     step = float(np.asarray(own)) if dt is None else dt
     if not (math.isfinite(step) and step > 0):
