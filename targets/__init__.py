@@ -9,6 +9,7 @@ from ..converters.errors import UsageError
 from .base import SDK, Capabilities, Compiled, Loaded, Target, check
 from .cuda.target import Cuda
 from .lynxi import Lynxi
+from .nir import Nir
 from .onnx import Onnx
 from .reference import Reference
 
@@ -18,6 +19,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "cuda": Cuda,
     "lynxi": lambda: Lynxi(simulated=False),
     "lynxi-sim": lambda: Lynxi(simulated=True),
+    "nir": Nir,
     "onnx": Onnx,
     "reference": Reference,
 }

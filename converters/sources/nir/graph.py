@@ -394,7 +394,7 @@ def _instant_cycles(graph: Graph) -> Iterator[list[str]]:
 def _values(name: str, unit: Unit) -> Iterator[Finding]:
     """Parameters that are no finite numbers, time constants below zero, shapes that differ."""
     for key, value in unit.fields.items():
-        text = key == "padding" and value in ("same", "valid")
+        text = key == "padding" and isinstance(value, str) and value in ("same", "valid")
         if key == "input_type" or text:
             continue
         array = np.asarray(value)

@@ -107,7 +107,7 @@ class Neurons(nn.Module):
         if self._gain is None:
             self.register_buffer("gain", kind.gain)
         self._fires = kind.fires
-        neuron = kind.neuron
+        self.neuron = neuron = kind.neuron
         self.layer: nn.Module
         if stepwise:
             self.layer = Cell(neuron, kind.fires)
@@ -199,10 +199,10 @@ def _padding(
 ) -> tuple[list[int] | None, list[int]]:
     """Zeros to put around an input first, or None, and those that a convolution adds itself."""
     nothing = [0] * len(kernel)
+    if not isinstance(value, str):
+        return None, _sizes(value, len(kernel))
     if value == "valid":
         return None, nothing
-    if value != "same":
-        return None, _sizes(value, len(kernel))
     if {*stride} != {1}:
         raise UsageError(f"padding 'same' with a stride of {stride}; allowed: a stride of 1")
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]

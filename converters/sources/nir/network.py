@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...errors import CaptureError, Finding, UsageError
+from ...neurons import Neuron
 from .graph import HEADLINE, NEURONS, Graph, Unit, finding, read, time_step
 from .layers import Delay, Neurons, build
 
@@ -88,6 +89,12 @@ class NirNetwork(nn.Module):
                 values[name] = self._over_time(name, x)
         outputs = tuple(values[name] for name in self.graph.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def declarations(self) -> Iterator[Neuron]:
+        """Its neurons, as they are declared in discrete time."""
+        for name in self._paths:
+            if isinstance(module := self._module(name), Neurons):
+                yield module.neuron
 
     def _check(self, inputs: Sequence[torch.Tensor]) -> None:
         names = self.graph.inputs
