@@ -144,7 +144,9 @@ def _compare(program: Program, network: NirNetwork) -> None:
     read = sorted(n.to_json() for n in network.declarations())
     written = sorted(site.neuron.to_json() for site in program.sites)
     if missing := [spec for spec in written if spec not in read]:
-        raise CompileError(f"read again, the file declares other neurons: {missing[0]} is not there")
+        raise CompileError(
+            f"read again, the file declares other neurons: {missing[0]} is not there"
+        )
 
 
 class _Model:

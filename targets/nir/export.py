@@ -195,9 +195,7 @@ class Exporter:
             k, unique = k + 1, f"{name}_{k + 1}"
         return unique
 
-    def _tell(
-        self, rule: str, found: str, allowed: str, fix: str, severity: Any = "error"
-    ) -> None:
+    def _tell(self, rule: str, found: str, allowed: str, fix: str, severity: Any = "error") -> None:
         path = "" if self._node is None else where(self._node)
         node = "" if self._node is None else self._node.name
         if (path, found) not in self._told:
@@ -424,7 +422,7 @@ def _summed(export: Exporter, a: Signal, b: Signal) -> Signal:
     if a.shape != b.shape or a.layout != b.layout:
         raise NotInNir(f"a sum of signals {list(a.shape)} and {list(b.shape)}, broadcast")
     # Sums are taken from the left: one of the two stays a single edge, and no edge comes twice.
-    if len(a.sources) > 1 and len(b.sources) > 1 or {*a.sources} & {*b.sources}:
+    if (len(a.sources) > 1 and len(b.sources) > 1) or {*a.sources} & {*b.sources}:
         b = _scaled(export, b, 1.0)
     first, second = (a, b) if len(b.sources) == 1 else (b, a)
     return replace(a, sources=(*first.sources, *second.sources), binary=False)

@@ -411,7 +411,9 @@ def _values(name: str, unit: Unit) -> Iterator[Finding]:
         elif key in _SPACE and (array != np.floor(array)).any():
             wrong, allowed = f"{key} is {array.tolist()}", "whole numbers"
         if wrong:
-            yield finding("value", name, f"{unit.kind} whose {wrong}", allowed, "mend the parameter")
+            yield finding(
+                "value", name, f"{unit.kind} whose {wrong}", allowed, "mend the parameter"
+            )
     if unit.kind in NEURONS:
         shapes = {key: np.shape(value) for key, value in unit.fields.items()}
         sized = {key: s for key, s in shapes.items() if s}

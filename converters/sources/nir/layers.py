@@ -75,7 +75,7 @@ class Cell(nn.Module):
 
     def __init__(self, neuron: Neuron, fires: bool) -> None:
         super().__init__()
-        self._declared, self._fires = neuron, fires
+        self.neuron, self._fires = neuron, fires
         for name, tensor in neuron.tensors().items():
             self.register_buffer(name, tensor)
         self.reset()
@@ -87,28 +87,31 @@ class Cell(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x [N, ...] -> spikes [N, ...], with the membrane potential [N, ...] if they do not fire."""
         first = self._state is None
-        state = self._declared.initial(x) if self._state is None else self._state
-        spikes, self._state = self._declared.single_step(x, state, 0 if first else 1)
+        state = self.neuron.initial(x) if self._state is None else self._state
+        spikes, self._state = self.neuron.single_step(x, state, 0 if first else 1)
         return spikes if self._fires else (spikes, self._state[0])
 
-    def read(self) -> Reading:
+    @property
+    def reading(self) -> Reading:
         """What the capture is told."""
         if self._fires:
-            return Reading(self._declared, "s")
-        return Reading(self._declared, "s", states={"v": 0}, returns_state=True)
+            return Reading(self.neuron, "s")
+        return Reading(self.neuron, "s", states={"v": 0}, returns_state=True)
 
 
 class Neurons(nn.Module):
     """A population with the gain of its input, over all steps or, in a loop, step by step."""
 
+    gain: torch.Tensor
+
     def __init__(self, kind: Discrete, stepwise: bool) -> None:
         super().__init__()
-        self._gain = kind.gain if isinstance(kind.gain, float) else None
-        if self._gain is None:
-            self.register_buffer("gain", kind.gain)
+        tensor = isinstance(kind.gain, torch.Tensor)
+        self._gain = None if tensor else float(kind.gain)
+        self.register_buffer("gain", kind.gain if tensor else None)
         self._fires = kind.fires
-        self.neuron = neuron = kind.neuron
-        self.layer: nn.Module
+        neuron = kind.neuron
+        self.layer: Cell | Node | Readout
         if stepwise:
             self.layer = Cell(neuron, kind.fires)
         elif kind.fires:
@@ -196,7 +199,7 @@ def _sizes(value: Any, dimensions: int) -> list[int]:
 
 def _padding(
     value: Any, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[list[int] | None, list[int]]:
+) -> tuple[tuple[int, int, int, int] | None, list[int]]:
     """Zeros to put around an input first, or None, and those that a convolution adds itself."""
     nothing = [0] * len(kernel)
     if not isinstance(value, str):
@@ -209,7 +212,8 @@ def _padding(
     if not any(n % 2 for n in total):
         return None, [n // 2 for n in total]
     around = [side for n in reversed(total) for side in (n // 2, n - n // 2)]
-    return around + [0] * (4 - len(around)), nothing
+    left, right, top, bottom = [*around, 0, 0][:4]
+    return (left, right, top, bottom), nothing
 
 
 def _pool(f: Any) -> list[Sequence[int]]:

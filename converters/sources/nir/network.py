@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -94,7 +95,7 @@ class NirNetwork(nn.Module):
         """Its neurons, as they are declared in discrete time."""
         for name in self._paths:
             if isinstance(module := self._module(name), Neurons):
-                yield module.neuron
+                yield module.layer.neuron
 
     def _check(self, inputs: Sequence[torch.Tensor]) -> None:
         names = self.graph.inputs
@@ -116,7 +117,7 @@ class NirNetwork(nn.Module):
             y: torch.Tensor = module(x)
             return y
         folded: torch.Tensor = module(x.flatten(0, 1))
-        return folded.unflatten(0, x.shape[:2])
+        return folded.reshape(*x.shape[:2], *folded.shape[1:])
 
     def _run_cycle(self, part: Part, values: dict[str, torch.Tensor], like: torch.Tensor) -> None:
         """Compute the nodes of a cycle step by step."""
@@ -170,7 +171,7 @@ class NirNetwork(nn.Module):
                 return
             try:
                 self._shapes[name] = self._shape_after(name, unit, taken)
-            except (RuntimeError, UsageError, IndexError) as error:
+            except (RuntimeError, UsageError, ValueError, IndexError) as error:
                 yield _misfit(
                     name, f"{unit.kind} on a signal {list(taken)}: {error}", "signals that it takes"
                 )
@@ -191,7 +192,7 @@ class NirNetwork(nn.Module):
             with torch.no_grad():
                 return tuple(module(torch.zeros(1, *taken)).shape[1:])
         own = max((tuple(t.shape) for t in _arrays(unit)), key=len, default=())
-        if torch.broadcast_shapes(own, taken) != taken:
+        if np.broadcast_shapes(own, taken) != taken:
             raise UsageError(f"its parameters are of shape {list(own)}")
         return taken
 
@@ -273,7 +274,7 @@ def _cycle(graph: Graph, nodes: frozenset[str]) -> Part:
             fed = {b, *graph.reached_from([b], instant)} if b in instant else {b}
             if any(distance[n] <= distance[a] for n in fed & neurons):
                 late.add((a, b))
-    order: TopologicalSorter[str] = TopologicalSorter({name: () for name in sorted(nodes)})
+    order: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(nodes), ()))
     for a, b in inner:
         if (a, b) not in late and a not in delays:
             order.add(b, a)

@@ -118,9 +118,7 @@ class Continuous:
     unsaid: tuple[str, ...]
 
 
-def continuous(
-    neuron: Neuron, shape: tuple[int, ...], dt: float, fires: bool = True
-) -> Continuous:
+def continuous(neuron: Neuron, shape: tuple[int, ...], dt: float, fires: bool = True) -> Continuous:
     """The node that gives this neuron at time step dt, for a signal of this shape.
 
     Raises:
@@ -150,7 +148,8 @@ def _exceeded(neuron: Neuron) -> np.ndarray[Any, Any]:
     threshold = _array(neuron.v_threshold)
     if neuron.fires == ">":
         return threshold
-    return np.nextafter(threshold.astype(np.float32), np.float32(-np.inf)).astype(np.float64)
+    below: np.ndarray[Any, Any] = np.nextafter(threshold.astype(np.float32), np.float32(-np.inf))
+    return below.astype(np.float64)
 
 
 def _unsaid_of_reset(neuron: Neuron) -> list[str]:
@@ -163,7 +162,9 @@ def metadata(neuron: Neuron, unsaid: tuple[str, ...]) -> dict[str, Any]:
     """What goes with a node so that it is read again as it was declared."""
     tensors = {n: t.detach().numpy() for n, t in neuron.tensors().items()}
     entry = {"declaration": neuron.to_json(), "describe": neuron.describe()}
-    return {KEY: {**entry, "unsaid": "; ".join(unsaid), **({"tensors": tensors} if tensors else {})}}
+    return {
+        KEY: {**entry, "unsaid": "; ".join(unsaid), **({"tensors": tensors} if tensors else {})}
+    }
 
 
 def _declared(entry: Mapping[str, Any]) -> Neuron:
@@ -226,7 +227,9 @@ def _leaky_integrator(
 ) -> tuple[str, dict[str, Any]]:
     """LI or LIF with tau in time steps."""
     if (tau < 1).any():
-        raise UsageError(f"tau is {tau.min():.6g} time steps; NIR's time constants are at least one")
+        raise UsageError(
+            f"tau is {tau.min():.6g} time steps; NIR's time constants are at least one"
+        )
     r = np.ones(()) if decay_input else tau
     return "LI", {"tau": tau * dt, "r": r, "v_leak": v_rest}
 
