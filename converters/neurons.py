@@ -258,6 +258,9 @@ class Neuron:
         if self.reset_at == "ahead" and self.reset == "hard":
             raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
 
+    def __copy__(self) -> Neuron:
+        return self  # it is frozen
+
     def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
         """The state after charging, v as h."""
         return self.dynamics(state, x, self.params)

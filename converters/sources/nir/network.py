@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -192,7 +191,7 @@ class NirNetwork(nn.Module):
             with torch.no_grad():
                 return tuple(module(torch.zeros(1, *taken)).shape[1:])
         own = max((tuple(t.shape) for t in _arrays(unit)), key=len, default=())
-        if np.broadcast_shapes(own, taken) != taken:
+        if own not in ((), taken):
             raise UsageError(f"its parameters are of shape {list(own)}")
         return taken
 
