@@ -87,7 +87,7 @@ class Nir:
             raise UnsupportedError("NIR cannot say this network:", wrong)
         for finding in done.findings:
             _logger.warning("%s", finding)
-        said = {"dt": dt, "T": program.T, "generator": "spikeport"}
+        said = {"dt": dt, "T": done.steps, "generator": "spikeport"}
         try:
             nodes = {name: _node(nir, unit) for name, unit in done.units.items()}
             graph = nir.NIRGraph(nodes, done.edges, said, type_check=False)

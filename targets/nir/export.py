@@ -19,7 +19,7 @@ from torch import fx
 
 from ...converters.errors import Finding, UsageError
 from ...converters.neurons import Neuron
-from ...converters.ops import RESHAPE, Node, aten, shape
+from ...converters.ops import RESHAPE, Node, aten, dim, shape, slice_args
 from ...converters.program import NEURON, NEURON_STEP, STATE, Program, short, where
 from ...converters.sources.nir import Unit
 from ...converters.sources.nir.neurons import continuous, metadata
@@ -44,7 +44,8 @@ class Signal:
         sources: The nodes whose sum it is, in order.
         shape: Its shape at one step, of one sample.
         layout: How the program holds it: ``"stepped"`` [T, N, ...], ``"flat"`` [TN, ...], ``"static"``
-            [N, ...]; ``"reduced"`` [N, ...] after time is gone.
+            [N, ...], ``"alone"`` [1, N, ...]; ``"merged"`` [T, all the rest]; after a reduction over time
+            ``"reduced"`` [N, ...] or all of it in one dimension.
         binary: Whether it is 0 and 1 only.
         over_time: What is done with its steps.
     """
@@ -64,12 +65,13 @@ class Exported:
         units: Nodes by name.
         edges: (from, to).
         findings: What NIR cannot say: errors, and warnings for what metadata say in its place.
-        neurons: The node of each site, by the site's name.
+        steps: Time steps of the program.
     """
 
     units: dict[str, Unit] = field(default_factory=dict)
     edges: list[tuple[str, str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    steps: int = 0
 
 
 class Exporter:
@@ -82,34 +84,37 @@ class Exporter:
 
     def __init__(self, program: Program, dt: float) -> None:
         self.program, self.dt = program, dt
-        self.done = Exported()
-        self.steps, self.batch = program.T, program.batch
-        self._signals: dict[Node, Signal] = {}
+        self.steps, self.batch = _extent(program)
+        self.done = Exported(steps=self.steps)
+        self.signals: dict[Node, Signal] = {}
         self._node: Node = None
         self._told: set[tuple[str, str]] = set()
 
     def run(self) -> Exported:
         """The graph, whole if there is no finding that is an error."""
-        if self.steps is None:
-            found = f"neurons over {sorted({s.T for s in self.program.sites})} time steps"
-            fix = "give all neurons the same number of steps, at least one neuron"
-            self._tell("steps", found, "one number of time steps", fix)
+        if self.steps == 0:
+            self._tell(
+                "steps",
+                "no layer of neurons, or several with other numbers of time steps",
+                "one number of time steps",
+                "give all layers of neurons the same number of steps",
+            )
             return self.done
         specs = iter(self.program.inputs)
         for i, n in enumerate(self.program.nodes("placeholder")):
-            self._signals[n] = self._input(n, next(specs).name, i)
+            self.signals[n] = self._input(n, next(specs).name, i)
         for n in self.program.nodes("call_function"):
             self._node = n
             # What depends on something refused, or is refused as an operator, is no finding itself.
-            known = all(a.op == "get_attr" or a in self._signals for a in n.all_input_nodes)
+            known = all(a.op == "get_attr" or a in self.signals for a in n.all_input_nodes)
             if known and n.target in OPERATORS:
                 try:
-                    self._signals[n] = OPERATORS[n.target](self, n)
+                    self.signals[n] = OPERATORS[n.target](self, n)
                 except NotInNir as error:
                     found = f"{short(n.target)}: {error}"
                     self._tell("operator", found, "what a node of NIR computes", error.fix)
         for i, (spec, n) in enumerate(zip(self.program.outputs, self.program.results, strict=True)):
-            if (signal := self._signals.get(n)) is not None:
+            if (signal := self.signals.get(n)) is not None:
                 self._node = n
                 self._output(signal, spec.name, i)
         return self.done
@@ -122,6 +127,8 @@ class Exporter:
 
     def add_unit(self, unit: Unit, x: Signal, shape: Sequence[int], name: str = "") -> Signal:
         """The same of a node that is made already."""
+        if not x.shape:
+            raise NotInNir("a signal of one number for each sample", "keep a dimension of size 1")
         name = self._unique(name or where(self._node) or self._node.name)
         self.done.units[name] = unit
         self.done.edges += [(source, name) for source in x.sources]
@@ -129,9 +136,9 @@ class Exporter:
 
     def signal(self, n: Any) -> Signal:
         """The signal of an argument."""
-        if not isinstance(n, fx.Node) or n not in self._signals:
+        if not isinstance(n, fx.Node) or n not in self.signals:
             raise NotInNir("a constant where a signal is wanted")
-        signal = self._signals[n]
+        signal = self.signals[n]
         if signal.over_time != "steps":
             raise NotInNir(
                 f"after the {signal.over_time} over time, NIR has no step to compute it at",
@@ -150,7 +157,6 @@ class Exporter:
 
     def lead(self, layout: str) -> tuple[int, ...]:
         """The leading dimensions of a value in a layout."""
-        assert self.steps is not None
         leads = {"stepped": (self.steps, self.batch), "flat": (self.steps * self.batch,)}
         return leads.get(layout, (self.batch,))
 
@@ -203,6 +209,19 @@ class Exporter:
             self.done.findings.append(
                 Finding(rule, path, found, allowed, fix, node, target="nir", severity=severity)
             )
+
+
+def _extent(program: Program) -> tuple[int, int]:
+    """Time steps and batch, from the layers of neurons; 0 steps where these do not agree."""
+    found = set[tuple[int, ...]]()
+    for n in program.nodes("call_function"):
+        if n.target in (NEURON, STATE):
+            node: Node = n
+            layout, steps, size = node.args[3], node.args[4], shape(node.args[0])
+            batches = {"stepped": size[1:2], "flat": (size[0] // steps,)}
+            found.add((steps, *batches.get(layout, size[:1])))
+    (extent,) = found if len(found) == 1 else [(0, 0)]
+    return extent[0], extent[1]
 
 
 # Operators
@@ -361,7 +380,18 @@ def _above(export: Exporter, x: Signal, threshold: float) -> Signal:
 
 
 def _reshape(export: Exporter, n: Node) -> Signal:
-    x, size = export.signal(n.args[0]), shape(n)
+    size = shape(n)
+    x = export.signals[n.args[0]]
+    whole = (export.batch, *x.shape)
+    if x.layout == "reduced" and size in (whole, (math.prod(whole),)):
+        return x
+    x = export.signal(n.args[0])
+    if size == (export.steps, math.prod(whole)) and x.layout in ("flat", "stepped"):
+        return replace(x, layout="merged")
+    if x.layout == "merged":
+        for layout in ("flat", "stepped"):
+            if size == (*export.lead(layout), *x.shape):
+                return replace(x, layout=layout)
     layouts = ("static",) if x.layout == "static" else ("flat", "stepped")
     fits = []
     for layout in layouts:
@@ -471,7 +501,7 @@ def _scaled(export: Exporter, x: Signal, factor: Any) -> Signal:
 def _over_time(how: str) -> Callable[[Exporter, Node], Signal]:
     def reduce(export: Exporter, n: Node) -> Signal:
         x = export.signal(n.args[0])
-        if x.layout != "stepped" or [d % (2 + len(x.shape)) for d in n.args[1]] != [0]:
+        if x.layout not in ("stepped", "merged") or [dim(n.args[0], d) for d in n.args[1]] != [0]:
             raise NotInNir(f"the {how} over dimensions {n.args[1]}")
         if len(n.args) > 2 and n.args[2]:
             raise NotInNir("a reduction that keeps the dimension")
@@ -482,10 +512,20 @@ def _over_time(how: str) -> Callable[[Exporter, Node], Signal]:
 
 def _select(export: Exporter, n: Node) -> Signal:
     x = export.signal(n.args[0])
-    last = n.args[2] in (-1, (export.steps or 0) - 1)
+    last = n.args[2] in (-1, export.steps - 1)
     if x.layout != "stepped" or n.args[1] != 0 or not last:
         raise NotInNir(f"element {n.args[2]} of dimension {n.args[1]}")
     return replace(x, layout="reduced", over_time="last")
+
+
+def _slice(export: Exporter, n: Node) -> Signal:
+    x = export.signal(n.args[0])
+    along, start, end, step = slice_args(n, 1)
+    length = shape(n.args[0])[along]
+    rows = range(length)[start:end:step]
+    if along == 0 and x.layout == "flat" and rows == range(length - export.batch, length):
+        return replace(x, layout="reduced", over_time="last")
+    raise NotInNir(f"elements {rows.start} to {rows.stop} of dimension {along}")
 
 
 def _shape_after(n: Node, x: Signal) -> tuple[int, ...]:
@@ -525,6 +565,7 @@ OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal]] = {
     aten.mean.dim: _over_time("mean"),
     aten.sum.dim_IntList: _over_time("sum"),
     aten.select.int: _select,
+    aten.slice.Tensor: _slice,
     aten.clone.default: _same,
     aten._to_copy.default: _same,
     aten.alias.default: _same,

@@ -385,7 +385,9 @@ def test_versions_and_nodes_that_are_not_known(tmp_path: Path) -> None:
 
 def test_nodes_named_as_torch_names_its_own(interpret: Any) -> None:
     flat = self_loop()
-    names = {"a": "forward", "w": "graph.weight", "input": "type", "output": "train"}
+    names = {"a": "if", "w": "0 graph-x.forward", "input": "type", "output": "train."}
     nodes = {names[n]: node for n, node in flat.nodes.items()}
     renamed = graph([(names[a], names[b]) for a, b in flat.edges], **nodes)
-    equals(NirNetwork(renamed, DT), renamed, interpret, drive(flat))
+    (x,) = drive(flat, steps=2)
+    equals(NirNetwork(renamed, DT), renamed, interpret, [x])
+    deploy.convert(renamed, (x,), "reference", dt=DT)

@@ -9,6 +9,7 @@ in a cycle delays by its own time and by nothing more.
 from __future__ import annotations
 
 import functools
+import keyword
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -202,19 +203,27 @@ def _arrays(unit: Unit) -> Iterator[torch.Tensor]:
 
 def _attach(root: nn.Module, name: str, module: nn.Module) -> str:
     """Register a node's module under its name, as near as torch allows; the path."""
-    *groups, last = name.split(".")
+    *groups, last = (part or "_" for part in name.split("."))
     parent, path = root, []
     for part in groups:
-        key = part if part in parent._modules or not hasattr(parent, part) else f"{part}_"
-        if key not in parent._modules:
-            parent.add_module(key, nn.Module())
+        key = part
+        while not isinstance(parent._modules.get(key), nn.Module):
+            if _free(parent, key):
+                parent.add_module(key, nn.Module())
+            else:
+                key += "_"
         parent = parent.get_submodule(key)
         path.append(key)
-    key = last or "_"
-    while hasattr(parent, key):
+    key = last
+    while not _free(parent, key):
         key += "_"
     parent.add_module(key, module)
     return ".".join([*path, key])
+
+
+def _free(parent: nn.Module, key: str) -> bool:
+    """Whether a child can be called so; torch.export writes Python in which it is an attribute."""
+    return not hasattr(parent, key) and not keyword.iskeyword(key)
 
 
 def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -160,7 +160,7 @@ def _unsaid_of_reset(neuron: Neuron) -> list[str]:
 
 def metadata(neuron: Neuron, unsaid: tuple[str, ...]) -> dict[str, Any]:
     """What goes with a node so that it is read again as it was declared."""
-    tensors = {n: t.detach().numpy() for n, t in neuron.tensors().items()}
+    tensors = {n: t.item() if t.dim() == 0 else t.numpy() for n, t in neuron.tensors().items()}
     entry = {"declaration": neuron.to_json(), "describe": neuron.describe()}
     return {
         KEY: {**entry, "unsaid": "; ".join(unsaid), **({"tensors": tensors} if tensors else {})}
@@ -171,7 +171,8 @@ def _declared(entry: Mapping[str, Any]) -> Neuron:
     try:
         spec = entry["declaration"]
         names = json.loads(spec)["tensors"]
-        tensors = [torch.from_numpy(np.array(entry["tensors"][name])) for name in names]
+        arrays = [np.asarray(entry["tensors"][name], dtype=np.float32) for name in names]
+        tensors = [torch.from_numpy(array.copy()) for array in arrays]
         return Neuron.from_json(spec, tensors)
     except (KeyError, ValueError, TypeError) as error:
         raise UsageError(f"its metadata are no declaration: {error!r}") from error
