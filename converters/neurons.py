@@ -42,18 +42,36 @@ import torch
 from torch import nn
 
 from . import surrogates
-from .equations import POPULATION, SPIKES, Dynamics, Symbol, dynamics, exp, named, sigmoid, tanh
+from .equations import (
+    POPULATION,
+    SPIKES,
+    Dynamics,
+    Symbol,
+    dynamics,
+    exp,
+    named,
+    relu,
+    sigmoid,
+    tanh,
+)
 from .errors import UsageError
 from .surrogates import Surrogate
 
 __all__ = [
+    "CLIF",
+    "EIF",
     "IF",
+    "KLIF",
+    "LIAF",
     "LIF",
+    "QIF",
+    "RAF",
     "Alpha",
     "CubaLIF",
     "Dynamics",
     "Heaviside",
     "IFNode",
+    "Izhikevich",
     "LIFNode",
     "Lapicque",
     "Leaky",
@@ -62,10 +80,12 @@ __all__ = [
     "ParametricLIF",
     "ParametricLIFNode",
     "Readout",
+    "RescaledKLIF",
     "Synaptic",
     "dynamics",
     "exp",
     "named",
+    "relu",
     "sigmoid",
     "tanh",
 ]
@@ -174,9 +194,116 @@ def CubaLIF(  # noqa: N802
     return v + (r * syn - (v - v_rest)) / tau_mem, syn
 
 
+@dynamics
+def QIF(  # noqa: N802
+    v: Any, x: Any, *, tau: Any, v_rest: Any, v_c: Any, a_0: Any
+) -> Any:
+    """Quadratic integrate-and-fire, Gerstner et al., Neuronal Dynamics, eq. 5.2."""
+    return v + (x + a_0 * (v - v_rest) * (v - v_c)) / tau
+
+
+@dynamics
+def EIF(  # noqa: N802
+    v: Any, x: Any, *, tau: Any, v_rest: Any, theta_rh: Any, delta_T: Any
+) -> Any:
+    """Exponential integrate-and-fire, Gerstner et al., Neuronal Dynamics, eq. 5.6."""
+    return v + (x + v_rest - v + delta_T * exp((v - theta_rh) / delta_T)) / tau
+
+
+@dynamics(states={"w": "w_rest", "s": 0.0})
+def Izhikevich(  # noqa: N802
+    v: Any,
+    w: Any,
+    s: Any,
+    x: Any,
+    *,
+    tau: Any,
+    v_rest: Any,
+    v_c: Any,
+    a_0: Any,
+    w_rest: Any,
+    tau_w: Any,
+    a: Any,
+    b: Any,
+    factored: bool = False,
+) -> Any:
+    """QIF with an adaptation current w, which jumps by b at a spike.
+
+    Gerstner et al., Neuronal Dynamics, eq. 6.1 and 6.2 with 5.2; w follows the charged potential.
+    ``factored`` is the order of rounding of SpikingJelly 0.0.0.0.14.
+    """
+    w = w + b * s
+    h = v + (x + a_0 * (v - v_rest) * (v - v_c) - w) / tau
+    change = a * (h - v_rest) - w
+    return h, w + (1.0 / tau_w * change if factored else change / tau_w)
+
+
+@dynamics
+def KLIF(  # noqa: N802
+    v: Any, x: Any, *, k: Any, tau: Any, v_rest: Any, decay_input: bool = True
+) -> Any:
+    """LIF whose charge is scaled by a learned k and rectified, Jiang and Zhang 2023, arXiv:2302.09238."""
+    return relu(k * LIF.charge(v, x, tau=tau, v_rest=v_rest, decay_input=decay_input))
+
+
+@dynamics(states={"u": "v_rest", "s": 0.0})
+def RescaledKLIF(  # noqa: N802
+    v: Any,
+    u: Any,
+    s: Any,
+    x: Any,
+    *,
+    k: Any,
+    tau: Any,
+    v_rest: Any,
+    jump: Any,
+    decay_input: bool = True,
+    soft: bool = False,
+) -> Any:
+    """KLIF that takes k out of the potential again after firing; u is that potential before the reset.
+
+    The reset is part of the charge: to v_rest, or by ``jump``, the threshold, over k.
+    """
+    before = u - s * (jump / k) if soft else s * v_rest + (1.0 - s) * u
+    h = relu(k * LIF.charge(before, x, tau=tau, v_rest=v_rest, decay_input=decay_input))
+    return h, h / k
+
+
+@dynamics(states={"m": 0.0, "s": 0.0})
+def CLIF(v: Any, m: Any, s: Any, x: Any, *, tau: Any, jump: Any) -> Any:  # noqa: N802
+    """LIF whose soft reset grows with its recent firing, Huang et al. 2024, PMLR 235, eq. 6 to 9.
+
+    The reset, by ``jump``, the threshold, and by the complementary potential's sigmoid, is part of the
+    charge.
+    """
+    m = m + s
+    before = v - s * (jump + sigmoid(m))
+    h = before - before / tau + x
+    return h, m * sigmoid(h / tau)
+
+
+@dynamics(states={"u": 0.0})
+def RAF(v: Any, u: Any, x: Any, *, decay: Any, cos: Any, sin: Any) -> Any:  # noqa: N802
+    """Resonate-and-fire, Izhikevich 2001, Neural Networks 14, eq. 4: v + iu turns and decays.
+
+    x goes into u, which v follows at the next step; 0 x lets v have the input's shape at once.
+    """
+    charged = decay * (u * cos - v * sin) + x
+    return decay * (u * sin + v * cos) + 0.0 * x, charged
+
+
+@dynamics(states={"charged": 0.0})
+def LIAF(  # noqa: N802
+    v: Any, charged: Any, x: Any, *, tau: Any, v_rest: Any, decay_input: bool = True
+) -> Any:
+    """LIF that keeps its potential before the reset, for what fires it in analog, arXiv:2011.06176."""
+    h = LIF.charge(v, x, tau=tau, v_rest=v_rest, decay_input=decay_input)
+    return h, h
+
+
 @dynamics(potentials=())
 def Heaviside(v: Any, x: Any) -> Any:  # noqa: N802
-    """No memory: h = x, so that a neuron is a step function of its input."""
+    """No memory at all: h = x."""
     return x
 
 
@@ -362,13 +489,20 @@ class Neuron:
                 h_seq[t] = h
         return spikes, h_seq, state
 
+    @property
+    def starts(self) -> tuple[Any, ...]:
+        """The values of (v, *states) before the first step."""
+        declared = self.dynamics.states.values()
+        return (self.v_0, *(self.params[n] if isinstance(n, str) else n for n in declared))
+
     def initial(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The state before the first step, each part in the shape of x [N, ...]."""
-        if isinstance(self.v_0, torch.Tensor):
-            v = self.v_0.to(x).expand_as(x)
-        else:
-            v = torch.full_like(x, self.v_0)
-        return (v, *(torch.full_like(x, value) for value in self.dynamics.states.values()))
+        return tuple(
+            value.to(x).expand_as(x)
+            if isinstance(value, torch.Tensor)
+            else torch.full_like(x, value)
+            for value in self.starts
+        )
 
     def train_step(
         self,

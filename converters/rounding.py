@@ -93,7 +93,7 @@ _LOGIC = frozenset(
     }
 )
 #: Operators of a charge equation that torch has under their names; the others are Python's.
-_FUNCTIONS = frozenset({"div", "sigmoid", "exp", "tanh"})
+_FUNCTIONS = frozenset({"div", "relu", "sigmoid", "exp", "tanh"})
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from ..errors import Finding
-from .base import Reading, Source
+from .base import Memory, Read, Reading, Source
 from .native import Native
 from .snntorch import SnnTorch, isolated
 from .spikingjelly import SpikingJelly
 
 __all__ = [
     "SOURCES",
+    "Memory",
     "Reading",
     "Source",
     "copied",
@@ -39,11 +40,14 @@ def register(kind: type[nn.Module], read: Callable[[nn.Module], Reading]) -> Non
     _NATIVE.readers[kind] = read
 
 
-def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Reading | list[Finding]]]:
+def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Read]]:
     """Every module of the network that a source has something to say about."""
     for path, module in net.named_modules():
         for source in SOURCES:
             if (reading := source.read(module, path)) is not None:
+                part = reading.part if isinstance(reading, Reading) else ""
+                if part:
+                    path, module = f"{path}.{part}" if path else part, module.get_submodule(part)
                 yield path, module, _altered(module, path) or reading
                 break
 

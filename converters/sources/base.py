@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -25,8 +25,9 @@ class Reading:
         returns_state: Whether a call returns these after the spikes.
         gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
         restart: Names of its methods that return what to start from.
-        readout: For multi-step neurons that do not fire: what a call returns of the membrane potentials
-            [T, N, ...]. None for neurons that fire.
+        readout: For neurons that give no spikes: what a call returns of a state, [T, N, ...] or [N, ...].
+        state: Place of that state in the declared ones; the membrane potential is the first.
+        part: Name of the module's child that is the neuron, where the rest of it is plain arithmetic.
     """
 
     neuron: Neuron
@@ -36,6 +37,8 @@ class Reading:
     gain: torch.Tensor | None = None
     restart: tuple[str, ...] = ()
     readout: Callable[[torch.Tensor], Any] | None = None
+    state: int = 0
+    part: str = ""
 
     def spikes(self, output: Any) -> torch.Tensor:
         """The spikes, 0 and 1, in what a call returns."""
@@ -43,13 +46,28 @@ class Reading:
         return spikes if self.gain is None else spikes / self.gain
 
 
+@dataclass(frozen=True)
+class Memory:
+    """A layer that is no neuron and keeps values from step to step, which trace as they are.
+
+    Attributes:
+        step_mode: As in :class:`Reading`.
+    """
+
+    step_mode: Literal["s", "m"] = "m"
+
+
+#: What a source has to say about a module: what it is, or what stops it.
+Read: TypeAlias = "Reading | Memory | list[Finding]"
+
+
 class Source(Protocol):
     """One framework."""
 
     name: str
 
-    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
-        """The neuron; or what stops it; or None for a module that is no neuron of this source."""
+    def read(self, module: nn.Module, path: str) -> Read | None:
+        """The neuron or the memory; or what stops it; or None for a module that keeps no state."""
 
     def reset(self, module: nn.Module) -> None:
         """Put the module's own state back to its value before the first step."""

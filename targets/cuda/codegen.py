@@ -184,6 +184,7 @@ def _code(e: Expr, args: list[str], exact: bool) -> str:
         "sigmoid": f"tl.sigmoid({a})",
         "exp": f"tl.exp({a})",
         "tanh": f"2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
+        "relu": f"tl.where({a} < 0.0, 0.0, {a})",
         "where": f"tl.where({a}, {b}, {c})",
         "fire_ge": f"tl.where({a} >= {b}, 1.0, 0.0)",
         "fire_gt": f"tl.where({a} > {b}, 1.0, 0.0)",
@@ -294,8 +295,7 @@ class _Kernel:
     def initial(self, given: bool) -> None:
         """The state before the first step."""
         neuron = self.step.neuron
-        for i, name in enumerate(self.step.names):
-            value: Any = neuron.v_0 if i == 0 else neuron.dynamics.states[name]
+        for i, (name, value) in enumerate(zip(self.step.names, neuron.starts, strict=True)):
             if given:
                 self.text(f"q_{name} = {self.load('initial_ptr', f'{i} * N64')}")
             elif isinstance(value, Expr):

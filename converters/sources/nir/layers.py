@@ -84,19 +84,21 @@ class Cell(nn.Module):
         """Back to the state before the first step."""
         self._state: tuple[torch.Tensor, ...] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [N, ...] -> spikes [N, ...], with the membrane potential [N, ...] if they do not fire."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, ...] -> spikes [N, ...], or membrane potentials of neurons that do not fire."""
         first = self._state is None
         state = self.neuron.initial(x) if self._state is None else self._state
         spikes, self._state = self.neuron.single_step(x, state, 0 if first else 1)
-        return spikes if self._fires else (spikes, self._state[0])
+        return spikes if self._fires else self._state[0]
 
     @property
     def reading(self) -> Reading:
         """What the capture is told."""
-        if self._fires:
-            return Reading(self.neuron, "s")
-        return Reading(self.neuron, "s", states={"v": 0}, returns_state=True)
+        return Reading(self.neuron, "s", readout=None if self._fires else _membrane)
+
+
+def _membrane(v: torch.Tensor) -> torch.Tensor:
+    return v
 
 
 class Neurons(nn.Module):
@@ -127,9 +129,8 @@ class Neurons(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, N, ...] -> [T, N, ...], or a step of it in a loop."""
         gain = self.gain if self._gain is None else self._gain
-        y: Any = self.layer(x if self._gain == 1.0 else x * gain)
-        result: torch.Tensor = y[1] if isinstance(y, tuple) else y
-        return result
+        y: torch.Tensor = self.layer(x if self._gain == 1.0 else x * gain)
+        return y
 
 
 def build(unit: Unit, dt: float, stepwise: bool) -> nn.Module:
