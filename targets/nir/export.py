@@ -265,7 +265,7 @@ def _population(export: Exporter, x: Signal, neuron: Neuron, fires: bool) -> Sig
         node = continuous(neuron, x.shape, export.dt, fires)
     except (UsageError, ValueError) as error:
         raise NotInNir(
-            f"{neuron.describe()}: {error}",
+            f"{error}; the neuron is {neuron.describe()}",
             "use a neuron that NIR has, or another target",
         ) from error
     for reason in node.unsaid:
