@@ -10,7 +10,7 @@ samples expose semantics: on a grid that hits thresholds exactly, chosen step by
 threshold exactly or stay right below, negative drive, zeros, multiples of the threshold, and noise. What
 the target gives is compared with what the source's own module gives (for NIR, this project's reading of
 it, which its tests hold against NIR's definitions). "equal": no spike differs. "refused": with its
-reason, before anything runs. Anything else is a silent difference, and the exit code is 1.
+reason, before anything runs. "WRONG": a silent difference, or a failure; the exit code is 1.
 
 The releases of a framework are tried one at a time: run with each on the path and ``--keep``. lynxi-sim
 stores in float32 here. The target cuda runs on a GPU, or on the CPU under TRITON_INTERPRET=1.
@@ -59,6 +59,7 @@ STEPS, CHANNELS = 24, 12
 LONG = 128
 #: Neurons converted as one network, side by side.
 TOGETHER = 24
+VERDICTS = ("equal", "refused", "WRONG")
 #: What kind of probe the samples of an input are, in their order.
 SAMPLES = ("grid", "exact", "negative", "zeros", "multiples", "noise")
 
@@ -99,12 +100,13 @@ class Cell:
     fired: int = 0
     differing: int = 0
     refused: str = ""
+    failed: str = ""
 
     @property
     def verdict(self) -> str:
-        if self.refused:
-            return "refused"
-        return "differs" if self.differing else "equal"
+        if self.failed or self.differing:
+            return "WRONG"
+        return "refused" if self.refused else "equal"
 
 
 # Sources
@@ -415,14 +417,14 @@ def _fill(work: list[Work], targets: Sequence[str], mode: str) -> None:
     inputs = tuple(w.x for w in work)
     try:
         captured = capture(net, inputs)
-    except deploy.SpikeportError as error:
+    except Exception as error:
         for rest in _without(work, targets, error):
             _fill(rest, targets, mode)
         return
     for target in targets:
         try:
             outputs = run(captured, inputs, target, mode)
-        except deploy.SpikeportError as error:
+        except Exception as error:
             for rest in _without(work, [target], error):
                 _fill(rest, [target], mode)
             continue
@@ -430,23 +432,21 @@ def _fill(work: list[Work], targets: Sequence[str], mode: str) -> None:
             w.cells[target].differing = int((found != w.wanted).sum())
 
 
-def _without(
-    work: list[Work], targets: Sequence[str], error: deploy.SpikeportError
-) -> list[list[Work]]:
-    """What is left to do after a refusal, which is noted where it names its layers."""
+def _without(work: list[Work], targets: Sequence[str], error: Exception) -> list[list[Work]]:
+    """What is left to do after a refusal or a failure, which is noted where it names its layers."""
     refused = _places(error)
     if len(work) == 1:
         refused.setdefault(0, f"{type(error).__name__}: {error}")
-    for i, reason in refused.items():
-        for target in targets:
-            work[i].cells[target].refused = reason
+    meant = isinstance(error, deploy.SpikeportError)
+    for (i, reason), target in itertools.product(refused.items(), targets):
+        setattr(work[i].cells[target], "refused" if meant else "failed", reason)
     if refused:
         return [[w for i, w in enumerate(work) if i not in refused]]
     half = len(work) // 2  # it does not say which
     return [work[:half], work[half:]]
 
 
-def _places(error: deploy.SpikeportError) -> dict[int, str]:
+def _places(error: Exception) -> dict[int, str]:
     """The layers that the findings of an error name, with the first reason of each."""
     found: dict[int, str] = {}
     for f in getattr(error, "findings", ()):
@@ -504,19 +504,19 @@ def runnable(targets: Iterable[str]) -> list[str]:
 
 
 def table(found: Sequence[Cell]) -> str:
-    """A line for each neuron and reset: cells equal, refused and differing by target."""
+    """A line for each neuron and reset: cells equal, refused and wrong by target."""
     targets = [t for t in TARGETS if any(c.target == t for c in found)]
     lines = [
         f"{len(found)} cells: "
         + ", ".join(
             f"{count} {verdict}"
-            for verdict in ("equal", "refused", "differs")
-            if (count := sum(c.verdict == verdict for c in found)) or verdict == "differs"
+            for verdict in VERDICTS
+            if (count := sum(c.verdict == verdict for c in found)) or verdict == "WRONG"
         ),
         f"{sum(c.spikes for c in found):,} outputs compared, {sum(c.fired for c in found):,} of them "
         f"spikes, {sum(c.differing for c in found):,} differing",
         "",
-        "equal / refused / differing cells, by target",
+        "equal / refused / wrong cells, by target",
         "",
     ]
     groups = collections.defaultdict(list)
@@ -529,7 +529,7 @@ def table(found: Sequence[Cell]) -> str:
         counts = []
         for t in targets:
             own = [c.verdict for c in members if c.target == t]
-            shown = "/".join(str(own.count(v)) for v in ("equal", "refused", "differs"))
+            shown = "/".join(str(own.count(v)) for v in VERDICTS)
             counts.append(shown if own else "-")
         rows.append((*key, *counts))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -538,6 +538,9 @@ def table(found: Sequence[Cell]) -> str:
     ]
     refused = [(c.target, c.neuron, c.refused.partition("; the neuron is")[0]) for c in found]
     reasons = collections.Counter(reason for reason in refused if reason[2])
+    wrong = [c for c in found if c.verdict == "WRONG"]
+    if wrong:
+        lines += ["", "WRONG", *(f"  {c}" for c in wrong)]
     if reasons:
         lines += ["", "refused"]
         lines += [f"  {n:4}  {t}: {kind}: {why}" for (t, kind, why), n in sorted(reasons.items())]
@@ -560,16 +563,18 @@ def main() -> int:
     kept = []
     if args.keep and args.keep.is_file():
         kept = [Cell(**c) for c in json.loads(args.keep.read_text(encoding="utf-8"))]
+    anew = set(itertools.product({v.source for v in chosen}, targets, TIMES))
+    kept = [c for c in kept if (c.source, c.target, c.time) not in anew]
     for some in matrix(chosen, targets, TIMES):
         found += some
-    anew = {(c.source, c.target, c.time) for c in found}
-    found = [c for c in kept if (c.source, c.target, c.time) not in anew] + found
-    if args.keep:
-        args.keep.write_text(json.dumps([asdict(c) for c in found]), encoding="utf-8")
+        if args.keep:
+            cells_so_far = json.dumps([asdict(c) for c in kept + found])
+            args.keep.write_text(cells_so_far, encoding="utf-8")
+    found = kept + found
     on = "interpreted on the CPU" if os.environ.get("TRITON_INTERPRET") == "1" else "on a GPU"
     print(f"python {platform.python_version()}, torch {torch.__version__}, float32; cuda {on}")
     print(table(found))
-    return int(any(c.verdict == "differs" for c in found))
+    return int(any(c.verdict == "WRONG" for c in found))
 
 
 if __name__ == "__main__":

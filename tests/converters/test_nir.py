@@ -12,6 +12,7 @@ import nir
 import numpy as np
 import pytest
 import torch
+from nir_equations import interpret
 
 from spikeport import deploy
 from spikeport.converters.errors import CaptureError, Finding, UsageError
@@ -119,7 +120,7 @@ def drive(g: nir.NIRGraph, steps: int = 6, batch: int = 2) -> list[torch.Tensor]
     return [torch.from_numpy(eighths(steps, batch, *shape)) for shape in shapes]
 
 
-def equals(net: NirNetwork, g: nir.NIRGraph, interpret: Any, x: list[torch.Tensor]) -> None:
+def equals(net: NirNetwork, g: nir.NIRGraph, x: list[torch.Tensor]) -> None:
     found = net(*x)
     expected = interpret(g, DT, *(part.numpy() for part in x))
     found = found if isinstance(found, tuple) else (found,)
@@ -130,14 +131,14 @@ def equals(net: NirNetwork, g: nir.NIRGraph, interpret: Any, x: list[torch.Tenso
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_each_node_computes_its_equation(name: str, interpret: Any, tmp_path: Path) -> None:
+def test_each_node_computes_its_equation(name: str, tmp_path: Path) -> None:
     g = CHAINS[name]()
     x = drive(g)
     for source in (g, saved(g, tmp_path)):
-        equals(NirNetwork(source, DT), g, interpret, x)
+        equals(NirNetwork(source, DT), g, x)
 
 
-def test_time_constants_that_are_no_power_of_two(interpret: Any) -> None:
+def test_time_constants_that_are_no_power_of_two() -> None:
     g = chain((3,), (3,), nir.LI(full(0.7, 3), full(1.3, 3), full(0.2, 3)))
     (x,) = drive(g)
     expected = interpret(g, 0.1, x.numpy())[0]
@@ -181,14 +182,14 @@ def two_neurons() -> nir.NIRGraph:
 
 
 @pytest.mark.parametrize("make", [self_loop, two_neurons])
-def test_cycles_hold_what_the_neuron_gave_before(make: Any, interpret: Any, tmp_path: Path) -> None:
+def test_cycles_hold_what_the_neuron_gave_before(make: Any, tmp_path: Path) -> None:
     g = make()
     x = [part * 2 for part in drive(g, steps=8)]
     net = NirNetwork(saved(g, tmp_path), DT)
     if make is two_neurons:  # the Delay's own two steps are all that it delays
         g = graph(g.edges, **{**g.nodes, "d": nir.Delay(full(DT, 3))})
-    equals(net, g, interpret, x)
-    equals(net, g, interpret, [part.flip(0) for part in x])
+    equals(net, g, x)
+    equals(net, g, [part.flip(0) for part in x])
 
 
 @pytest.mark.parametrize(("target", "steps"), [("reference", 1), ("lynxi-sim", 3), ("onnx", 5)])
@@ -200,7 +201,7 @@ def test_cycles_convert(target: str, steps: int) -> None:
         assert torch.equal(expected, found)
 
 
-def test_subgraphs_are_their_nodes(interpret: Any, tmp_path: Path) -> None:
+def test_subgraphs_are_their_nodes(tmp_path: Path) -> None:
     flat = self_loop()
     inner = graph(flat.edges, **flat.nodes)
     nested = graph(
@@ -209,10 +210,10 @@ def test_subgraphs_are_their_nodes(interpret: Any, tmp_path: Path) -> None:
         rnn=inner,
         output=nir.Output(np.array([3])),
     )
-    equals(NirNetwork(saved(nested, tmp_path), DT), flat, interpret, drive(flat))
+    equals(NirNetwork(saved(nested, tmp_path), DT), flat, drive(flat))
 
 
-def test_sums_of_several_inputs_and_a_chain_convert(interpret: Any, tmp_path: Path) -> None:
+def test_sums_of_several_inputs_and_a_chain_convert(tmp_path: Path) -> None:
     g = graph(
         [("x", "w"), ("y", "a"), ("w", "a"), ("a", "li"), ("w", "li"), ("li", "output")],
         x=nir.Input(np.array([4])),
@@ -223,7 +224,7 @@ def test_sums_of_several_inputs_and_a_chain_convert(interpret: Any, tmp_path: Pa
         output=nir.Output(np.array([3])),
     )
     x, y = drive(g)
-    equals(NirNetwork(g, DT), g, interpret, [x, y])
+    equals(NirNetwork(g, DT), g, [x, y])
     program = deploy.convert(saved(g, tmp_path), (x, y), target="lynxi-sim", dtype="float32", dt=DT)
     assert torch.equal(program(x, y), NirNetwork(g, DT)(x, y))
 
@@ -383,11 +384,11 @@ def test_versions_and_nodes_that_are_not_known(tmp_path: Path) -> None:
     assert [f.rule for f in findings(file)] == ["nir-version", "nir-graph"]
 
 
-def test_nodes_named_as_torch_names_its_own(interpret: Any) -> None:
+def test_nodes_named_as_torch_names_its_own() -> None:
     flat = self_loop()
     names = {"a": "if", "w": "0 graph-x.forward", "input": "type", "output": "train."}
     nodes = {names[n]: node for n, node in flat.nodes.items()}
     renamed = graph([(names[a], names[b]) for a, b in flat.edges], **nodes)
     (x,) = drive(flat, steps=2)
-    equals(NirNetwork(renamed, DT), renamed, interpret, [x])
+    equals(NirNetwork(renamed, DT), renamed, [x])
     deploy.convert(renamed, (x,), "reference", dt=DT)

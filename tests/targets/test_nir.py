@@ -12,6 +12,7 @@ import nir
 import numpy as np
 import pytest
 import torch
+from nir_equations import interpret
 from torch import nn
 
 from spikeport import deploy
@@ -121,9 +122,7 @@ def declared() -> list[tuple[str, Neuron]]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_declared_neuron_comes_back_as_it_was(
-    name: str, interpret: Any, tmp_path: Path
-) -> None:
+def test_every_declared_neuron_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     """By its metadata; and by the file's plain fields, where these say it all, in NumPy too."""
     for neuron in (neuron for kind, neuron in declared() if kind == name):
         node = continuous(neuron, (5,), DT)
@@ -154,7 +153,7 @@ def test_neurons_of_all_kinds_in_a_network(tmp_path: Path) -> None:
 SHORT = GRID[:6]
 
 
-def test_readouts_come_back(interpret: Any, tmp_path: Path) -> None:
+def test_readouts_come_back(tmp_path: Path) -> None:
     kinds = {
         "li": Readout(neurons.LIF, tau=2.0, v_rest=0.25),
         "i": Readout(neurons.IF),
