@@ -11,7 +11,7 @@ OLDEST := $(FRAMEWORKS)/spikingjelly-0.0.0.0.12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all lint types bench conformance clean
 
 demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 test images
 	$(BIN)/python examples/deploy_fashion_mnist.py
@@ -46,6 +46,15 @@ $(VENV)/.installed: pyproject.toml
 	$(PIP) "$(TORCH)"
 	$(PIP) -e .
 	touch $@
+
+# Thousands of cells; the releases of a framework one at a time, CUDA kernels interpreted on the CPU.
+CONFORMANCE := TRITON_INTERPRET=1 $(BIN)/python benchmarks/conformance.py --keep build/conformance.json
+conformance: $(VENV)/.tested  ## every source's neurons on every target, spike for spike
+	mkdir -p build
+	PYTHONPATH=$(NEWEST) $(CONFORMANCE) > build/conformance.txt
+	PYTHONPATH=$(OLDEST) $(CONFORMANCE) --source spikingjelly > build/conformance.txt
+	PYTHONPATH=$(OLDER) $(CONFORMANCE) --source spikingjelly snntorch > build/conformance.txt
+	cat build/conformance.txt
 
 # The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.
 # Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.

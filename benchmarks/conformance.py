@@ -437,7 +437,7 @@ def _without(work: list[Work], targets: Sequence[str], error: Exception) -> list
     refused = _places(error)
     if len(work) == 1:
         refused.setdefault(0, f"{type(error).__name__}: {error}")
-    meant = isinstance(error, deploy.SpikeportError)
+    meant = isinstance(error, (deploy.FindingsError, deploy.UsageError))
     for (i, reason), target in itertools.product(refused.items(), targets):
         setattr(work[i].cells[target], "refused" if meant else "failed", reason)
     if refused:
