@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One process a core, each with one thread of torch's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all lint types bench conformance clean
 
 demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 test images
 	$(BIN)/python examples/deploy_fashion_mnist.py
@@ -50,6 +50,15 @@ $(VENV)/.installed: pyproject.toml
 	$(PIP) "$(TORCH)"
 	$(PIP) -e .
 	touch $@
+
+# Thousands of cells; the releases of a framework one at a time, CUDA kernels interpreted on the CPU.
+CONFORMANCE := TRITON_INTERPRET=1 $(BIN)/python benchmarks/conformance.py --keep build/conformance.json
+conformance: $(VENV)/.tested  ## every source's neurons on every target, spike for spike
+	mkdir -p build
+	PYTHONPATH=$(NEWEST) $(CONFORMANCE) > build/conformance.txt
+	PYTHONPATH=$(OLDEST) $(CONFORMANCE) --source spikingjelly > build/conformance.txt
+	PYTHONPATH=$(OLDER) $(CONFORMANCE) --source spikingjelly snntorch > build/conformance.txt
+	cat build/conformance.txt
 
 # The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.
 # Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.

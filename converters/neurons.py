@@ -67,6 +67,7 @@ __all__ = [
     "QIF",
     "RAF",
     "Alpha",
+    "CubaLIF",
     "Dynamics",
     "Heaviside",
     "IFNode",
@@ -178,6 +179,19 @@ def Alpha(  # noqa: N802
     if subtract:
         return h + syn_inh * s, exc - jump * s, inh - inh * s
     return h, exc, inh
+
+
+@dynamics(states={"syn": 0.0}, potentials=("v_rest",))
+def CubaLIF(  # noqa: N802
+    v: Any, syn: Any, x: Any, *, tau_syn: Any, tau_mem: Any, r: Any, v_rest: Any
+) -> Any:
+    """LIF driven through a resistance r by a current that decays, time constants in time steps.
+
+    NIR's equation, Pedersen et al. 2024, Nature Communications 15:8122, by forward Euler with a step
+    of 1, the current first.
+    """
+    syn = syn + (x - syn) / tau_syn
+    return v + (r * syn - (v - v_rest)) / tau_mem, syn
 
 
 @dynamics
@@ -370,6 +384,9 @@ class Neuron:
                 raise UsageError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         if self.reset_at == "ahead" and self.reset == "hard":
             raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
+
+    def __copy__(self) -> Neuron:
+        return self  # it is frozen
 
     def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
         """The state after charging, v as h."""
@@ -646,6 +663,14 @@ class Node(_Layer):
         )
         self.surrogate = ATan() if surrogate is None else surrogate
         self.detach_reset = detach_reset
+
+    @classmethod
+    def of(cls, neuron: Neuron) -> Node:
+        """A layer of a population that is declared already."""
+        node = Node.__new__(Node)
+        _Layer.__init__(node, neuron)
+        node.surrogate, node.detach_reset = ATan(), False
+        return node
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> spikes [T, N, ...]."""

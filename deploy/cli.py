@@ -49,8 +49,8 @@ Results go to standard output, all else to standard error. With --json there is 
 standard output, also for an error: {"error": its kind, "message": ..., "findings": [...]}.
 """
 _NET_EPILOG = """\
-NET is path/to/file.py:Class or package.module:Class; a function that returns the network will do; conv,
-fc and leaky are those in examples/:
+NET is path/to/file.py:Class or package.module:Class (a function that returns the network will do), or
+path/to/file.nir; conv, fc and leaky are those in examples/:
   spikeport check examples/conv_fashion_mnist.py:CSNN --arg T=4 --arg channels=32 \\
       --checkpoint checkpoint_max.pth --key net --input 16,1,28,28 --target lynxi
 

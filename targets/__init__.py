@@ -33,6 +33,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "ipu-sim": _made(".ipu.target", "Ipu", simulated=True),
     "lynxi": _made(".lynxi", "Lynxi", simulated=False),
     "lynxi-sim": _made(".lynxi", "Lynxi", simulated=True),
+    "nir": _made(".nir", "Nir"),
     "onnx": _made(".onnx", "Onnx"),
     "reference": _made(".reference", "Reference"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,20 @@ def write(program: Program, directory: Path) -> tuple[str, ...]:
     """Write a program's graph and weights; the names of the files."""
     graph = json.dumps(graph_to_data(program.graph), indent=1)
     (directory / _GRAPH).write_text(graph, encoding="utf-8")
-    tensors = {name: t.contiguous() for name, t in program.tensors.items()}
-    save_file(tensors, directory / _WEIGHTS)
+    save_file(separate(program.tensors), directory / _WEIGHTS)
     return _GRAPH, _WEIGHTS
+
+
+def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors takes them: contiguous, none a part of another."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return apart
 
 
 def read(directory: Path) -> fx.GraphModule:
