@@ -16,6 +16,7 @@ from .fold_constants import fold_constants
 from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
 from .reroll_time import reroll_time
+from .step_time import step_time
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -29,4 +30,5 @@ __all__ = [
     "hoist_time_invariant",
     "lower_neurons",
     "reroll_time",
+    "step_time",
 ]
