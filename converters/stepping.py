@@ -70,10 +70,12 @@ class Stepping:
 
     def gather(self, steps: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """The outputs of a call out of those of its steps."""
-        return [
-            parts[-1] if d is None else torch.stack(parts, d)
-            for parts, d in zip(map(list, zip(*steps, strict=True)), self.outputs, strict=True)
-        ]
+        return [self.join(i, parts) for i, parts in enumerate(zip(*steps, strict=True))]
+
+    def join(self, index: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One output of a call out of those of its steps."""
+        d = self.outputs[index]
+        return parts[-1] if d is None else torch.stack(list(parts), d)
 
     def cast(self, dtypes: Sequence[torch.dtype]) -> Stepping:
         """The same with its states in these dtypes."""

@@ -417,7 +417,7 @@ class _StepTime(Builder):
             self.calls[key] = self._layer(site, drive, n)
         call = self.calls[key]
         if n.target is NEURON:
-            node = self._spikes(call, path)
+            node = self.call(operator.getitem, call, 0, path=path)
         else:
             state = self.call(operator.getitem, call, 1, path=path)
             kept = self.call(aten.select.int, state, 0, n.args[5], path=path)
@@ -468,15 +468,19 @@ class _StepTime(Builder):
         self.after[len(self.after) - len(parts) :] = [
             self.call(aten.select.int, after, 0, i, path=path) for i in range(len(parts))
         ]
-        spikes = self._spikes(call, path)
+        spikes = self.call(operator.getitem, call, 0, path=path)
         self.sites[site.name] = replace(
             site, T=1, layout="step", drives=(x.name,), spikes=(spikes.name,)
         )
         return call
 
-    def _spikes(self, call: Node, path: str) -> Node:
-        found = [u for u in call.users if u.target is operator.getitem and u.args[1] == 0]
-        return found[0] if found else self.call(operator.getitem, call, 0, path=path)
+    def call(self, target: Any, *args: Any, path: str, **kwargs: Any) -> Node:
+        """A call; the spikes and the state of a layer's step are taken out of it once."""
+        if target is operator.getitem:
+            for user in args[0].users:
+                if user.target is target and user.args[1] == args[1]:
+                    return user
+        return super().call(target, *args, path=path, **kwargs)
 
     @staticmethod
     def _fires_at_once(neuron: Neuron) -> bool:
