@@ -437,15 +437,29 @@ class Program:
             substitute: Spikes [T, N, ...] by site, to go on with in place of those computed.
             observe: Called with each node and its value, at every step.
         """
+        stepped = self.stepping is not None
+
+        def run(t: int, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            spikes = substitute
+            if spikes is not None and stepped:
+                spikes = {name: s[t] for name, s in spikes.items()}
+            with torch.no_grad():
+                return list(Executor(self, spikes, observe).run(*given))
+
+        return self.run_by(run, inputs)
+
+    def run_by(
+        self,
+        run: Callable[[int, Sequence[torch.Tensor]], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """As :meth:`run`, by a function that runs the graph: of (t, its inputs) to its outputs."""
         if self.stepping is None:
-            executor = Executor(self, substitute, observe)
-            with torch.no_grad():
-                return list(executor.run(*self.flat_inputs(inputs)))
-        state, found = self.initial_state(), []
+            return list(run(0, self.flat_inputs(inputs)))
+        state: Sequence[torch.Tensor] = self.initial_state()
+        found = []
         for t, now in enumerate(self.stepping.split(inputs)):
-            given = None if substitute is None else {n: s[t] for n, s in substitute.items()}
-            with torch.no_grad():
-                results = Executor(self, given, observe).run(*self.flat_inputs(now), *state)
+            results = run(t, [*self.flat_inputs(now), *state])
             found.append(results[: len(self.outputs)])
             state = results[len(self.outputs) :]
         return self.stepping.gather(found)

@@ -53,9 +53,11 @@ class Stepping:
         """The inputs of each step out of those of a call.
 
         Raises:
-            UsageError: Their numbers of steps differ, or are 0.
+            UsageError: Their numbers of steps differ, or are 0; or they are not as many as they should be.
         """
-        pairs = list(zip(inputs, self.inputs, strict=False))
+        if len(inputs) != len(self.inputs):
+            raise UsageError(f"{len(inputs)} inputs given, {len(self.inputs)} wanted")
+        pairs = list(zip(inputs, self.inputs, strict=True))
         counts = {x.shape[d] for x, d in pairs if d is not None and x.dim() > d}
         if len(counts) > 1 or 0 in counts:
             raise UsageError(
