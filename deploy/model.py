@@ -251,6 +251,10 @@ class Model:
         self._samples = samples
         return self._nest(outputs)
 
+    def steps(self, *inputs: torch.Tensor) -> int:
+        """How many steps a call with these inputs takes; 0 if the network is not stepped."""
+        return 0 if self._stepping is None else len(self._stepping.split(inputs))
+
     def reset(self) -> None:
         """Go back to the state before the first step."""
         self._state, self._samples = self._initial(), None
