@@ -103,9 +103,7 @@ class Bounds(fx.Interpreter):
         self._wanted = self._ancestors(program)
         self._found: dict[str, list[torch.Tensor]] = defaultdict(list)
         states = list(program.nodes("placeholder"))[len(program.inputs) :]
-        carried: list[_Pair] = [
-            (s.float(), torch.zeros(s.shape)) for s in program.initial_state()
-        ]
+        carried: list[_Pair] = [(s.float(), torch.zeros(s.shape)) for s in program.initial_state()]
         stepping = program.stepping
         for t, now in enumerate([example] if stepping is None else stepping.split(example)):
             self._spikes = {n: s if stepping is None else s[t] for n, s in spikes.items()}

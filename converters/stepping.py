@@ -82,6 +82,4 @@ class Stepping:
     def cast(self, dtypes: Sequence[torch.dtype]) -> Stepping:
         """The same with its states in these dtypes."""
         pairs = zip(self.states, dtypes, strict=True)
-        return replace(
-            self, states=tuple(State(s.name, s.initial.to(dtype)) for s, dtype in pairs)
-        )
+        return replace(self, states=tuple(State(s.name, s.initial.to(dtype)) for s, dtype in pairs))

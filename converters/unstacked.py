@@ -204,7 +204,9 @@ class _Unstack:
                 sizes = self._without_time(made, target, axis)
                 if sizes == list(shape(x.node)):
                     return made
-                return replace(made, node=self.build.call(ops.RESHAPE, x.node, sizes, path=self.path))
+                return replace(
+                    made, node=self.build.call(ops.RESHAPE, x.node, sizes, path=self.path)
+                )
             passed *= size
         raise self._mixes("with time split over dimensions")
 

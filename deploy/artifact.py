@@ -178,7 +178,7 @@ class Artifact:
         return (
             f"{self.path}: {m['source']['class']} for {m['target']}, {sdk}, "
             + ("stepped, " if m.get("stepping") else f"T={m['T']}, ")
-            +             f"batch={m['batch']}, {m['dtype']}{found}"
+            + f"batch={m['batch']}, {m['dtype']}{found}"
         )
 
 
@@ -456,7 +456,9 @@ def _record(
     """Write a few inputs with the outputs expected for them, from the device if there is one."""
     calls = program.examples[:_MOST_SAMPLES]
     states = manifest["stepping"]["states"] if program.stepping else []
-    ports = [tuple(map(Port.from_dict, [*manifest[side], *states])) for side in ("inputs", "outputs")]
+    ports = [
+        tuple(map(Port.from_dict, [*manifest[side], *states])) for side in ("inputs", "outputs")
+    ]
     device = sdk.devices[0] if sdk.devices else 0
     loaded: Loaded | None = None
     try:

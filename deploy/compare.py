@@ -294,9 +294,7 @@ class _Spikes:
     def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
         if self._programs is None:
             captured = capture(self._net, (x,))
-            program = rewrite_for(
-                captured, self._model.target, self._model.dtype, self._model.time
-            )
+            program = rewrite_for(captured, self._model.target, self._model.dtype, self._model.time)
             # The device rounds to its own type, whatever the graph's is.
             arithmetic = registry.get(self._model.target).capabilities.arithmetic
             self._programs = captured, replace(program, dtype=arithmetic or program.dtype)

@@ -133,7 +133,8 @@ class Model:
         self._stepping, self._states = _stepping(path, manifest)
         self._main = self._load("device", self.outputs)
         self._probe: Loaded | None = None
-        self.reset()
+        self._state: list[torch.Tensor] = self._initial()
+        self._samples: int | None = None
 
     def _load(self, part: str, outputs: Sequence[Port]) -> Loaded:
         given, taken = (*self.inputs, *self._states), (*outputs, *self._states)
@@ -297,8 +298,8 @@ class Model:
     def _stepped(self, what: str) -> Stepping:
         if self._stepping is None:
             raise UsageError(
-                f"{self._path} runs all {self.T} time steps in one call and has no {what}; call the model, or "
-                'convert with time="stepped" (--time stepped)'
+                f"{self._path} runs all {self.T} time steps in one call and has no {what}; call "
+                'the model, or convert with time="stepped" (--time stepped)'
             )
         return self._stepping
 
@@ -409,9 +410,7 @@ class Model:
         self.close()
 
 
-def _stepping(
-    path: Path, manifest: Mapping[str, Any]
-) -> tuple[Stepping | None, tuple[Port, ...]]:
+def _stepping(path: Path, manifest: Mapping[str, Any]) -> tuple[Stepping | None, tuple[Port, ...]]:
     """How a stepped artifact's steps make up a call, and the ports of its states."""
     data = manifest.get("stepping")
     if data is None:

@@ -109,9 +109,7 @@ def _holds_state(n: Node) -> bool:
             u.target is aten.stack.default and _holds_state(u) for u in n.users
         )
     if n.target is aten.stack.default:
-        return bool(n.users) and all(
-            u.target is NEURON_STEP and u.args[1] is n for u in n.users
-        )
+        return bool(n.users) and all(u.target is NEURON_STEP and u.args[1] is n for u in n.users)
     if n.target is operator.getitem:
         return n.args[0].target is NEURON_STEP and n.args[1] == 1
     return state_of(n) is not None

@@ -94,10 +94,11 @@ def run_call(
     ports, stepping = manifest["outputs"] + states(manifest), manifest["stepping"]
     if not stepping:
         return run(model, device, inputs, ports)
-    times = [x.shape[d] for x, d in zip(inputs, stepping["inputs"]) if d is not None]
+    times = stepping["inputs"]
+    counts = [inputs[i].shape[d] for i, d in enumerate(times) if d is not None]
     found = []
-    for t in range(times[0] if times else stepping["steps"]):
-        now = [x if d is None else x.take(t, d) for x, d in zip(inputs, stepping["inputs"])]
+    for t in range(counts[0] if counts else stepping["steps"]):
+        now = [inputs[i] if d is None else inputs[i].take(t, d) for i, d in enumerate(times)]
         results = run(model, device, now + state, ports)
         found.append(results)
         state = results[len(manifest["outputs"]) :]
