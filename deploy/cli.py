@@ -188,7 +188,7 @@ def _check(args: argparse.Namespace) -> int:
     from .pipeline import check
 
     net, inputs = _network(args)
-    findings = check(net, inputs, args.target, args.dtype)
+    findings = check(net, inputs, args.target, args.dtype, time=args.time)
     document = {"ok": not findings.errors, "findings": [f.to_dict() for f in findings]}
     _report(args, findings, document)
     return FOUND if findings.errors else OK
@@ -201,7 +201,7 @@ def _show(args: argparse.Namespace) -> int:
 
     net, inputs = _network(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    found = steps(net, inputs, args.target, dtype)
+    found = steps(net, inputs, args.target, dtype, args.time)
     names = [step.report.name for step in found]
     if args.only is not None:
         if args.only not in names:
@@ -224,7 +224,9 @@ def _compile(args: argparse.Namespace) -> int:
     net, inputs = _network(args)
     with _progress(total=2, unit="step") as bar:
         bar.set_description("convert and verify" if args.verify else "convert")
-        program = convert(net, inputs, args.target, dtype=args.dtype, verify=args.verify)
+        program = convert(
+            net, inputs, args.target, dtype=args.dtype, time=args.time, verify=args.verify
+        )
         bar.update()
         bar.set_description("compile")
         made = artifact.compile(
@@ -275,12 +277,13 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
     from .compare import predictions
 
     dataset = data.load(args.data, limit=args.limit)
-    parts, seconds = [], 0.0
+    parts, seconds, steps = [], 0.0, 0
     with found.load(args.device) as model, _progress(len(dataset), "sample") as bar:
         for x, _ in dataset.loader(model.batch):
             start = time.perf_counter()
             outputs = model(x)
             seconds += time.perf_counter() - start
+            steps += model.steps(x)
             parts.append(predictions(outputs))
             bar.update(len(x))
     predicted = torch.cat(parts)
@@ -292,6 +295,8 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
         f"{dataset.name}: {right} of {len(dataset)} right, accuracy {right / len(dataset):.2%}",
         f"throughput: {speed:.1f} samples/s{whose}",
     ]
+    if steps:
+        lines.append(f"stepped: {1000 * seconds / steps:.3f} ms a step{whose}")
     if args.save is not None:
         _save(args.save, predicted, dataset.y)
         lines.append(f"predictions: {args.save}")
@@ -301,6 +306,7 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
         "samples": len(dataset),
         "accuracy": right / len(dataset),
         "throughput": speed,
+        "step_seconds": seconds / steps if steps else None,
         "simulated": simulated,
         "predictions": predicted.tolist(),
     }
@@ -620,6 +626,13 @@ def _net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
         )
         parser.add_argument(
             "--dtype", choices=["float16", "float32"], help="default: the target's own"
+        )
+        parser.add_argument(
+            "--time",
+            choices=["unrolled", "stepped"],
+            default="unrolled",
+            help="all time steps in one call (unrolled), or one step with its states as further inputs "
+            "and outputs (stepped)",
         )
 
 
