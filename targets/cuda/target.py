@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
 from ...converters.ops import aten
 from ...converters.passes import (
     Pass,
@@ -85,6 +85,23 @@ class Cuda:
             raise UsageError(f"the cuda target computes in float32 or float16, not in {dtype}")
         return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
 
+    def inspect(self, program: Program) -> Iterator[Finding]:
+        """The neurons for which no kernel can be written."""
+        for site in program.sites:
+            reads = tuple((name, _ANY_READ) for name in site.neuron.tensors())
+            spec = Spec(site.neuron.to_json(), reads, _SURROGATE, detach_reset=False, steps=1)
+            try:
+                forward_source(spec, Forward())
+            except UsageError as error:
+                yield Finding(
+                    rule="kernel",
+                    where=site.name,
+                    target=self.name,
+                    found=f"{site.neuron.describe()}: {error}",
+                    allowed="equations of plain arithmetic, exp, tanh and sigmoid",
+                    fix="write the equation with those, or use the target reference",
+                )
+
     def sdk(self) -> SDK:
         """PyTorch with its CUDA version; the device ids are those of torch."""
         if kernels.interpreted():
@@ -126,7 +143,6 @@ class Cuda:
         chosen = {**_OPTIONS, **options}
         if not isinstance(chosen["graph"], bool):
             raise UsageError(f"graph is {chosen['graph']!r}; allowed: True, False")
-        _check_kernels(program)
         settings = json.dumps({**chosen, "memory": memory(program)})
         (directory / _SETTINGS).write_text(settings, encoding="utf-8")
         return Compiled(chosen, (*graphs.write(program, directory), _SETTINGS))
@@ -148,24 +164,6 @@ class Cuda:
         if on.type == "cpu" or not settings["graph"]:
             return _Launched(module, on, settings["memory"])
         return _Captured(module, on, settings["memory"], inputs)
-
-
-def _check_kernels(program: Program) -> None:
-    """Every neuron has a kernel.
-
-    Raises:
-        CompileError: Some have none; each is named with the reason.
-    """
-    wrong = []
-    for site in program.sites:
-        reads = tuple((name, _ANY_READ) for name in site.neuron.tensors())
-        spec = Spec(site.neuron.to_json(), reads, _SURROGATE, detach_reset=False, steps=1)
-        try:
-            forward_source(spec, Forward())
-        except UsageError as error:
-            wrong.append(f"{site.name} ({site.neuron.describe()}): {error}")
-    if wrong:
-        raise CompileError("no kernel can be written for " + "; ".join(wrong))
 
 
 def _device(number: int) -> torch.device:

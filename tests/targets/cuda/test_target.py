@@ -12,9 +12,9 @@ from torch import nn
 
 from spikeport import deploy
 from spikeport.converters.errors import (
-    CompileError,
     DeviceError,
     TargetUnavailableError,
+    UnsupportedError,
     UsageError,
 )
 from spikeport.converters.neurons import IFNode, LIFNode, Node, dynamics
@@ -202,7 +202,7 @@ def test_a_device_that_is_not_there(artifact) -> None:
         deploy.load(artifact, device=99)
 
 
-def test_a_neuron_without_a_kernel_is_named(tmp_path) -> None:
+def test_a_neuron_without_a_kernel_is_named() -> None:
     @dynamics
     def Cubed(v: Any, x: Any) -> Any:  # noqa: N802
         return v + (x * x + 1.0) ** 1.5
@@ -215,9 +215,13 @@ def test_a_neuron_without_a_kernel_is_named(tmp_path) -> None:
         def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
             return self.second(self.first(x_seq))
 
-    program = deploy.convert(Odd(), (torch.rand(T, N, 3),), target="cuda", verify=False)
-    with pytest.raises(CompileError, match=r"(?s)first \(Cubed.*powers.*second \(Cubed"):
-        deploy.compile(program, tmp_path / "a", cache=False)
+    x = torch.rand(T, N, 3)
+    found = deploy.check(Odd(), (x,), ["cuda"])
+    assert [f.where for f in found.errors] == ["first", "second"]
+    assert "Cubed" in found.errors[0].found
+    assert "powers" in found.errors[0].found
+    with pytest.raises(UnsupportedError, match=r"(?s)first.*Cubed.*powers.*second.*Cubed"):
+        deploy.convert(Odd(), (x,), target="cuda")
 
 
 def test_no_gpu(artifact, monkeypatch) -> None:
