@@ -92,6 +92,11 @@ class SNN(nn.Module):
         return out, F.cross_entropy(out, y)
 
 
+# Kept: an operator whose library is gone breaks torch.export in later tests.
+LIBRARY = torch.library.Library("spikeport_test", "DEF")
+LIBRARY.define("twice(Tensor x) -> Tensor")
+LIBRARY.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+
 X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
 
 
@@ -392,9 +397,6 @@ def test_torchscript_is_traced() -> None:
 
 
 def test_operators_of_others_are_refused() -> None:
-    library = torch.library.Library("spikeport_test", "DEF")
-    library.define("twice(Tensor x) -> Tensor")
-    library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
     with pytest.raises(poptorch.Error, match=r"Unsupported ops found.*\[spikeport_test::twice\]"):
         poptorch.inferenceModel(torch.ops.spikeport_test.twice)(X)
 
