@@ -173,6 +173,8 @@ def test_apply_is_torchs_own_after_a_trace() -> None:
         lambda x: x * float(x[0, 0]),
         lambda x: x[: int(x.abs().sum())],
         lambda x: x + torch.tensor(x.sum().tolist()),
+        lambda x: torch.full((2,), x.sum()),  # read inside of the function
+        lambda x: x[: x.sum().int()],
     ],
 )
 def test_values_do_not_reach_python(read: Any) -> None:
@@ -197,11 +199,37 @@ def test_reading_a_buffer_is_a_warning_or_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "op", [lambda x: x.nonzero(), lambda x: x.masked_select(x > 0), torch.unique]
+    "op",
+    [
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: torch.unique(x, sorted=True),
+        lambda x: x[x > 0],
+        lambda x: x[x[:, 0] > 0],
+        lambda x: torch.where(x > 0),
+        lambda x: x.repeat_interleave((x[:, 0] > 0).int(), 0),
+        lambda x: F.one_hot((x[:, 0] > 0).long()),
+    ],
 )
 def test_shapes_do_not_depend_on_data(op: Any) -> None:
-    with pytest.raises(poptorch.Error, match="shapes are static"):
+    with pytest.raises(poptorch.Error, match="the shape of its result depends on the data"):
         poptorch.inferenceModel(op)(X)
+
+
+def test_shapes_that_are_known() -> None:
+    mask = torch.tensor([True, False, True, False])
+
+    def forward(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        y = x.clone()
+        y[y > 0] = 0
+        chosen = torch.where(x > 0, x, y)
+        return chosen, x[:, mask], x[i], F.one_hot(i, 6), x.repeat_interleave(2, 0)
+
+    model = poptorch.inferenceModel(forward)
+    i = torch.tensor([1, 0, 5])
+    for x in (X, -X):
+        for out, wanted in zip(model(x, i), forward(x, i), strict=True):
+            assert torch.equal(out, wanted.to(out.dtype))
 
 
 def test_buffers_are_not_reassigned() -> None:
