@@ -178,7 +178,6 @@ class Tracer(TorchFunctionMode):
         given = list(tensors((args, kwargs)))
         if name in _READS:
             self._read(_READS[name], given)
-            self._given = []
             return func(*args, **kwargs)
         if name in _GRADIENTS and (given or func is torch.autograd.grad):
             self._problem(
@@ -194,7 +193,9 @@ class Tracer(TorchFunctionMode):
         before = torch.get_rng_state()
         self._given = [] if name in _CHECKING else given
         try:
-            func, result = in_device_precision(func, args, kwargs, name)
+            # Not around all of forward: constructors of tensor subclasses cannot run in such a mode.
+            with _HiddenReads(self):
+                func, result = in_device_precision(func, args, kwargs, name)
         except IndexError as error:
             raise on_device(error, self._qualified(name)) from error
         made = list(tensors(result))
@@ -499,7 +500,6 @@ class Tracer(TorchFunctionMode):
                 torch.autograd.graph.saved_tensors_hooks(self.save, lambda value: value)
             )
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_HiddenReads(self))
             stack.enter_context(self)
             for holder, attribute in _UNCALLED:
                 stack.enter_context(self._seeing(holder, attribute))

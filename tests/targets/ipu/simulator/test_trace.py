@@ -404,6 +404,16 @@ def test_identity_loss_seeds_ones() -> None:
         assert float(net.w.detach()) == pytest.approx(-wanted)
 
 
+def test_subclasses_of_tensors_are_made_in_a_forward() -> None:
+    class Flagged(Tensor):  # as snntorch-ipu's initial states
+        flag = True
+
+    def forward(x: Tensor) -> Tensor:
+        return x + 1 if hasattr(Flagged(), "flag") else x
+
+    assert torch.equal(poptorch.inferenceModel(forward)(X), X + 1)
+
+
 def test_zero_sized_tensors() -> None:
     with pytest.raises(
         poptorch.Error, match=r"Zero-sized tensors are unsupported \(Got shape \[0\]"
