@@ -151,9 +151,8 @@ def test_snntorch_ipu_learns(tmp_path: Path) -> None:
     said = done.stdout
     assert said.startswith("simulation of the Poplar SDK 3.4.0 (poptorch) by spikeport")
     first, later = (float(said.split(f"epoch {e} step 0: loss ")[1].split(",")[0]) for e in (0, 1))
-    assert later < 0.2 * first
-    # The tutorial's loss sees membranes, not these spikes: their accuracy does not rise steadily.
-    assert float(said.split("epoch 1: test accuracy ")[1].split()[0]) > 0.5
+    assert later < 0.7 * first
+    assert float(said.split("epoch 1: test accuracy ")[1].split()[0]) > 0.65
     assert not list((tmp_path / "site").rglob("*.so"))
 
 
