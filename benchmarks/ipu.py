@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import platform
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -367,78 +368,93 @@ def _distance(a: nn.Module, b: nn.Module) -> float:
 # Speed
 
 
-def speed(steps: int = 8, turns: int = 5) -> str:
+def speed(steps: int = 4, turns: int = 7) -> str:
     """Seconds of a training step, the plain torch loop and the simulator taking turns."""
+    from snntorch import functional
+
     images = data.load("fashion-mnist", split="train", limit=128 * steps)
     torch.manual_seed(0)
     net = build("leaky")
-    torch_net = copy.deepcopy(net).train()
-    optimizer = torch.optim.Adam(torch_net.parameters(), lr=1e-3)
-    from snntorch import functional
+    plain = copy.deepcopy(net).train()
+    optimizer, loss = torch.optim.Adam(plain.parameters(), lr=1e-3), functional.ce_count_loss()
+    trainer = ipu.trainer(ipu.training_module(net), lr=1e-3, simulator=True)
+    batches = [*images.loader(128)]
 
-    loss_function = functional.ce_count_loss()
-    trainer = ipu.trainer(ipu.training_module(net), lr=1e-3, betas=(0.9, 0.999), simulator=True)
-    batches = [(x.flatten(1).reshape(-1, 1, 28, 28), y) for x, y in images.loader(128)]
-
-    def plain() -> None:
+    def torch_loop() -> None:
         for x, y in batches:
             optimizer.zero_grad()
-            loss_function(torch_net(x), y).backward()
+            loss(plain(x), y).backward()
             optimizer.step()
 
     def simulated() -> None:
         for x, y in batches:
             trainer.step(x, y)
 
-    times: dict[str, list[float]] = {"plain torch loop": [], "ipu-sim": []}
-    simulated()  # compiles
-    plain()
-    for _ in range(turns):
-        for name, run in zip(times, (plain, simulated), strict=True):
-            start = time.process_time(), time.perf_counter()
+    clocks = {"of the clock": time.perf_counter, "of all cores": time.process_time}
+    runs = {"plain torch loop": torch_loop, "ipu-sim": simulated}
+    times: dict[tuple[str, str], list[float]] = {}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            start = {clock: read() for clock, read in clocks.items()}
             run()
-            times[name].append((time.perf_counter() - start[1]) / steps)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    ratio = medians["ipu-sim"] / medians["plain torch loop"]
-    lines = [f"{name}: {1e3 * t:.0f} ms a step of 128 images" for name, t in medians.items()]
-    return "\n".join([*lines, f"ratio: {ratio:.2f} ({torch.get_num_threads()} threads)"])
+            for clock, read in clocks.items():
+                times.setdefault((name, clock), []).append((read() - start[clock]) / steps)
+        if not turn:
+            times.clear()  # it compiled
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rows = [("seconds a step of 128 images", *runs, "ratio")]
+    for clock in clocks:
+        a, b = (medians[name, clock] for name in runs)
+        rows.append((clock, f"{a:.3f}", f"{b:.3f}", f"{b / a:.2f}"))
+    threads = torch.get_num_threads()
+    return f"{_aligned(rows)}\n\nmedians of {turns} turns of {steps} steps, {threads} threads"
 
 
 # Training
 
 
 def training(epochs: int, folder: Path) -> str:
-    """The same network, seed and recipe by the torch path and on the simulator, and their curves."""
+    """The same network, seed and recipe by the torch path and on the simulator, and their curves.
+
+    A log of ``spikeport train`` that lies in the folder is taken for its run.
+    """
     curves: dict[str, list[dict[str, float]]] = {}
     for name, more in (("torch", []), ("ipu-sim", ["--target", "ipu-sim"])):
-        log = folder / f"{name}.json"
+        log = folder / f"{name}.log"
         if not log.exists():
-            _train(name, [*more, "--epochs", str(epochs), "--out-dir", str(folder / name)], log)
-        curves[name] = json.loads(log.read_text(encoding="utf-8"))["epochs"]
+            _train([*more, "--epochs", str(epochs), "--out-dir", str(folder / name)], log)
+        curves[name] = _epochs(log)
+    done = min(map(len, curves.values()))
+    curves = {name: epochs[:done] for name, epochs in curves.items()}
     _plot(curves, HERE / "ipu.svg")
     head = ("epoch", *(f"{n} {what}" for what in ("loss", "test acc.") for n in curves))
     rows = [
         (
-            str(e),
+            str(e + 1),
             *(f"{c[e]['train_loss']:.4f}" for c in curves.values()),
             *(f"{c[e]['test_acc']:.2%}" for c in curves.values()),
         )
-        for e in range(len(curves["torch"]))
+        for e in range(done)
     ]
     a, b = (c[-1]["test_acc"] for c in curves.values())
-    return f"{_aligned([head, *rows])}\n\nfinal difference: {100 * (b - a):+.2f} points"
+    last = f"after {done} of {epochs} epochs: {100 * (b - a):+.2f} points"
+    return f"{_aligned([head, *rows])}\n\n{last}"
 
 
-def _train(name: str, options: list[str], log: Path) -> None:
-    from contextlib import redirect_stdout
-
+def _train(options: list[str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     partial = log.with_suffix(".part")
     with partial.open("w", encoding="utf-8") as file, redirect_stdout(file):
-        code = spikeport(["train", "leaky", *RECIPE, "--json", *options])
-    if code:
-        raise SystemExit(f"the training {name} failed: exit code {code}")
+        if code := spikeport(["train", "leaky", *RECIPE, *options]):
+            raise SystemExit(f"the training failed: exit code {code}")
     partial.replace(log)
+
+
+def _epochs(log: Path) -> list[dict[str, float]]:
+    """What a log of ``spikeport train`` says of each epoch."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    found = (dict(re.findall(r"(\w+) = ([\d.]+)", x)) for x in lines if x.startswith("epoch = "))
+    return [{name: float(value) for name, value in epoch.items()} for epoch in found]
 
 
 def _plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
