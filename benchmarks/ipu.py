@@ -16,6 +16,8 @@ import itertools
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -503,6 +505,18 @@ def deployment(folder: Path, limit: int | None) -> str:
     return "\n".join([f"{test.name}, {len(test)} images", *lines])
 
 
+def environment() -> str:
+    """The tests of rewriting, training and the simulator, in this Python and torch.
+
+    Run it with those that the SDK is built for: Python 3.10 and torch 2.0.1.
+    """
+    folder = HERE.parent / "tests" / "targets" / "ipu"
+    tests = [folder / "test_lowering.py", folder / "test_training.py", folder / "simulator"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *map(str, tests)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
+    return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
+
+
 def _aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -519,6 +533,7 @@ def main() -> None:
         "replication": lambda args: replication(),
         "speed": lambda args: speed(),
         "training": lambda args: training(args.epochs, args.folder),
+        "environment": lambda args: environment(),
         "deployment": lambda args: deployment(args.folder, args.limit),
     }
     parser.add_argument("part", nargs="?", choices=[*parts], help="default: all")
