@@ -42,6 +42,7 @@ types: $(VENV)/.tested
 bench: $(VENV)/.tested  ## the numbers of the README
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/deployment.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/rerolling.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/streaming.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
