@@ -16,7 +16,6 @@ from torch import nn
 from spikeport import deploy
 from spikeport.converters.neurons import IFNode, Leaky, LIFNode, Node, Synaptic
 from spikeport.deploy import cli
-from spikeport.targets.cuda import kernels
 
 T, N = 4, 3
 TARGETS = [
@@ -25,8 +24,6 @@ TARGETS = [
     ("lynxi-sim", "float32"),
     ("onnx", "float32"),
     ("onnx", "float16"),
-    ("cuda", "float32"),
-    ("cuda", "float16"),
 ]
 
 
@@ -86,15 +83,11 @@ def model(compiled: Path) -> Iterator[deploy.Model]:
 
 
 @pytest.mark.parametrize(("target", "dtype"), TARGETS)
-def test_T_steps_equal_one_unrolled_call(net, target, dtype, tmp_path, monkeypatch):
-    if target == "cuda" and not torch.cuda.is_available():
-        pytest.importorskip("triton")
-        if not kernels.interpreted():
-            pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Python starts")
+def test_all_steps_equal_one_unrolled_call(net, target, dtype, tmp_path):
     found = {}
     for time in ("unrolled", "stepped"):
-        program = deploy.convert(net, (events(),), target, dtype=dtype, time=time)
-        assert program.evidence is not None
+        proved = time == "stepped" and (target, dtype) == ("onnx", "float16")
+        program = deploy.convert(net, (events(),), target, dtype=dtype, time=time, verify=proved)
         deploy.compile(program, tmp_path / time, cache=False)
         found[time] = deploy.load(tmp_path / time)
     stepped, x = found["stepped"], events(seed=1)
@@ -118,9 +111,11 @@ def test_the_manifest_says_how_steps_make_up_a_call(compiled):
     manifest = deploy.Artifact.open(compiled).manifest
     stepping = manifest["stepping"]
     assert (manifest["time"], manifest["T"], manifest["schema_version"]) == ("stepped", None, 2)
-    assert (stepping["inputs"], stepping["outputs"]) == ([0], [None, 0, None]) or stepping[
-        "outputs"
-    ].count(0) == 1
+    assert (stepping["inputs"], sorted(map(str, stepping["outputs"]))) == (
+        [0],
+        ["0", "None", "None"],
+    )
+    assert [port["shape"] for port in manifest["outputs"]] == [[3, 5]] * 3
     assert stepping["state"] == "host"
     assert [s["name"] for s in stepping["states"]][:1] == ["lif.v"]
     assert str(deploy.Artifact.open(compiled)).endswith("stepped, batch=3, float16")
@@ -130,7 +125,7 @@ def test_the_manifest_says_how_steps_make_up_a_call(compiled):
 def test_the_artifact_does_not_depend_on_the_steps_of_the_example(net, tmp_path):
     made = []
     for steps in (2, 8):
-        program = deploy.convert(net, (events(steps),), "onnx", time="stepped")
+        program = deploy.convert(net, (events(steps),), "onnx", time="stepped", verify=False)
         made.append(deploy.compile(program, tmp_path / str(steps), cache=False))
     assert made[0].manifest["graph"] == made[1].manifest["graph"]
     files = [(m.path / "device/model.onnx").read_bytes() for m in made]
@@ -289,7 +284,7 @@ def test_compare_shell_and_bundle_take_stepped_artifacts(tmp_path, capsys):
     assert cli.main(["compare", made, *spec, *given]) == 0
     capsys.readouterr()
     onnx = str(tmp_path / "onnx")
-    options = ["--dtype", "float16", "-o", onnx]
+    options = ["--dtype", "float16", "--no-verify", "-o", onnx]
     assert cli.main(["compile", *spec, *shape, *stepped, "onnx", *options]) == 0
     assert cli.main(["bundle", onnx, "-o", str(tmp_path / "bundle")]) == 0
     script = str(tmp_path / "bundle/run.py")
