@@ -302,6 +302,23 @@ def test_a_delay_is_a_state():
     assert len(names(program)) == 2
 
 
+def test_a_convolution_over_past_steps_keeps_them():
+    conv = nn.Conv1d(5, 4, 3, padding=4, dilation=2)
+    net = Net(
+        lambda n, x: n.lif(n.conv(x.permute(1, 2, 0))[:, :, : x.shape[0]].permute(2, 0, 1)),
+        conv=conv,
+        lif=LIFNode(),
+    )
+    program = assert_steps_equal_the_call(net, rand(6, N, 5))
+    assert names(program) == ["conv.past", "lif.v"]
+    ahead = Net(
+        lambda n, x: n.lif(n.conv(x.permute(1, 2, 0)).permute(2, 0, 1)),
+        conv=nn.Conv1d(5, 4, 3, padding=1),
+        lif=LIFNode(),
+    )
+    assert ("mixes-time", "conv1d") in findings(ahead, rand(T, N, 5))
+
+
 # Loops
 
 
