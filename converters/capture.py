@@ -21,7 +21,7 @@ from . import sources
 from .errors import CaptureError, Finding, MismatchError, UsageError
 from .exported import export, place, to_program
 from .program import Program
-from .sources import Reading
+from .sources import Memory, Reading
 from .stand_in import State, StateAccessError, wrap
 
 _HEADLINE = "the network cannot be captured:"
@@ -127,7 +127,21 @@ def _traceable(net: nn.Module, watched: _Watched, state: State) -> nn.Module:
     work = _copy(net)
     _numbers(work)
     wrap(work, watched.readings, watched.memories, state)
+    if watched.kept:
+        _forget(work)
     return work
+
+
+def _forget(net: nn.Module) -> None:
+    """Let each forward leave the network's state as it was before the first step."""
+    kind = type(net)
+
+    def forward(self: nn.Module, *args: Any) -> Any:
+        outputs = kind.forward(self, *args)
+        sources.reset(self)
+        return outputs
+
+    net.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _numbers(net: nn.Module) -> None:
@@ -156,6 +170,7 @@ class _Watched:
         calls: How often each was called.
         memories: Names of the attributes of each that changed.
         handed: Those that were handed their state by the network.
+        kept: Its other layers with a state, by path.
     """
 
     outputs: Any = None
@@ -164,6 +179,7 @@ class _Watched:
     calls: dict[str, int] = field(default_factory=dict)
     memories: dict[str, set[str]] = field(default_factory=dict)
     handed: set[str] = field(default_factory=set)
+    kept: dict[str, Memory] = field(default_factory=dict)
 
 
 def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
@@ -176,6 +192,9 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
         if isinstance(reading, Reading):
             seen.readings[path] = reading
             module.register_forward_pre_hook(_count(path, reading, seen), with_kwargs=True)
+        elif isinstance(reading, Memory):
+            seen.kept[path] = reading
+            module.register_forward_pre_hook(_tally(path, seen))
         else:
             seen.findings += reading
     for path, module in _hidden(work):
@@ -193,12 +212,14 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
     changes = _changes(before, _snapshot(work))
     for path, module in work.named_modules():
         if path in changes and id(module) in ids:
-            seen.memories[path] = changes[path]
+            if path in seen.readings:
+                seen.memories[path] = changes[path]
         elif path in changes:
             seen.findings.append(_kept(path, changes[path]))
+    stateful: dict[str, Reading | Memory] = {**seen.readings, **seen.kept}
     once = [
         path
-        for path, reading in seen.readings.items()
+        for path, reading in stateful.items()
         if reading.step_mode == "s" and seen.calls.get(path) == 1 and path not in seen.handed
     ]
     if once and not seen.findings:
@@ -286,6 +307,15 @@ def _count(path: str, reading: Reading, seen: _Watched) -> Callable[..., None]:
                     fix="give it time and batch as leading dimensions, as floating-point numbers",
                 )
             )
+
+    return hook
+
+
+def _tally(path: str, seen: _Watched) -> Callable[..., None]:
+    """A hook that counts a layer's calls."""
+
+    def hook(*_: Any) -> None:
+        seen.calls[path] = seen.calls.get(path, 0) + 1
 
     return hook
 
@@ -401,7 +431,7 @@ def _outer_loop(path: str) -> Finding:
     return Finding(
         rule="time-loop-outside",
         where=path,
-        found="a single-step neuron that the forward calls once: its time loop lies outside the "
+        found="a single-step layer that the forward calls once: its time loop lies outside the "
         "network, and its state would survive from one call to the next",
         allowed="all time steps inside one call; a single step where the forward resets the neuron",
         fix="set step_mode='m' (SpikingJelly: functional.set_step_mode(net, 'm')) and give "

@@ -30,6 +30,7 @@ def _unary(name: str, scalar: Callable[[float], float]) -> Callable[[Any], Any]:
 sigmoid = _unary("sigmoid", lambda a: 1 / (1 + math.exp(-a)))
 exp = _unary("exp", math.exp)
 tanh = _unary("tanh", math.tanh)
+relu = _unary("relu", lambda a: max(a, 0.0))
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
@@ -49,7 +50,7 @@ class Symbol:
     def apply(self, op: str, *args: Any) -> Any:
         """The symbol for ``op`` of args.
 
-        In a charge equation add, sub, mul, div, pow, neg, abs, sigmoid, exp or tanh; in a surrogate
+        In a charge equation add, sub, mul, div, pow, neg, abs, relu, sigmoid, exp or tanh; in a surrogate
         lt, le, gt, ge and where too.
         """
         raise NotImplementedError
@@ -100,6 +101,10 @@ class Symbol:
 
     def __ge__(self, other: Any) -> Any:
         return self.apply("ge", self, other)
+
+    def relu(self) -> Any:
+        """It where it is above 0, else 0."""
+        return self.apply("relu", self)
 
     def sigmoid(self) -> Any:
         """The logistic function."""
@@ -155,8 +160,9 @@ class Dynamics:
             plain arithmetic and the functions of this module.
         parameters: Names of the parameters of ``charge``.
         defaults: Values of those that have one.
-        states: What a neuron keeps besides v, with the values before the first step. ``s`` is the
-            spikes of the step before, which the charge takes and does not give.
+        states: What a neuron keeps besides v, with the values before the first step: numbers, or
+            names of parameters. ``s`` is the spikes of the step before, which the charge takes and does
+            not give.
         potentials: Those of the parameters that are potentials, in the unit of v and x.
         homogeneous: Whether scaling v, x and the potentials scales the charge alike.
     """
@@ -165,7 +171,7 @@ class Dynamics:
     charge: Callable[..., Any]
     parameters: tuple[str, ...]
     defaults: Mapping[str, Any]
-    states: Mapping[str, float] = field(default_factory=dict)
+    states: Mapping[str, float | str] = field(default_factory=dict)
     potentials: tuple[str, ...] = ()
     homogeneous: bool = False
 
@@ -195,13 +201,13 @@ def dynamics(charge: Callable[..., Any]) -> Dynamics: ...
 @overload
 def dynamics(
     *,
-    states: Mapping[str, float] = ...,
+    states: Mapping[str, float | str] = ...,
     potentials: tuple[str, ...] | None = ...,
 ) -> Callable[[Callable[..., Any]], Dynamics]: ...
 def dynamics(
     charge: Callable[..., Any] | None = None,
     *,
-    states: Mapping[str, float] | None = None,
+    states: Mapping[str, float | str] | None = None,
     potentials: tuple[str, ...] | None = None,
 ) -> Dynamics | Callable[[Callable[..., Any]], Dynamics]:
     """Declare a kind of neuron from its charge equation ``charge(v, x, *, parameters...)``.
@@ -211,9 +217,10 @@ def dynamics(
     - ``@dynamics(potentials=("v_rest",))``: the charge is homogeneous, that is, scaling v, x and those
       parameters scales it alike, so that the scale of a batch norm can be absorbed. That is checked on
       the spot.
-    - ``@dynamics(states={"w": 0.0})``: a neuron keeps w besides v, from 0 on:
-      ``charge(v, w, x, *, ...) -> (h, w)``. A state called ``s`` is the spikes of the step before, which
-      the charge takes and does not give: ``w + b * s`` is a jump of w at each spike.
+    - ``@dynamics(states={"w": 0.0})``: a neuron keeps w besides v, from 0 on, or from its parameter
+      w_rest on with ``"w_rest"``: ``charge(v, w, x, *, ...) -> (h, w)``. A state called ``s`` is the
+      spikes of the step before, which the charge takes and does not give: ``w + b * s`` is a jump of w
+      at each spike.
 
     The positional arguments are the membrane potential, the states and the input, [N, ...]; the rest are
     keyword-only parameters: numbers, tensors that broadcast against x[t], or flags (bool), which may
@@ -228,7 +235,7 @@ def dynamics(
 
 
 def _declare(
-    charge: Callable[..., Any], states: dict[str, float], potentials: tuple[str, ...] | None
+    charge: Callable[..., Any], states: dict[str, float | str], potentials: tuple[str, ...] | None
 ) -> Dynamics:
     name = charge.__name__
     signature = inspect.signature(charge).parameters.values()
@@ -246,8 +253,12 @@ def _declare(
             f"dynamics {name}: {', '.join(taken)} belong to the population, not to the charge "
             "equation; a leak towards a potential is called v_rest"
         )
-    if wrong := [n for n, value in states.items() if not isinstance(value, (int, float))]:
-        raise UsageError(f"dynamics {name}: {', '.join(wrong)} must start from a number")
+    names = tuple(p.name for p in keyword)
+    known = (*names, *(value for value in states.values() if isinstance(value, (int, float))))
+    if wrong := [n for n, value in states.items() if value not in known]:
+        raise UsageError(
+            f"dynamics {name}: {', '.join(wrong)} must start from a number or a parameter"
+        )
     if states.get(SPIKES, 0.0) != 0.0:
         raise UsageError(
             f"dynamics {name}: before the first step there is no spike; start s from 0"
@@ -255,7 +266,6 @@ def _declare(
     if name in _REGISTRY and _source(_REGISTRY[name].charge) != _source(charge):
         raise UsageError(f"dynamics {name} is declared already, with another equation; rename one")
     defaults = {p.name: p.default for p in keyword if p.default is not p.empty}
-    names = tuple(p.name for p in keyword)
     if unknown := set(potentials or ()) - set(names):
         raise UsageError(
             f"dynamics {name}: {', '.join(sorted(unknown))} is no parameter; "
@@ -306,7 +316,7 @@ def _probe(declared: Dynamics) -> None:
     except Exception as error:
         raise UsageError(
             f"dynamics {name}: the equation must be plain arithmetic (+ - * / **, abs, and "
-            f"neurons.exp, sigmoid, tanh), which every target has and which has a derivative: {error}"
+            f"neurons.exp, relu, sigmoid, tanh), which every target has and which has a derivative: {error}"
         ) from error
     if not all(isinstance(result, Symbol) for result in results):
         raise UsageError(f"dynamics {name}: the equation does not use the input x")
@@ -327,7 +337,8 @@ def _probe_homogeneous(declared: Dynamics, given: Mapping[str, Any]) -> None:
     alike = all(
         n == SPIKES or torch.allclose(2 * a, b) for n, a, b in zip(names, once, twice, strict=True)
     )
-    if not alike or any(declared.states.values()):
+    starts = {value for value in declared.states.values() if value not in declared.potentials}
+    if not alike or any(starts):
         raise UsageError(
             f"dynamics {declared.name}: the charge is not homogeneous in v, its states, x and "
             f"{', '.join(declared.potentials) or 'no parameter'}; name all its potentials, or "

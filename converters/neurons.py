@@ -42,16 +42,36 @@ import torch
 from torch import nn
 
 from . import surrogates
-from .equations import POPULATION, SPIKES, Dynamics, Symbol, dynamics, exp, named, sigmoid, tanh
+from .equations import (
+    POPULATION,
+    SPIKES,
+    Dynamics,
+    Symbol,
+    dynamics,
+    exp,
+    named,
+    relu,
+    sigmoid,
+    tanh,
+)
 from .errors import UsageError
 from .surrogates import Surrogate
 
 __all__ = [
+    "CLIF",
+    "EIF",
     "IF",
+    "KLIF",
+    "LIAF",
     "LIF",
+    "QIF",
+    "RAF",
     "Alpha",
+    "CubaLIF",
     "Dynamics",
+    "Heaviside",
     "IFNode",
+    "Izhikevich",
     "LIFNode",
     "Lapicque",
     "Leaky",
@@ -59,10 +79,13 @@ __all__ = [
     "Node",
     "ParametricLIF",
     "ParametricLIFNode",
+    "Readout",
+    "RescaledKLIF",
     "Synaptic",
     "dynamics",
     "exp",
     "named",
+    "relu",
     "sigmoid",
     "tanh",
 ]
@@ -158,6 +181,132 @@ def Alpha(  # noqa: N802
     return h, exc, inh
 
 
+@dynamics(states={"syn": 0.0}, potentials=("v_rest",))
+def CubaLIF(  # noqa: N802
+    v: Any, syn: Any, x: Any, *, tau_syn: Any, tau_mem: Any, r: Any, v_rest: Any
+) -> Any:
+    """LIF driven through a resistance r by a current that decays, time constants in time steps.
+
+    NIR's equation, Pedersen et al. 2024, Nature Communications 15:8122, by forward Euler with a step
+    of 1, the current first.
+    """
+    syn = syn + (x - syn) / tau_syn
+    return v + (r * syn - (v - v_rest)) / tau_mem, syn
+
+
+@dynamics
+def QIF(  # noqa: N802
+    v: Any, x: Any, *, tau: Any, v_rest: Any, v_c: Any, a_0: Any
+) -> Any:
+    """Quadratic integrate-and-fire, Gerstner et al., Neuronal Dynamics, eq. 5.2."""
+    return v + (x + a_0 * (v - v_rest) * (v - v_c)) / tau
+
+
+@dynamics
+def EIF(  # noqa: N802
+    v: Any, x: Any, *, tau: Any, v_rest: Any, theta_rh: Any, delta_T: Any
+) -> Any:
+    """Exponential integrate-and-fire, Gerstner et al., Neuronal Dynamics, eq. 5.6."""
+    return v + (x + v_rest - v + delta_T * exp((v - theta_rh) / delta_T)) / tau
+
+
+@dynamics(states={"w": "w_rest", "s": 0.0})
+def Izhikevich(  # noqa: N802
+    v: Any,
+    w: Any,
+    s: Any,
+    x: Any,
+    *,
+    tau: Any,
+    v_rest: Any,
+    v_c: Any,
+    a_0: Any,
+    w_rest: Any,
+    tau_w: Any,
+    a: Any,
+    b: Any,
+    factored: bool = False,
+) -> Any:
+    """QIF with an adaptation current w, which jumps by b at a spike.
+
+    Gerstner et al., Neuronal Dynamics, eq. 6.1 and 6.2 with 5.2; w follows the charged potential.
+    ``factored`` is the order of rounding of SpikingJelly 0.0.0.0.14.
+    """
+    w = w + b * s
+    h = v + (x + a_0 * (v - v_rest) * (v - v_c) - w) / tau
+    change = a * (h - v_rest) - w
+    return h, w + (1.0 / tau_w * change if factored else change / tau_w)
+
+
+@dynamics
+def KLIF(  # noqa: N802
+    v: Any, x: Any, *, k: Any, tau: Any, v_rest: Any, decay_input: bool = True
+) -> Any:
+    """LIF whose charge is scaled by a learned k and rectified, Jiang and Zhang 2023, arXiv:2302.09238."""
+    return relu(k * LIF.charge(v, x, tau=tau, v_rest=v_rest, decay_input=decay_input))
+
+
+@dynamics(states={"u": "v_rest", "s": 0.0})
+def RescaledKLIF(  # noqa: N802
+    v: Any,
+    u: Any,
+    s: Any,
+    x: Any,
+    *,
+    k: Any,
+    tau: Any,
+    v_rest: Any,
+    jump: Any,
+    decay_input: bool = True,
+    soft: bool = False,
+) -> Any:
+    """KLIF that takes k out of the potential again after firing; u is that potential before the reset.
+
+    The reset is part of the charge: to v_rest, or by ``jump``, the threshold, over k.
+    """
+    before = u - s * (jump / k) if soft else s * v_rest + (1.0 - s) * u
+    h = relu(k * LIF.charge(before, x, tau=tau, v_rest=v_rest, decay_input=decay_input))
+    return h, h / k
+
+
+@dynamics(states={"m": 0.0, "s": 0.0})
+def CLIF(v: Any, m: Any, s: Any, x: Any, *, tau: Any, jump: Any) -> Any:  # noqa: N802
+    """LIF whose soft reset grows with its recent firing, Huang et al. 2024, PMLR 235, eq. 6 to 9.
+
+    The reset, by ``jump``, the threshold, and by the complementary potential's sigmoid, is part of the
+    charge.
+    """
+    m = m + s
+    before = v - s * (jump + sigmoid(m))
+    h = before - before / tau + x
+    return h, m * sigmoid(h / tau)
+
+
+@dynamics(states={"u": 0.0})
+def RAF(v: Any, u: Any, x: Any, *, decay: Any, cos: Any, sin: Any) -> Any:  # noqa: N802
+    """Resonate-and-fire, Izhikevich 2001, Neural Networks 14, eq. 4: v + iu turns and decays.
+
+    x goes into u, which v follows at the next step; 0 x lets v have the input's shape at once.
+    """
+    charged = decay * (u * cos - v * sin) + x
+    return decay * (u * sin + v * cos) + 0.0 * x, charged
+
+
+@dynamics(states={"charged": 0.0})
+def LIAF(  # noqa: N802
+    v: Any, charged: Any, x: Any, *, tau: Any, v_rest: Any, decay_input: bool = True
+) -> Any:
+    """LIF that keeps its potential before the reset, for what fires it in analog, arXiv:2011.06176."""
+    h = LIF.charge(v, x, tau=tau, v_rest=v_rest, decay_input=decay_input)
+    return h, h
+
+
+@dynamics(potentials=())
+def Heaviside(v: Any, x: Any) -> Any:  # noqa: N802
+    """No memory at all: h = x."""
+    return x
+
+
 def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
     """torch.where by arithmetic: exact for finite values, and several times faster on a CPU."""
     rest = torch.addcmul(no, s, no, value=-1)
@@ -173,6 +322,12 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     raise UsageError(f"{name} is {value!r}; allowed: a finite number or a tensor")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.item():.4g}" if value.numel() == 1 else f"{list(value.shape)}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +385,9 @@ class Neuron:
         if self.reset_at == "ahead" and self.reset == "hard":
             raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
 
+    def __copy__(self) -> Neuron:
+        return self  # it is frozen
+
     def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
         """The state after charging, v as h."""
         return self.dynamics(state, x, self.params)
@@ -245,6 +403,7 @@ class Neuron:
         fire: Callable[[Any], Any],
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
+        due: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, tuple[Any, ...], Any]:
         """One time step on values of any kind: (spikes, state, h).
 
@@ -254,6 +413,8 @@ class Neuron:
             fire: ``h -> spikes``, in whatever form ``select`` takes.
             select: ``(spikes, a, b) -> a where there is a spike, else b``.
             t: 0 says that v is v_0, before which there is no spike to reset for.
+            due: As ``fire``, for the spikes of the step before, whose reset is still to come; they go
+                to ``select`` alone. ``fire`` itself unless given.
         """
 
         def after(h: Any, spikes: Any) -> Any:
@@ -262,18 +423,18 @@ class Neuron:
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
         late = self.reset_at != "now" and t > 0 and self.reset != "none"
-        due = fire(state[0]) if late else None
+        spiked = (due or fire)(state[0]) if late else None
         if late and self.reset_at == "before":
-            state = (after(state[0], due), *state[1:])
+            state = (after(state[0], spiked), *state[1:])
         h, *others = self.charge(state, x)
         if late and self.reset_at != "before":
-            h = after(h, due)
+            h = after(h, spiked)
         ahead = self.reset_at == "ahead" and self.reset != "none"
         silent, again = h, h - self.v_threshold if ahead else None
         if ahead and late:
             # The reset that was due is taken already: it is not taken twice, and given back if the
             # membrane stayed silent after it.
-            silent, again = select(due, h + self.v_threshold, h), select(due, h, again)
+            silent, again = select(spiked, h + self.v_threshold, h), select(spiked, h, again)
         spikes = fire(h)
         v = select(spikes, again, silent) if ahead else h
         if self.reset_at == "now":
@@ -331,13 +492,20 @@ class Neuron:
                 h_seq[t] = h
         return spikes, h_seq, state
 
+    @property
+    def starts(self) -> tuple[Any, ...]:
+        """The values of (v, *states) before the first step."""
+        declared = self.dynamics.states.values()
+        return (self.v_0, *(self.params[n] if isinstance(n, str) else n for n in declared))
+
     def initial(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The state before the first step, each part in the shape of x [N, ...]."""
-        if isinstance(self.v_0, torch.Tensor):
-            v = self.v_0.to(x).expand_as(x)
-        else:
-            v = torch.full_like(x, self.v_0)
-        return (v, *(torch.full_like(x, value) for value in self.dynamics.states.values()))
+        return tuple(
+            value.to(x).expand_as(x)
+            if isinstance(value, torch.Tensor)
+            else torch.full_like(x, value)
+            for value in self.starts
+        )
 
     def train_step(
         self,
@@ -405,17 +573,15 @@ class Neuron:
             (params if name in kind.parameters else fields)[name] = tensor
         return cls(kind, params, **fields)
 
+    def describe_charge(self) -> str:
+        """The dynamics and its parameters, for people."""
+        parts = [f"{n}={_shown(v)}" for n, v in self.params.items() if v is not False]
+        return f"{self.dynamics.name}({', '.join(parts)})"
+
     def describe(self) -> str:
         """One line for people."""
-
-        def show(value: Any) -> str:
-            if isinstance(value, torch.Tensor):
-                return f"{value.item():.4g}" if value.numel() == 1 else f"{list(value.shape)}"
-            return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-        parts = [f"{n}={show(v)}" for n, v in self.params.items() if v is not False]
         resets = {
-            "hard": f"hard reset to {show(self.v_reset)}",
+            "hard": f"hard reset to {_shown(self.v_reset)}",
             "soft": "soft reset",
             "none": "no reset",
         }[self.reset]
@@ -426,12 +592,31 @@ class Neuron:
             "ahead": ", at the next step and ahead of it",
         }[self.reset_at if self.reset != "none" else "now"]
         return (
-            f"{self.dynamics.name}({', '.join(parts)}), fires at h {self.fires} "
-            f"{show(self.v_threshold)}, {resets}{late}, v_0={show(self.v_0)}"
+            f"{self.describe_charge()}, fires at h {self.fires} {_shown(self.v_threshold)}, "
+            f"{resets}{late}, v_0={_shown(self.v_0)}"
         )
 
 
-class Node(nn.Module):
+class _Layer(nn.Module):
+    """A declaration with the tensors that it is made of."""
+
+    def __init__(self, neuron: Neuron) -> None:
+        super().__init__()
+        self._declared = neuron
+        for name, tensor in neuron.tensors().items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def neuron(self) -> Neuron:
+        """The declaration with the present values of its parameters."""
+        names = self._declared.tensors()
+        return self._declared.replace_tensors({n: getattr(self, n) for n in names})
+
+
+class Node(_Layer):
     """A layer of neurons, multi-step: x_seq [T, N, ...] -> spikes [T, N, ...].
 
     Every call starts from v_0. A parameter given as an ``nn.Parameter`` is learned, as a tensor is a
@@ -462,32 +647,30 @@ class Node(nn.Module):
         detach_reset: bool = False,
         **params: Any,
     ) -> None:
-        super().__init__()
         hard = v_reset is not None
         rest: Parameter = 0.0 if v_reset is None else v_reset
-        self._declared = Neuron(
-            kind,
-            params,
-            v_threshold=v_threshold,
-            v_reset=rest,
-            reset="hard" if hard else "soft",
-            reset_at=reset_at,
-            fires=fires,
-            v_0=rest if v_0 is None else v_0,
+        super().__init__(
+            Neuron(
+                kind,
+                params,
+                v_threshold=v_threshold,
+                v_reset=rest,
+                reset="hard" if hard else "soft",
+                reset_at=reset_at,
+                fires=fires,
+                v_0=rest if v_0 is None else v_0,
+            )
         )
-        for name, tensor in self._declared.tensors().items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
         self.surrogate = ATan() if surrogate is None else surrogate
         self.detach_reset = detach_reset
 
-    @property
-    def neuron(self) -> Neuron:
-        """The declaration with the present values of its parameters."""
-        names = self._declared.tensors()
-        return self._declared.replace_tensors({n: getattr(self, n) for n in names})
+    @classmethod
+    def of(cls, neuron: Neuron) -> Node:
+        """A layer of a population that is declared already."""
+        node = Node.__new__(Node)
+        _Layer.__init__(node, neuron)
+        node.surrogate, node.detach_reset = ATan(), False
+        return node
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> spikes [T, N, ...]."""
@@ -503,6 +686,30 @@ class Node(nn.Module):
     def extra_repr(self) -> str:
         """The declaration in one line."""
         return self.neuron.describe()
+
+
+class Readout(_Layer):
+    """Neurons that do not fire, multi-step: x_seq [T, N, ...] -> membrane potentials [T, N, ...].
+
+    Of kind LIF or Leaky it is a leaky integrator. Every call starts from v_0; parameters are given as
+    in :class:`Node`.
+    """
+
+    def __init__(self, kind: Dynamics, *, v_0: Parameter = 0.0, **params: Any) -> None:
+        super().__init__(Neuron(kind, params, reset="none", v_0=v_0))
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        """x_seq [T, N, ...] -> the potential that each step ends with, [T, N, ...]."""
+        neuron = self.neuron
+        state, kept = neuron.initial(x_seq[0]), []
+        for x in x_seq:
+            state = neuron.charge(state, x)
+            kept.append(state[0])
+        return torch.stack(kept)
+
+    def extra_repr(self) -> str:
+        """The charge in one line."""
+        return f"{self.neuron.describe_charge()}, does not fire"
 
 
 ATan = surrogates.ATan

@@ -23,6 +23,13 @@ from .neurons import Neuron
 from .ops import Node, aten
 from .stepping import Stepping
 
+if not hasattr(torch.library, "custom_op"):
+    raise UsageError(
+        f"conversion needs torch 2.6 or later, and this is torch {torch.__version__}; beside an old SDK "
+        "run what needs no conversion: training (spikeport train --target), bundles, or convert on "
+        "another machine"
+    )
+
 Layout: TypeAlias = Literal["stepped", "flat", "static", "steps", "step"]
 Time: TypeAlias = Literal["unrolled", "stepped"]
 

@@ -73,9 +73,28 @@ _LAYERS = frozenset(
 )
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 
-_COMPARISONS = frozenset({aten.ge.Scalar, aten.ge.Tensor, aten.gt.Scalar, aten.gt.Tensor})
+_COMPARISONS = frozenset(
+    {
+        getattr(getattr(aten, op), of)
+        for op in ("ge", "gt", "le", "lt")
+        for of in ("Scalar", "Tensor")
+    }
+)
+#: Operators on truth values, which are 0 and 1 here.
+_LOGIC = frozenset(
+    {
+        aten.bitwise_and.Tensor,
+        aten.bitwise_not.default,
+        aten.bitwise_or.Tensor,
+        aten.bitwise_xor.Tensor,
+        aten.logical_and.default,
+        aten.logical_not.default,
+        aten.logical_or.default,
+        aten.logical_xor.default,
+    }
+)
 #: Operators of a charge equation that torch has under their names; the others are Python's.
-_FUNCTIONS = frozenset({"div", "sigmoid", "exp", "tanh"})
+_FUNCTIONS = frozenset({"div", "relu", "sigmoid", "exp", "tanh"})
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -179,6 +198,10 @@ class Bounds(fx.Interpreter):
         errors, _ = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][1])
         if target in ops.SELECT:
             args = (args[0] != 0, *args[1:])
+        if target in _LOGIC and _is_bool(n):
+            doubt = sum((p[1] for p in pairs), torch.zeros(())) != 0
+            value = target(*(a != 0 for a in args))
+            return value, doubt.expand_as(value)
         value = target(*args, **kwargs)
         stored = self._stored(value.float())
         if target in _EXACT:
@@ -289,6 +312,10 @@ class Bounds(fx.Interpreter):
             return (answer - value).abs()
 
         return 2 * torch.maximum(moved(1), moved(-1))
+
+
+def _is_bool(n: Node) -> bool:
+    return bool(n.meta["val"].dtype == torch.bool)
 
 
 def _twice(error: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from .equations import SPIKES
 from .errors import UsageError
 from .neurons import Neuron
-from .program import NEURON, NEURON_STEP
+from .program import NEURON, NEURON_STEP, STATE
 from .sources import Reading
 
 
@@ -87,6 +87,10 @@ class StandIn(nn.Module):
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
         """The operator that the neuron is in the graph; ``given`` is the membrane, handed back."""
         params = [getattr(self, name) for name in self._names]
+        readout = self._reading.readout
+        if self._reading.step_mode == "m" and readout is not None:
+            index = self._reading.state
+            return readout(STATE(x, params, self._spec, "stepped", x.shape[0], index))
         if self._reading.step_mode == "m":
             return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
@@ -109,6 +113,8 @@ class StandIn(nn.Module):
         spikes, state = NEURON_STEP(x, state, params, self._spec, t)
         returned = {name: state[i] for name, i in places.items()}
         self._steps.v[self._path] = (state, t + 1, returned)
+        if readout is not None:
+            return readout(state[self._reading.state])
         if self._reading.gain is not None:
             spikes = spikes * self.gain
         return (spikes, *returned.values()) if self._reading.returns_state else spikes

@@ -54,6 +54,7 @@ _FOLD: dict[str, Callable[..., float]] = {
     "sigmoid": lambda a: 1 / (1 + math.exp(-a)),
     "exp": math.exp,
     "tanh": math.tanh,
+    "relu": lambda a: max(a, 0.0),
 }
 
 
@@ -172,6 +173,7 @@ def _partials(tape: Tape, e: Expr, g: Expr) -> tuple[Expr | None, ...]:
         "sigmoid": lambda: (g * (e * (1 - e)),),
         "exp": lambda: (g * e,),
         "tanh": lambda: (g * (1 - e * e),),
+        "relu": lambda: (tape.emit("where", a > 0, g, zero),),
         "where": lambda: (None, tape.emit("where", a, g, zero), tape.emit("where", a, zero, g)),
     }
     # Comparisons, and what is detached, pass nothing on.

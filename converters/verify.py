@@ -261,6 +261,7 @@ def _check_finite(program: Program, source: Trace, free: Trace) -> None:
 def _probe_neurons(captured: Program, net: nn.Module, time: Time) -> dict[str, int]:
     """Spikes compared for each site; every one of them was equal."""
     modules = dict(net.named_modules(remove_duplicate=False))
+    readings = {id(module): reading for _, module, reading in sources.read_all(net)}
     counts = {}
     for site in captured.sites:
         shape = captured.shape(site.drives[0])
@@ -270,7 +271,12 @@ def _probe_neurons(captured: Program, net: nn.Module, time: Time) -> dict[str, i
         lowered = _lowered(site, x, time)
         if not torch.equal(expected, lowered):
             raise MismatchError(_differs(site, "the lowered form", lowered, expected, x))
-        own = _own_spikes(modules[site.path], x)
+        module = modules[site.path]
+        reading = readings[id(module)]
+        assert isinstance(reading, Reading)
+        if (readout := reading.readout) is not None:
+            expected = torch.stack([*map(readout, site.neuron.states(x, reading.state))])
+        own = _own_spikes(module, reading, x)
         if not torch.equal(expected, own):
             raise MismatchError(_differs(site, "the network's own module", own, expected, x))
         counts[site.name] = expected.numel()
@@ -296,15 +302,16 @@ def _lowered(site: Site, x: torch.Tensor, time: Time) -> torch.Tensor:
     return result.reshape(x.shape)
 
 
-def _own_spikes(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _own_spikes(module: nn.Module, reading: Reading, x: torch.Tensor) -> torch.Tensor:
     """The network's own neuron, a copy of it, on x [T, 1, ...] from before its first step."""
     module = sources.copied(module).eval()
     sources.reset(module)
-    (reading,) = (r for _, _, r in sources.read_all(module) if isinstance(r, Reading))
     with torch.no_grad():
         if reading.step_mode == "s":
-            return torch.stack([reading.spikes(module(step)) for step in x])
-        return reading.spikes(module(x))
+            spikes = torch.stack([reading.spikes(module(step)) for step in x])
+        else:
+            spikes = reading.spikes(module(x))
+    return spikes
 
 
 def _differs(

@@ -39,6 +39,7 @@ from ..converters.errors import (
 )
 from ..converters.program import Program, TensorSpec, with_probes
 from ..targets import SDK, Loaded, Target
+from ..targets.graphs import separate
 from . import store
 from .model import STATES, Model, Port, dtype_name, load_onto
 
@@ -485,15 +486,8 @@ def _record(
 
 
 def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write tensors as safetensors takes them: contiguous, none a part of another."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    save_file(separate, file)
+    """Write tensors as safetensors."""
+    save_file(separate(tensors), file)
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 

@@ -6,10 +6,10 @@ A target never falls back to another: where its SDK is missing it says so and na
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
@@ -133,9 +133,18 @@ class Target(Protocol):
         """
 
 
+@runtime_checkable
+class Inspects(Protocol):
+    """A target with rules that capabilities do not say."""
+
+    def inspect(self, program: Program) -> Iterable[Finding]:
+        """What else it has to say about a program that is rewritten for it."""
+
+
 def check(program: Program, target: Target) -> Findings:
     """Every rule of the target that the graph breaks."""
-    return Findings(_violations(program, target.name, target.capabilities))
+    found = Findings(_violations(program, target.name, target.capabilities))
+    return found + target.inspect(program) if isinstance(target, Inspects) else found
 
 
 def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Finding]:

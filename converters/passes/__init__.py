@@ -10,6 +10,7 @@ from typing import TypeAlias
 from ..program import Program
 from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
+from .decompose_operators import decompose_operators
 from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
@@ -36,6 +37,7 @@ __all__ = [
     "Pass",
     "absorb_batch_norm",
     "cast_float16",
+    "decompose_operators",
     "flatten_time",
     "fold_batch_norm",
     "fold_constants",

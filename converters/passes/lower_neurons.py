@@ -75,6 +75,7 @@ _OPERATORS = {
     "sigmoid": aten.sigmoid.default,
     "exp": aten.exp.default,
     "tanh": aten.tanh.default,
+    "relu": aten.relu.default,
 }
 
 
@@ -194,8 +195,7 @@ class _Lower(Builder):
 
     def _initial(self, neuron: Neuron, dtype: torch.dtype) -> tuple[Any, ...]:
         """The constants that the first step starts from."""
-        values = (neuron.v_0, *neuron.dynamics.states.values())
-        return tuple(torch.as_tensor(value, dtype=dtype).detach() for value in values)
+        return tuple(torch.as_tensor(value, dtype=dtype).detach() for value in neuron.starts)
 
     def _step(
         self, neuron: Neuron, state: tuple[Any, ...], x: _Value, t: int

@@ -39,7 +39,7 @@ from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Valu
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
 
 _HEADLINE = "the network cannot be run step by step:"
-
+#: Ways to read the inputs that are tried: sequences or not, with time first or second.
 _MOST_READINGS = 81
 
 
@@ -98,8 +98,6 @@ _FIXES = {
     "output": "return what the network computes at every step or after the last, or convert it unrolled",
     "time-steps": "give an example input of 3 time steps or more; the result does not depend on it",
 }
-
-
 _ALLOWED = {
     "mixes-time": "operators on each time step alone, convolutions over past steps, and mean, sum or "
     "maximum over all of them",
@@ -393,7 +391,8 @@ class _StepTime(Loops):
         if not isinstance(x, Steps) or not batched or not x.bare or x.axis < 2:
             return None
         at, size = x.axis - 2, len(shape(n)) - 2
-        bias, *given, groups = (*n.args[2:], *_CONVOLUTION_DEFAULTS[len(n.args) - 2 :])
+        settings: list[Any] = [*n.args[2:], *_CONVOLUTION_DEFAULTS[len(n.args) - 2 :]]
+        bias, *given, groups = settings
         stride, padding, dilation = ([*v] * (size if len(v) == 1 else 1) for v in given)
         back = (shape(n.args[1])[x.axis] - 1) * dilation[at]
         if stride[at] != 1 or padding[at] != back:
@@ -402,12 +401,13 @@ class _StepTime(Loops):
                 f"stride 1 and padding {back} would take past steps alone"
             )
         path = where(n)
-        now = self.call(aten.unsqueeze.default, x.node, x.axis, path=path)
+        window = now = self.call(aten.unsqueeze.default, x.node, x.axis, path=path)
         sizes = [back if d == x.axis else s for d, s in enumerate(shape(now))]
         dtype = now.meta["val"].dtype
-        before = self.new_state(f"{path or 'forward'}.past", torch.zeros(sizes, dtype=dtype))
-        window = self.call(aten.cat.default, [before, now], x.axis, path=path)
-        self.after[-1] = self.call(aten.slice.Tensor, window, x.axis, 1, back + 1, path=path)
+        if back:
+            before = self.new_state(f"{path or 'forward'}.past", torch.zeros(sizes, dtype=dtype))
+            window = self.call(aten.cat.default, [before, now], x.axis, path=path)
+            self.after[-1] = self.call(aten.slice.Tensor, window, x.axis, 1, back + 1, path=path)
         padding[at] = 0
         weight, bias = (None if w is None else self.plain(w) for w in (n.args[1], bias))
         geometry = (stride, padding, dilation, groups)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from ..errors import Finding
 from ..neurons import Neuron
+from ..surrogates import KINDS, Surrogate
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Reading:
         returns_state: Whether a call returns these after the spikes.
         gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
         restart: Names of its methods that return what to start from.
+        readout: For neurons that give no spikes: what a call returns of a state, [T, N, ...] or [N, ...].
+        state: Place of that state in the declared ones; the membrane potential is the first.
+        part: Name of the module's child that is the neuron, where the rest of it is plain arithmetic.
     """
 
     neuron: Neuron
@@ -33,6 +37,9 @@ class Reading:
     returns_state: bool = False
     gain: torch.Tensor | None = None
     restart: tuple[str, ...] = ()
+    readout: Callable[[torch.Tensor], Any] | None = None
+    state: int = 0
+    part: str = ""
 
     def spikes(self, output: Any) -> torch.Tensor:
         """The spikes, 0 and 1, in what a call returns."""
@@ -40,13 +47,55 @@ class Reading:
         return spikes if self.gain is None else spikes / self.gain
 
 
+@dataclass(frozen=True)
+class Learning:
+    """How a neuron that was read learns, which its declaration does not say.
+
+    Attributes:
+        surrogate: What stands for the derivative of its step.
+        neuron: Reads the declaration of a module again, its parameters with their histories.
+        detach_reset: Whether no gradient passes through resets.
+        detach_past: Whether none passes through what a spike of an earlier step does.
+        gain: Reads what the spikes of a module are multiplied by, if anything, likewise.
+    """
+
+    surrogate: Surrogate
+    neuron: Callable[[Any], Neuron]
+    detach_reset: bool = False
+    detach_past: bool = False
+    gain: Callable[[Any], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A layer that is no neuron and keeps values from step to step, which trace as they are.
+
+    Attributes:
+        step_mode: As in :class:`Reading`.
+    """
+
+    step_mode: Literal["s", "m"] = "m"
+
+
+#: What a source has to say about a module: what it is, or what stops it.
+Read: TypeAlias = "Reading | Memory | list[Finding]"
+
+
 class Source(Protocol):
     """One framework."""
 
     name: str
 
-    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
-        """The neuron; or what stops it; or None for a module that is no neuron of this source."""
+    def read(self, module: nn.Module, path: str) -> Read | None:
+        """The neuron or the memory; or what stops it; or None for a module that keeps no state."""
+
+    def learning(
+        self, module: nn.Module, path: str, surrogate: Surrogate | None = None
+    ) -> Learning | list[Finding]:
+        """How a module that :meth:`read` knows learns, or what stops it.
+
+        ``surrogate`` takes the place of the module's own.
+        """
 
     def reset(self, module: nn.Module) -> None:
         """Put the module's own state back to its value before the first step."""
@@ -61,6 +110,32 @@ def comparison(surrogate: Any) -> Literal[">=", ">"] | None:
     if torch.equal(spikes, (u >= 0).float()):
         return ">="
     return ">" if torch.equal(spikes, (u > 0).float()) else None
+
+
+def same_derivative(function: Any, declared: Surrogate) -> bool:
+    """Whether a surrogate function's gradient is what a declared one gives."""
+    u = torch.cat([torch.linspace(-2.5, 2.5, 251), torch.zeros(1)]).requires_grad_()
+    try:
+        with torch.enable_grad():
+            (theirs,) = torch.autograd.grad(function(u).sum(), u)
+    except RuntimeError:
+        return False  # it has no gradient, or a broken one
+    ours = declared.derivative(u.detach())
+    return bool(torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5 * float(ours.abs().max())))
+
+
+def unknown_surrogate(function: Any, path: str) -> Finding:
+    """The finding for a surrogate gradient that is not declared."""
+    name = getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]
+    return Finding(
+        rule="unknown-surrogate",
+        where=path,
+        found=f"the surrogate gradient {name}, which is not declared or gives another gradient than "
+        "the declared one",
+        allowed=", ".join(KINDS),
+        fix="declare its derivative (spikeport.converters.surrogates.surrogate), and name it for this "
+        "module: surrogates={path: ...}",
+    )
 
 
 def surrogate_output(surrogate: Any, path: str) -> Finding:

@@ -8,29 +8,48 @@ tells apart: 0.0.0.0.14 is the one of ``activation_based`` whose neurons have a 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .. import neurons
+from ..equations import Dynamics
 from ..errors import Finding
 from ..neurons import Neuron
-from .base import Reading, comparison, look_alike, surrogate_output
+from ..surrogates import KINDS, Surrogate, Window
+from .base import (
+    Learning,
+    Memory,
+    Read,
+    Reading,
+    comparison,
+    look_alike,
+    same_derivative,
+    surrogate_output,
+    unknown_surrogate,
+)
 
-#: Names of the neurons that are read, with the modules of the package that they are defined in.
-_KNOWN = {
-    "IFNode": ("neuron",),
-    "LIFNode": ("neuron",),
-    "ParametricLIFNode": ("neuron",),
-    # LIF whose training is online; in eval mode they fire at the threshold, whatever the surrogate.
-    "OTTTLIFNode": ("neuron",),
-    "SLTTLIFNode": ("neuron",),
-    # LIF that remembers the mean of its potential for the search of an architecture.
-    "save_v_LIFNode": ("model", "spike_dhs"),
-}
 _ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
-_NOT_LIF = ("IFNode", "ParametricLIFNode")
+#: Surrogates that are declared under another name; the rest keep theirs.
+_SURROGATES = {"Erf": "Gaussian", "Rect": "Rectangle", "DeterministicPass": "StraightThrough"}
 _STATELESS_IN_EVAL = ("Dropout", "Dropout2d", "MultiStepDropout", "MultiStepDropout2d")
+#: Layers whose state is plain arithmetic on what came before.
+_MEMORIES = (
+    "BatchNormThroughTime1d",
+    "BatchNormThroughTime2d",
+    "BatchNormThroughTime3d",
+    "Delay",
+    "ElementWiseRecurrentContainer",
+    "LinearRecurrentContainer",
+    "NeuNorm",
+    "SynapseFilter",
+)
+#: Those whose first step, in 0.0.0.0.14, is made of ``x.data``.
+_FROM_DATA = ("Delay", "ElementWiseRecurrentContainer", "SynapseFilter")
 
 
 def _ours(kind: type) -> bool:
@@ -41,94 +60,329 @@ def _clock_driven(kind: type) -> bool:
     return kind.__module__.startswith("spikingjelly.clock_driven.")
 
 
+def _old(module: nn.Module) -> bool:
+    """Whether it is a neuron of 0.0.0.0.14 or 0.0.0.0.12."""
+    return _clock_driven(type(module)) or hasattr(module, "backend")
+
+
 class SpikingJelly:
-    """Reads the neurons above; refuses every other keeper of state by name."""
+    """Reads the neurons of ``_KNOWN``; refuses every other keeper of state by name."""
 
     name = "spikingjelly"
 
-    def read(self, module: nn.Module, path: str) -> Reading | list[Finding] | None:
-        """The neuron, or why it cannot be read."""
+    def read(self, module: nn.Module, path: str) -> Read | None:
+        """The neuron or the memory, or why it cannot be read."""
         kind = type(module)
         bases = [k for k in kind.__mro__ if _ours(k)]
-        if not any(k.__name__ == "MemoryModule" for k in bases):
+        if not any(k.__name__ in _KEEPERS for k in bases):
             return None
-        name = f"{kind.__module__}.{kind.__qualname__}"
         if not _ours(kind):
             return [look_alike(module, path, f"{bases[0].__module__}.{bases[0].__qualname__}")]
-        if kind.__name__ in _STATELESS_IN_EVAL:
-            return None
         name = kind.__name__
-        home = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name, ())
-        if not home or list(home) != kind.__module__.split(".")[2 : 2 + len(home)]:
+        if name in _STATELESS_IN_EVAL:
+            return None
+        if name in _MEMORIES and kind.__module__.split(".")[2] == "layer":
+            early = kind.__module__.endswith(".layer") and name in _FROM_DATA
+            return [_from_data(name, path)] if early else Memory(_step_mode(module))
+        known = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name)
+        home = _HOMES.get(name, ("neuron",))
+        if known is None or kind.__module__.split(".")[2 : 2 + len(home)] != list(home):
             return [
                 Finding(
                     rule="unknown-neuron",
                     where=path,
-                    found=f"{name}, which keeps state from step to step",
+                    found=f"{name}, with {_WHY.get(name, 'state that it keeps from step to step')}",
                     allowed=", ".join(_KNOWN),
                     fix="use one of those, or declare its dynamics "
                     "(spikeport.converters.neurons.dynamics) and make the class known "
                     "(spikeport.converters.sources.register)",
                 )
             ]
-        return self._neuron(module, path)
+        return list(_obstacles(module, path)) or known(module)
 
-    def _neuron(self, module: Any, path: str) -> Reading | list[Finding]:
-        clock_driven, name = _clock_driven(type(module)), type(module).__name__
-        kind = name.removeprefix("MultiStep")
-        old = clock_driven or hasattr(module, "backend")
-        # 0.0.0.0.14 asks the surrogate of IFNode and LIFNode in training only.
-        ignored = kind in _ONLINE or (old and not clock_driven and kind != "ParametricLIFNode")
-        fires = ">=" if ignored else comparison(module.surrogate_function)
-        if fires is None or not getattr(module.surrogate_function, "spiking", True):
-            return [surrogate_output(module.surrogate_function, path)]
-        if clock_driven and getattr(module, "backend", "torch") != "torch":
+    def learning(
+        self, module: Any, path: str, surrogate: Surrogate | None = None
+    ) -> Learning | list[Finding]:
+        """By backpropagation through time, as its ``detach_reset`` and surrogate function say."""
+        if type(module).__name__ in _ONLINE:
             return [
                 Finding(
-                    rule="neuron-backend",
+                    rule="online-neuron",
                     where=path,
-                    found=f"backend={module.backend!r}, whose kernels round in another order",
-                    allowed="backend='torch'",
-                    fix="set the neuron's backend to 'torch' before the conversion",
+                    found=f"{type(module).__name__}, which learns online",
+                    allowed="neurons that learn by backpropagation through time",
+                    fix="use a LIFNode",
                 )
             ]
-        if getattr(module, "_neuron_precision", None) is not None:
+        chosen = surrogate or _surrogate(module.surrogate_function)
+        if chosen is None:
+            return [unknown_surrogate(module.surrogate_function, path)]
+        reading = self.read(module, path)
+        assert isinstance(reading, Reading)
+        if derived := [n for n in reading.neuron.tensors() if not hasattr(module, n)]:
             return [
                 Finding(
-                    rule="neuron-precision",
+                    rule="derived-parameter",
                     where=path,
-                    found="an explicit neuron precision, which runs on CUDA only",
-                    allowed="a neuron that computes in its input's dtype",
-                    fix="clear the neuron precision before the conversion",
+                    found=f"{type(module).__name__}, whose {', '.join(derived)} follows from others",
+                    allowed="neurons that learn the parameters of their declaration",
+                    fix="train it where it was made, or declare a neuron of these parameters",
                 )
             ]
-        hard = module.v_reset is not None
-        reset: Literal["hard", "soft"] = "hard" if hard else "soft"
-        v_reset = module.v_reset if hard else 0.0
-        dynamics, params = neurons.IF, dict[str, Any]()
-        if kind != "IFNode":
-            plain = old and not module.decay_input
-            params = {"decay_input": module.decay_input, "v_rest": v_reset}
-        if kind not in _NOT_LIF:
-            dynamics, params["tau"] = neurons.LIF, module.tau
-            params["factored"] = plain and (v_reset == 0.0 if clock_driven else not hard)
-        elif kind == "ParametricLIFNode":
-            dynamics, params["w"] = neurons.ParametricLIF, module.w
-            params["factored"] = plain and v_reset == 0.0
-        neuron = Neuron(
-            dynamics,
-            params,
-            v_threshold=module.v_threshold,
-            v_reset=v_reset,
-            reset=reset,
-            fires=fires,
-            v_0=module._memories_rv["v"],
-        )
-        if clock_driven:
-            return Reading(neuron, "s" if name == kind else "m")
-        return Reading(neuron, module.step_mode)
+        return Learning(chosen, partial(_live, reading.neuron), module.detach_reset)
 
     def reset(self, module: nn.Module) -> None:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
+
+
+def _live(neuron: Neuron, module: Any) -> Neuron:
+    return neuron.replace_tensors({name: getattr(module, name) for name in neuron.tensors()})
+
+
+def _surrogate(function: Any) -> Surrogate | None:
+    """The declared surrogate that a surrogate function is."""
+    kind = KINDS.get(_SURROGATES.get(type(function).__name__, type(function).__name__))
+    if kind is None or any(not hasattr(function, name) for name in kind.defaults):
+        return None
+    found = [kind(**{name: getattr(function, name) for name in kind.defaults})]
+    if kind.name == "PiecewiseLeakyReLU":  # of half the height since 2.0.0
+        found.append(Window(w=function.w, height=1 / (2 * function.w), c=function.c))
+    return next((s for s in found if same_derivative(function, s)), None)
+
+
+#: Classes whose descendants keep state.
+_KEEPERS = ("MemoryModule", "NonSpikingBaseNode", "ILCBaseNode", "NoisyBaseNode", "PSN")
+
+
+def _from_data(name: str, path: str) -> Finding:
+    return Finding(
+        rule="untraceable",
+        where=path,
+        found=f"{name} of 0.0.0.0.14, which starts from x.data, where torch.export loses the trace",
+        allowed=f"{name} of 2.0.0",
+        fix="load the network in SpikingJelly 2.0.0",
+    )
+
+
+# Each kind of neuron as it is read
+
+
+def _rest(module: Any) -> float:
+    return 0.0 if module.v_reset is None else float(module.v_reset)
+
+
+def _fires(module: Any) -> Literal[">=", ">"] | None:
+    """How it fires at the threshold; None if its surrogate is no step."""
+    surrogate, kind = module.surrogate_function, type(module)
+    if not getattr(surrogate, "spiking", True):
+        return None
+    early = _old(module) and not _clock_driven(kind)
+    if kind.__name__ in _AT_THRESHOLD or (early and kind.__name__ in ("IFNode", "LIFNode")):
+        return ">="
+    return comparison(surrogate)
+
+
+#: In eval mode these fire at the threshold, whatever the surrogate; IF and LIF of 0.0.0.0.14 do too.
+_AT_THRESHOLD = ("OTTTLIFNode", "SLTTLIFNode", "ComplementaryLIFNode")
+
+
+def _population(
+    module: Any, dynamics: Dynamics, params: dict[str, Any], resets: bool = True
+) -> Neuron:
+    reset: Literal["hard", "soft"] = "soft" if module.v_reset is None else "hard"
+    return Neuron(
+        dynamics,
+        params,
+        v_threshold=module.v_threshold,
+        v_reset=_rest(module),
+        reset=reset if resets else "none",
+        fires=_fires(module) or ">=",
+        v_0=module._memories_rv["v"],
+    )
+
+
+def _step_mode(module: Any) -> Literal["s", "m"]:
+    if _clock_driven(type(module)):
+        return "m" if type(module).__name__.startswith("MultiStep") else "s"
+    mode: Literal["s", "m"] = module.step_mode
+    return mode
+
+
+def _leak(module: Any) -> dict[str, Any]:
+    return {"v_rest": _rest(module), "decay_input": module.decay_input}
+
+
+def _if(module: Any) -> Reading:
+    return Reading(_population(module, neurons.IF, {}), _step_mode(module))
+
+
+def _lif(module: Any) -> Reading:
+    unrested = _rest(module) == 0.0 if _clock_driven(type(module)) else module.v_reset is None
+    factored = _old(module) and not module.decay_input and unrested
+    params = {**_leak(module), "tau": module.tau, "factored": factored}
+    return Reading(_population(module, neurons.LIF, params), _step_mode(module))
+
+
+def _plif(module: Any) -> Reading:
+    factored = _old(module) and not module.decay_input and _rest(module) == 0.0
+    params = {**_leak(module), "w": module.w, "factored": factored}
+    return Reading(_population(module, neurons.ParametricLIF, params), _step_mode(module))
+
+
+def _quadratic(module: Any) -> dict[str, Any]:
+    return {"tau": module.tau, "v_rest": module.v_rest, "v_c": module.v_c, "a_0": module.a0}
+
+
+def _qif(module: Any) -> Reading:
+    return Reading(_population(module, neurons.QIF, _quadratic(module)), _step_mode(module))
+
+
+def _eif(module: Any) -> Reading:
+    params = {name: getattr(module, name) for name in neurons.EIF.parameters}
+    return Reading(_population(module, neurons.EIF, params), _step_mode(module))
+
+
+def _izhikevich(module: Any) -> Reading:
+    own = {name: getattr(module, name) for name in ("tau_w", "a", "b")}
+    own |= {"w_rest": module._memories_rv["w"], "factored": _old(module)}
+    params = {**_quadratic(module), **own}
+    return Reading(_population(module, neurons.Izhikevich, params), _step_mode(module))
+
+
+def _klif(module: Any) -> Reading:
+    params = {**_leak(module), "tau": module.tau, "k": module.k}
+    if not module.scale_reset:
+        return Reading(_population(module, neurons.KLIF, params), _step_mode(module))
+    params |= {"jump": module.v_threshold, "soft": module.v_reset is None}
+    neuron = _population(module, neurons.RescaledKLIF, params, resets=False)
+    return Reading(neuron, _step_mode(module))
+
+
+def _clif(module: Any) -> Reading:
+    params = {"tau": module.tau, "jump": module.v_threshold}
+    neuron = _population(module, neurons.CLIF, params, resets=False)
+    return Reading(neuron, _step_mode(module))
+
+
+def _cuba(module: Any) -> Reading:
+    params = {"alpha": module.c_decay, "beta": module.v_decay}
+    return Reading(_population(module, neurons.Synaptic, params), _step_mode(module))
+
+
+def _raf(module: Any) -> Reading:
+    angle, decay = module.omega * module.dt, math.exp(module.b * module.dt)
+    params = {"decay": decay, "cos": math.cos(angle), "sin": math.sin(angle)}
+    return Reading(_population(module, neurons.RAF, params), _step_mode(module))
+
+
+def _liaf(module: Any) -> Reading:
+    if module.step_mode == "m":
+        return _lif(module)  # whose forward over all steps it inherits
+    below = module.v_threshold if module.threshold_related else 0.0
+
+    def analog(h_seq: torch.Tensor) -> Any:
+        return module.act(h_seq - below if below else h_seq)
+
+    neuron = _population(module, neurons.LIAF, {**_leak(module), "tau": module.tau})
+    return Reading(neuron, "s", readout=analog, state=1)
+
+
+def _psn(module: Any) -> Reading:
+    """A linear map over time, which traces as it is, and a step."""
+    neuron = Neuron(neurons.Heaviside, v_threshold=0.0, reset="none", fires=_fires(module) or ">=")
+    return Reading(neuron, part="surrogate_function")
+
+
+def _integrator(module: Any) -> Reading:
+    """Neurons that do not fire, each call of which starts anew."""
+    tau = getattr(module, "tau", None)
+    kind = neurons.IF if tau is None else neurons.LIF
+    params = {} if tau is None else {"tau": tau, "v_rest": 0.0}
+    return Reading(Neuron(kind, params, reset="none"), readout=_DECODERS.get(module.decode, _each))
+
+
+def _each(v_seq: torch.Tensor) -> list[torch.Tensor]:
+    return list(v_seq.unbind())
+
+
+def _farthest(v_seq: torch.Tensor) -> torch.Tensor:
+    highest, lowest = v_seq.amax(0), v_seq.amin(0)
+    above = highest.abs() > lowest.abs()
+    return highest * above + lowest * ~above
+
+
+#: What an integrator returns of its potentials, by the value of ``decode``.
+_DECODERS: dict[str | None, Callable[[torch.Tensor], Any]] = {
+    "max-mem": lambda v_seq: v_seq.amax(0),
+    "max-abs-mem": _farthest,
+    "mean-mem": lambda v_seq: v_seq.mean(0),
+    "last_mem": lambda v_seq: v_seq[-1],
+}
+
+_KNOWN: dict[str, Callable[[Any], Reading]] = {
+    "IFNode": _if,
+    "SimpleIFNode": _if,
+    "HalfThresholdIFNode": _if,
+    "LIFNode": _lif,
+    "SimpleLIFNode": _lif,
+    "OTTTLIFNode": _lif,
+    "SLTTLIFNode": _lif,
+    "save_v_LIFNode": _lif,
+    "ParametricLIFNode": _plif,
+    "QIFNode": _qif,
+    "EIFNode": _eif,
+    "IzhikevichNode": _izhikevich,
+    "KLIFNode": _klif,
+    "ComplementaryLIFNode": _clif,
+    "CUBALIFNode": _cuba,
+    "RAFNode": _raf,
+    "LIAFNode": _liaf,
+    "PSN": _psn,
+    "SlidingPSN": _psn,
+    "NonSpikingIFNode": _integrator,
+    "NonSpikingLIFNode": _integrator,
+}
+#: The modules of the package in which those are defined that are not in ``neuron``.
+_HOMES = {"save_v_LIFNode": ("model", "spike_dhs")}
+
+#: Why others are not declared.
+_WHY = {
+    **dict.fromkeys(("TernaryIFNode", "TernaryLIFNode", "STBIFNode"), "spikes of both signs"),
+    **dict.fromkeys(("DSRIFNode", "DSRLIFNode"), "a firing rate as its output"),
+    "ILIFNode": "several spikes at a step",
+    "GatedLIFNode": "other conductances at each step",
+    "MPBNLIFNode": "a batch norm inside its charge",
+    "MaskedPSN": "a mask over time that the value of a buffer chooses",
+}
+
+
+def _obstacles(module: Any, path: str) -> Iterator[Finding]:
+    def finding(rule: str, found: str, allowed: str, fix: str) -> Finding:
+        return Finding(rule=rule, where=path, found=found, allowed=allowed, fix=fix)
+
+    name = type(module).__name__
+    if hasattr(module, "surrogate_function") and _fires(module) is None:
+        yield surrogate_output(module.surrogate_function, path)
+    if _clock_driven(type(module)) and getattr(module, "backend", "torch") != "torch":
+        yield finding(
+            "neuron-backend",
+            f"backend={module.backend!r}, whose kernels round in another order",
+            "backend='torch'",
+            "set the neuron's backend to 'torch' before the conversion",
+        )
+    if getattr(module, "_neuron_precision", None) is not None:
+        yield finding(
+            "neuron-precision",
+            "an explicit neuron precision, which runs on CUDA only",
+            "a neuron that computes in its input's dtype",
+            "clear the neuron precision before the conversion",
+        )
+    if name == "SlidingPSN" and module.step_mode == "s":
+        yield finding(
+            "step-mode",
+            f"{name} step by step",
+            "step_mode='m'",
+            "set step_mode='m' (functional.set_step_mode(net, 'm')) and give [T, N, ...]",
+        )

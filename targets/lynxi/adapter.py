@@ -24,6 +24,7 @@ from ...converters.passes import (
     Pass,
     absorb_batch_norm,
     cast_float16,
+    decompose_operators,
     flatten_time,
     fold_batch_norm,
     fold_constants,
@@ -78,10 +79,11 @@ class Lynxi:
             hoist_time_invariant,
             flatten_time,
         )
+        decompose = decompose_operators(CAPABILITIES.ops or ())
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (*layout, *absorb, lower_neurons, cast_float16)
-        return (*layout, fold_batch_norm, lower_neurons)
+            return (*layout, *absorb, decompose, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, decompose, lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:

@@ -16,7 +16,7 @@ from torch import nn
 
 from spikeport.converters import equations, neurons, sources, surrogates
 from spikeport.converters.capture import capture
-from spikeport.converters.errors import UsageError
+from spikeport.converters.errors import CaptureError, UsageError
 from spikeport.converters.neurons import IF, LIF, IFNode, LIFNode, Neuron, Node, ParametricLIF
 from spikeport.converters.passes import flatten_time, lower_neurons
 
@@ -605,6 +605,42 @@ def test_init_tau_must_be_above_one() -> None:
 def test_each_call_starts_from_v_0() -> None:
     node, x = IFNode(), torch.full((1, 1, 1), 0.75)
     assert node(x).item() == node(x).item() == 0.0
+
+
+# Readouts
+
+
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
+def test_a_readout_gives_its_membrane_potentials(target: str) -> None:
+    from spikeport.deploy.pipeline import convert
+
+    torch.manual_seed(0)
+    beta = nn.Parameter(torch.tensor([0.5, 0.75, 0.9, 1.0]))
+    net = nn.Sequential(
+        nn.Linear(4, 4), LIFNode(), neurons.Readout(neurons.Leaky, beta=beta, v_0=0.5)
+    )
+    x = drive(11)
+    program = convert(net, (x,), target, dtype="float32")
+    assert len(program.sites) == 1
+    v, decay = np.full(SHAPE[1:], 0.5, F32), beta.detach().numpy()
+    with torch.no_grad():
+        spikes = net[:2](x).numpy()
+    for found, s in zip(program(x).numpy(), spikes, strict=True):
+        v = decay * v + s
+        assert np.array_equal(found, v)
+    net(x)[-1].sum().backward()
+    assert beta.grad is not None
+    assert beta.grad.abs().min() > 0
+    assert "does not fire" in repr(net)
+
+
+def test_a_readout_that_was_made_another_layer_is_refused() -> None:
+    class Louder(neurons.Readout):
+        def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x_seq)
+
+    with pytest.raises(CaptureError, match="look-alike-neuron"):
+        capture(nn.Sequential(Louder(LIF, tau=2.0, v_rest=0.0)), (drive(0),))
 
 
 # A user's neuron: everything it takes

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from spikeport.converters import verify
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import CaptureError
 from spikeport.converters.passes import (
@@ -32,6 +33,8 @@ neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 surrogate = pytest.importorskip("spikingjelly.activation_based.surrogate")
 
 pytestmark = pytest.mark.spikingjelly
+#: 0.0.0.0.14, whose neurons choose their backend.
+OLD = hasattr(neuron.IFNode(), "backend")
 T, N = 4, 2
 
 
@@ -267,6 +270,87 @@ def test_neurons_for_online_training(name: str, decay_input: bool, v_reset: floa
     assert program.sites[0].neuron.fires == ">="
 
 
+# Neurons of other dynamics
+
+SOME = {"tau": 2.5}
+OTHERS = {
+    "SimpleIFNode": [{}],
+    "SimpleLIFNode": [{**SOME, "decay_input": True}, {**SOME, "decay_input": False}],
+    "QIFNode": [{**SOME, "v_c": 0.7, "a0": 0.9}],
+    "EIFNode": [{**SOME, "delta_T": 0.7}],
+    "IzhikevichNode": [{**SOME, "a": 0.3, "b": 0.2, "tau_w": 3.0, "w_rest": 0.25}],
+    "KLIFNode": [
+        {**SOME, "decay_input": decay_input, "scale_reset": scale_reset}
+        for decay_input in (True, False)
+        for scale_reset in (True, False)
+    ],
+    "CUBALIFNode": [{}],
+    "RAFNode": [{}],
+    "LIAFNode": [
+        {**SOME, "act": torch.relu, "threshold_related": related} for related in (True, False)
+    ],
+    "ComplementaryLIFNode": [SOME],
+    "HalfThresholdIFNode": [{}],
+}
+#: Their soft reset is their own, or fails inside SpikingJelly.
+ONE_RESET = ("ComplementaryLIFNode", "HalfThresholdIFNode")
+
+
+class Stepwise(nn.Module):
+    def __init__(self, spike: nn.Module) -> None:
+        super().__init__()
+        self.spike = spike
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.spike(step) for step in x])
+
+
+@pytest.mark.parametrize("v_reset", [None, 0.0, -0.25])
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, given) for name, all_given in OTHERS.items() for given in all_given],
+    ids=lambda v: (
+        v if isinstance(v, str) else "-".join(getattr(x, "__name__", str(x)) for x in v.values())
+    ),
+)
+def test_neurons_of_other_dynamics(name: str, given: dict, v_reset: float | None) -> None:
+    if name in ONE_RESET and v_reset != 0.0:
+        pytest.skip("its reset is its own")
+    if not hasattr(neuron, name):
+        pytest.skip("only in 2.0.0")
+    rest = {} if name in ONE_RESET else {"v_reset": v_reset}
+    fails = {"KLIFNode": OLD, "SimpleLIFNode": True}.get(name, False) and v_reset is None
+    if fails or (name == "LIAFNode" and OLD):
+        pytest.skip("fails inside SpikingJelly")
+    node = getattr(neuron, name)(**given, **rest)
+    if name == "KLIFNode":
+        nn.init.constant_(node.k, 1.3)
+    x = grid(T + 2, N, 37)
+    node.step_mode = "m"
+    converted(nn.Sequential(nn.Identity(), node), x)
+    node.step_mode = "s"
+    program = converted(Stepwise(node), x)
+    assert verify._probe_neurons(program, Stepwise(node))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("PSN", {"T": T}), ("SlidingPSN", {"k": 3, "step_mode": "m"})]
+)
+def test_neurons_that_are_a_linear_map_over_time(name: str, given: dict) -> None:
+    if not hasattr(neuron, name):
+        pytest.skip("only in 2.0.0")
+    net = nn.Sequential(nn.Linear(5, 5), getattr(neuron, name)(**given))
+    program = converted(net, rand(T, N, 5))
+    assert [site.path for site in program.sites] == ["1.surrogate_function"]
+    assert verify._probe_neurons(program, net)
+
+
+def test_a_linear_map_over_time_takes_all_steps() -> None:
+    if not hasattr(neuron, "SlidingPSN"):
+        pytest.skip("only in 2.0.0")
+    assert refused(Stepwise(neuron.SlidingPSN(k=2)), rand(T, N, 5)) == [("step-mode", "spike")]
+
+
 # Every other keeper of state
 
 NEEDS = {
@@ -286,7 +370,7 @@ def other_neurons() -> list[str]:
         name
         for name, kind in inspect.getmembers(neuron, inspect.isclass)
         if issubclass(kind, sj_base.MemoryModule)
-        and name not in (*KINDS, *ONLINE)
+        and name not in (*KINDS, *ONLINE, *OTHERS, "SlidingPSN")
         and "Base" not in name
     ]
 
@@ -328,12 +412,25 @@ def test_layers_with_state_are_refused_by_name(made: Callable[[], nn.Module]) ->
     assert type(net[1]).__name__ in found.found
 
 
+# Readouts
+
+
+@pytest.mark.parametrize("decode", [None, "max-mem", "max-abs-mem", "mean-mem", "last_mem"])
 @pytest.mark.parametrize("name", ["NonSpikingIFNode", "NonSpikingLIFNode"])
-def test_keepers_of_state_that_are_no_memory_modules(name: str) -> None:
+def test_readouts_of_membrane_potentials(name: str, decode: str | None) -> None:
     if not hasattr(neuron, name):
         pytest.skip("only in 2.0.0")
-    rules = refused(nn.Sequential(getattr(neuron, name)()), rand(T, N, 5))
-    assert rules == [("surviving-state", "0")]
+    tau = {"tau": 2.5} if "LIF" in name else {}
+    net = nn.Sequential(nn.Linear(5, 5), getattr(neuron, name)(decode=decode, **tau))
+    x = rand(T, N, 5)
+    low = lowered(capture(net, (x,)))
+    found, expected = low(x), reference(net, x)
+    if decode is None:
+        assert isinstance(found, list)
+        found, expected = torch.stack(found), torch.stack(expected)
+    # Unrolled, the means are sums in another order.
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6 * (decode == "mean-mem"))
+    assert not low.sites
 
 
 def test_a_subclass_of_the_users() -> None:
