@@ -21,7 +21,8 @@ T, N = 4, 3
 TARGETS = [
     ("reference", "float32"),
     ("lynxi-sim", "float16"),
-    ("lynxi-sim", "float32"),
+    pytest.param("lynxi-sim", "float32", marks=pytest.mark.slow),
+    ("ipu-sim", "float32"),
     ("onnx", "float32"),
     ("onnx", "float16"),
 ]
@@ -228,6 +229,8 @@ def test_time_is_one_of_two(net):
         deploy.UsageError, match="time is 'looped'; allowed for onnx: stepped, unrolled"
     ):
         deploy.convert(net, (events(),), "onnx", time="looped")
+    with pytest.raises(deploy.UsageError, match="time is 'stepped'; allowed for nir: unrolled"):
+        deploy.convert(net, (events(),), "nir", time="stepped")
 
 
 def test_what_has_no_steps_is_a_finding_of_check():
