@@ -43,6 +43,7 @@ types: $(VENV)/.tested
 bench: $(VENV)/.tested  ## the numbers of the README
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/deployment.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/rerolling.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/streaming.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/ipu.py
 
 $(VENV)/.installed: pyproject.toml

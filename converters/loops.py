@@ -219,6 +219,8 @@ class Loops(Stepwise):
                     return self.call(aten.add.Tensor, *pair, path=where(nodes[-1]))
         raise self._differs(members, "step 1 computes something else than step 0", 1)
 
+    # What is returned after the last step
+
     def at_last(self, n: Node) -> Node:
         """A value after the last step, as it is at each."""
         value = self.env[n]

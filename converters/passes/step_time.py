@@ -7,6 +7,7 @@ left of a sequence at its end. Out of these follow the states:
 * A layer of neurons has those of its declaration, v and the others.
 * In a loop, the copies of an operator at steps 0 ... T-1 are aligned operand by operand; an operand
   that lies a step back is a state, whose initial value is what stands in its place at step 0.
+* A convolution along time keeps the past steps that it looks back to.
 * A sum, a mean or a maximum over time is taken over the steps so far, so that after T steps it is that
   of the whole call. A sum that is divided by T is a mean.
 
@@ -23,6 +24,7 @@ import math
 import operator
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -37,7 +39,7 @@ from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Valu
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
 
 _HEADLINE = "the network cannot be run step by step:"
-
+#: Ways to read the inputs that are tried: sequences or not, with time first or second.
 _MOST_READINGS = 81
 
 
@@ -96,16 +98,19 @@ _FIXES = {
     "output": "return what the network computes at every step or after the last, or convert it unrolled",
     "time-steps": "give an example input of 3 time steps or more; the result does not depend on it",
 }
-
-
 _ALLOWED = {
-    "mixes-time": "operators on each time step alone, and mean, sum or maximum over all of them",
+    "mixes-time": "operators on each time step alone, convolutions over past steps, and mean, sum or "
+    "maximum over all of them",
     "time-varying": "weights and constants that are the same at every time step",
     "steps-differ": "a loop whose steps are alike, the first one from constants",
     "state-init": "states that start from the same values in every call",
     "output": "[T, N, ...] with a step each, or the value after the last step",
     "time-steps": "time steps that can be told from one another",
 }
+
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+#: bias, stride, padding, dilation, groups
+_CONVOLUTION_DEFAULTS: tuple[Any, ...] = (None, [1], [0], [1], 1)
 
 
 class _StepTime(Loops):
@@ -177,6 +182,8 @@ class _StepTime(Loops):
         if finding not in self.findings:
             self.findings.append(finding)
 
+    # Inputs and outputs
+
     def _inputs(self) -> list[TensorSpec]:
         found = []
         for n, spec, axis in zip(
@@ -226,6 +233,8 @@ class _StepTime(Loops):
         axis = 0 if folded.outer == 1 else 1
         return self.shaped(folded.node, [s for d, s in enumerate(spec.shape) if d != axis]), axis
 
+    # Every value in turn
+
     def _guarded(self, n: Node) -> Value:
         try:
             return self._value(n)
@@ -249,6 +258,8 @@ class _StepTime(Loops):
             return collected
         if (over := self._over_time(n)) is not None:
             return over
+        if (filtered := self._filter(n)) is not None:
+            return filtered
         if any(isinstance(v, At) for v in operands):
             return self._in_loop(n, operands)
         if any(isinstance(v, Last) for v in operands):
@@ -281,6 +292,8 @@ class _StepTime(Loops):
             f"{a.name} {list(shape(a))} has a value of its own for each of {like.count} time steps",
             "time-varying",
         )
+
+    # Neurons and states
 
     def _neuron(self, n: Node) -> Steps:
         x, _, _, layout, T = n.args[:5]
@@ -327,6 +340,8 @@ class _StepTime(Loops):
                 self._tell(error, self.program.results[0])
         return found
 
+    # Over time
+
     def _over_time(self, n: Node) -> Last | None:
         """A mean, sum or maximum over time, over the steps so far."""
         if n.target not in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
@@ -363,6 +378,45 @@ class _StepTime(Loops):
         kind = short(n.target)[5:]
         self.done[f"{path or n.name}: the {kind} over time is that of the steps so far"] = None
         return Last(self.shaped(so_far, shape(n)), total=n.target is aten.sum.dim_IntList)
+
+    def _filter(self, n: Node) -> Steps | None:
+        """A convolution along time that takes none but past steps: the last few are its state.
+
+        It is padded with as many zeros as it looks back; what comes out after the last step is cut off.
+        """
+        if n.target not in _CONVOLUTIONS:
+            return None
+        x = self.env[n.args[0]]
+        batched = len(shape(n)) == len(shape(n.args[1]))
+        if not isinstance(x, Steps) or not batched or not x.bare or x.axis < 2:
+            return None
+        at, size = x.axis - 2, len(shape(n)) - 2
+        settings: list[Any] = [*n.args[2:], *_CONVOLUTION_DEFAULTS[len(n.args) - 2 :]]
+        bias, *given, groups = settings
+        stride, padding, dilation = ([*v] * (size if len(v) == 1 else 1) for v in given)
+        back = (shape(n.args[1])[x.axis] - 1) * dilation[at]
+        if stride[at] != 1 or padding[at] != back:
+            raise MixesTimeError(
+                f"{short(n.target)} along time with stride {stride[at]} and padding {padding[at]}, where "
+                f"stride 1 and padding {back} would take past steps alone"
+            )
+        path = where(n)
+        window = now = self.call(aten.unsqueeze.default, x.node, x.axis, path=path)
+        sizes = [back if d == x.axis else s for d, s in enumerate(shape(now))]
+        dtype = now.meta["val"].dtype
+        if back:
+            before = self.new_state(f"{path or 'forward'}.past", torch.zeros(sizes, dtype=dtype))
+            window = self.call(aten.cat.default, [before, now], x.axis, path=path)
+            self.after[-1] = self.call(aten.slice.Tensor, window, x.axis, 1, back + 1, path=path)
+        padding[at] = 0
+        weight, bias = (None if w is None else self.plain(w) for w in (n.args[1], bias))
+        geometry = (stride, padding, dilation, groups)
+        node = self.call(n.target, window, weight, bias, *geometry, path=path)
+        self.done[f"{path or n.name}: the last {back} steps are kept"] = None
+        node = self.call(aten.squeeze.dim, node, x.axis, path=path)
+        return replace(x, node=node, count=x.count + back)
+
+    # Sequences and their steps
 
     def _take(self, n: Node) -> Value | None:
         """One step out of a sequence, or its first few; or a sequence of one value repeated."""

@@ -48,6 +48,7 @@ class Nir:
         ops=frozenset(short(target) for target in OPERATORS),
         dtypes=None,
         in_place=False,
+        times=frozenset({"unrolled"}),  # a graph of NIR has no steps: its tools take them
         notes=(
             f"time constants for dt = {DEFAULT_DT} unless the option dt says another",
             "what NIR does not say stands in metadata; the option strict refuses it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from spikeport import targets
 from spikeport.converters.capture import capture
-from spikeport.converters.errors import UnsupportedError, UsageError
+from spikeport.converters.errors import MismatchError, UnsupportedError, UsageError
 from spikeport.converters.neurons import (
     IF,
     LIF,
@@ -39,7 +40,8 @@ from spikeport.converters.program import (
     TensorSpec,
     short,
 )
-from spikeport.converters.stepping import Stepping
+from spikeport.converters.stepping import State, Stepping
+from spikeport.converters.verify import verify
 
 T, N = 4, 3
 
@@ -70,9 +72,13 @@ def layer(inputs: int, outputs: int, seed: int = 0) -> nn.Linear:
     return made
 
 
-def rewritten(net: nn.Module, *x: torch.Tensor, target: str = "onnx") -> Program:
-    """The network of one step, for a target that takes neurons apart, or for one that does not."""
-    program = capture(net, x)
+def rewritten(net: nn.Module, *x: torch.Tensor) -> Program:
+    """The network of one step, its neurons taken apart."""
+    return one_step(capture(net, x), "onnx")
+
+
+def one_step(program: Program, target: str) -> Program:
+    """As a target takes it: onnx takes neurons apart, the reference does not."""
     for rewrite in stepped(targets.get(target).passes(torch.float32)):
         program = rewrite(program)
     return program
@@ -90,16 +96,14 @@ def assert_steps_equal_the_call(net: nn.Module, *x: torch.Tensor) -> Program:
     net.eval()
     with torch.no_grad():
         expected = pytree.tree_leaves(net(*x))
-    for target in ("onnx", "reference"):
-        program = rewritten(net, *x, target=target)
+    captured = capture(net, x)
+    for target in ("reference", "onnx"):
+        program = one_step(captured, target)
         found = pytree.tree_leaves(program(*x))
         for a, b in zip(found, expected, strict=True):
             assert a.shape == b.shape
-            assert (
-                torch.equal(a, b) if not b.is_floating_point() else torch.allclose(a, b, atol=1e-5)
-            )
-            if set(b.unique().tolist()) <= {0.0, 1.0}:
-                assert torch.equal(a, b)
+            spikes = set(b.unique().tolist()) <= {0.0, 1.0}
+            assert torch.equal(a, b) if spikes else torch.allclose(a, b, atol=1e-5)
     return program
 
 
@@ -145,15 +149,15 @@ def alone(neuron: Neuron, x: torch.Tensor) -> Program:
     ("kind", "params"), KINDS, ids=lambda v: v.name if isinstance(v, Dynamics) else ""
 )
 def test_every_neuron_and_reset_gives_the_same_spikes_step_by_step(kind, params):
-    for reset in RESETS:
-        for fires, v_0 in ((">=", 0.0), (">", -0.2)):
-            neuron = Neuron(kind, params, v_reset=-0.3, v_0=v_0, fires=fires, **reset)
-            x = probe_inputs(neuron, 8, (5,)).expand(8, N, 5)
-            expected = neuron.multi_step(x)
-            program = step_time(alone(neuron, x))
-            assert torch.equal(program(x), expected), neuron.describe()
-            assert torch.equal(lower_neurons(program)(x), expected), neuron.describe()
-            assert names(program) == [f"node.{s}" for s in ("v", *kind.states)]
+    for i, reset in enumerate(RESETS):
+        fires, v_0 = ((">=", 0.0), (">", -0.2))[i % 2]
+        neuron = Neuron(kind, params, v_reset=-0.3, v_0=v_0, fires=fires, **reset)
+        x = probe_inputs(neuron, 8, (5,)).expand(8, N, 5)
+        expected = neuron.multi_step(x)
+        program = step_time(alone(neuron, x))
+        assert torch.equal(program(x), expected), neuron.describe()
+        assert torch.equal(lower_neurons(program)(x), expected), neuron.describe()
+        assert names(program) == [f"node.{s}" for s in ("v", *kind.states)]
 
 
 def test_a_late_reset_from_the_threshold_is_refused():
@@ -298,6 +302,23 @@ def test_a_delay_is_a_state():
     assert len(names(program)) == 2
 
 
+def test_a_convolution_over_past_steps_keeps_them():
+    conv = nn.Conv1d(5, 4, 3, padding=4, dilation=2)
+    net = Net(
+        lambda n, x: n.lif(n.conv(x.permute(1, 2, 0))[:, :, : x.shape[0]].permute(2, 0, 1)),
+        conv=conv,
+        lif=LIFNode(),
+    )
+    program = assert_steps_equal_the_call(net, rand(6, N, 5))
+    assert names(program) == ["conv.past", "lif.v"]
+    ahead = Net(
+        lambda n, x: n.lif(n.conv(x.permute(1, 2, 0)).permute(2, 0, 1)),
+        conv=nn.Conv1d(5, 4, 3, padding=1),
+        lif=LIFNode(),
+    )
+    assert ("mixes-time", "conv1d") in findings(ahead, rand(T, N, 5))
+
+
 # Loops
 
 
@@ -424,3 +445,41 @@ def test_the_pass_stands_before_neurons_are_taken_apart():
     assert stepped((lower_neurons, cast_float16)) == (step_time, lower_neurons, cast_float16)
     assert stepped((cast_float16,)) == (step_time, cast_float16)
     assert stepped(()) == (step_time,)
+
+
+# Verification
+
+
+def proved(net: nn.Module, x: torch.Tensor, change: Callable[[Program], Program]) -> Program:
+    """The stepped program after a change, verified against the network."""
+    captured = capture(net, (x,))
+    program = replace(captured, captured=captured, examples=((x,),))
+    return verify(change(one_step(program, "onnx")), net)
+
+
+def forgetful(program: Program) -> Program:
+    """The first state stays as it came in."""
+    results = program.results
+    results[len(program.outputs)] = list(program.nodes("placeholder"))[len(program.inputs)]
+    program.graph.output_node().args = (tuple(results),)
+    program.module.recompile()
+    return program
+
+
+def otherwise(program: Program) -> Program:
+    """The first state starts from other values."""
+    stepping = program.stepping
+    assert stepping is not None
+    first, *rest = stepping.states
+    states = (State(first.name, first.initial + 5.0), *rest)
+    return replace(program, stepping=replace(stepping, states=states))
+
+
+@pytest.mark.parametrize("sabotage", [forgetful, otherwise])
+def test_states_that_are_carried_wrongly_are_found_with_their_layer(sabotage):
+    net, x = feed_forward(), rand(T, N, 6)
+    evidence = proved(net, x, lambda program: program).evidence
+    assert evidence is not None
+    assert evidence.to_dict()["end_to_end_flips"] == {"lif": 0}
+    with pytest.raises(MismatchError, match="lif: .* spikes are not the declaration's"):
+        proved(net, x, sabotage)

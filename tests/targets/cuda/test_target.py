@@ -53,6 +53,21 @@ class Loop(nn.Module):
         return torch.stack([self.spikes(self.fc(x)) for x in x_seq])
 
 
+class Rolling(nn.Module):
+    """A loop whose layer is fed its own spikes of the step before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.back = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.spikes = cuda.LIFNode(tau=2.0, step_mode="s")
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        found = [torch.zeros(x_seq.shape[1], 8)]
+        for x in x_seq:
+            found.append(self.spikes(self.fc(x) + self.back(found[-1])))
+        return torch.stack(found[1:]).mean(0)
+
+
 def _on_a_grid(net: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for p in net.parameters():
@@ -345,3 +360,20 @@ def test_too_large_for_the_device(artifact) -> None:
     huge = [((1 << 44,), torch.float32)]
     with pytest.raises(DeviceError, match=r"GiB free.*smaller example input"):
         get("cuda").load(artifact / "device", huge, huge, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("kind", "shape"), [(Net, (N, 1, 6, 6)), (Rolling, (T, N, 6))])
+def test_all_steps_equal_one_call(kind, shape, dtype, tmp_path):
+    net, x = _on_a_grid(kind()), torch.randint(-4, 5, shape) / 4
+    found = []
+    for time in ("unrolled", "stepped"):
+        program = deploy.convert(net, (x,), target="cuda", dtype=dtype, time=time, verify=False)
+        deploy.compile(program, tmp_path / time, cache=False)
+        with deploy.load(tmp_path / time) as model:
+            found.append(model(x))
+            if time == "stepped":
+                steps = [model.step(now) for now in (x if kind is Rolling else [x] * T)]
+                assert torch.equal(steps[-1], found[-1])
+                assert model.state["spikes.v"].dtype == torch.float32
+    assert torch.equal(*found)
