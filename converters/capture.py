@@ -216,9 +216,10 @@ def _watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> _Watched:
                 seen.memories[path] = changes[path]
         elif path in changes:
             seen.findings.append(_kept(path, changes[path]))
+    stateful: dict[str, Reading | Memory] = {**seen.readings, **seen.kept}
     once = [
         path
-        for path, reading in (*seen.readings.items(), *seen.kept.items())
+        for path, reading in stateful.items()
         if reading.step_mode == "s" and seen.calls.get(path) == 1 and path not in seen.handed
     ]
     if once and not seen.findings:

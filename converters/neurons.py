@@ -403,6 +403,7 @@ class Neuron:
         fire: Callable[[Any], Any],
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
+        due: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, tuple[Any, ...], Any]:
         """One time step on values of any kind: (spikes, state, h).
 
@@ -412,6 +413,8 @@ class Neuron:
             fire: ``h -> spikes``, in whatever form ``select`` takes.
             select: ``(spikes, a, b) -> a where there is a spike, else b``.
             t: 0 says that v is v_0, before which there is no spike to reset for.
+            due: As ``fire``, for the spikes of the step before, whose reset is still to come; they go
+                to ``select`` alone. ``fire`` itself unless given.
         """
 
         def after(h: Any, spikes: Any) -> Any:
@@ -420,18 +423,18 @@ class Neuron:
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
         late = self.reset_at != "now" and t > 0 and self.reset != "none"
-        due = fire(state[0]) if late else None
+        spiked = (due or fire)(state[0]) if late else None
         if late and self.reset_at == "before":
-            state = (after(state[0], due), *state[1:])
+            state = (after(state[0], spiked), *state[1:])
         h, *others = self.charge(state, x)
         if late and self.reset_at != "before":
-            h = after(h, due)
+            h = after(h, spiked)
         ahead = self.reset_at == "ahead" and self.reset != "none"
         silent, again = h, h - self.v_threshold if ahead else None
         if ahead and late:
             # The reset that was due is taken already: it is not taken twice, and given back if the
             # membrane stayed silent after it.
-            silent, again = select(due, h + self.v_threshold, h), select(due, h, again)
+            silent, again = select(spiked, h + self.v_threshold, h), select(spiked, h, again)
         spikes = fire(h)
         v = select(spikes, again, silent) if ahead else h
         if self.reset_at == "now":

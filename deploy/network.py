@@ -29,9 +29,13 @@ from ..converters.sources.nir import NirNetwork
 
 _FORMS = (
     "path/to/file.py:Class or package.module:Class (a function that returns the network will do), "
-    "path/to/file.nir, or conv or fc for an example"
+    "path/to/file.nir, or conv, fc or leaky for an example"
 )
-_EXAMPLES = {"conv": "conv_fashion_mnist.py:CSNN", "fc": "fc_fashion_mnist.py:FCSNN"}
+_EXAMPLES = {
+    "conv": "conv_fashion_mnist.py:CSNN",
+    "fc": "fc_fashion_mnist.py:FCSNN",
+    "leaky": "leaky_fashion_mnist.py:LeakySNN",
+}
 _EXAMPLE_FOLDERS = (Path(__file__).resolve().parent.parent / "examples", Path("examples"))
 _PLAIN = (bool, int, float, str, types.NoneType)
 _WELL_KNOWN = ("net", "model", "state_dict", "model_state_dict")
@@ -55,7 +59,7 @@ _logger = logging.getLogger(__name__)
 def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
     """The network that a name stands for, in eval mode.
 
-    A name is ``file.py:Class``, ``package.module:Class``, ``file.nir``, ``conv`` or ``fc``.
+    A name is ``file.py:Class``, ``package.module:Class``, ``file.nir``, or that of an example.
 
     Its file can import its neighbours; ``__main__`` blocks do not run.
 

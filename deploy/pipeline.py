@@ -13,7 +13,8 @@ from torch import nn
 from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
-from ..converters.program import Program
+from ..converters.passes import Pass, stepped
+from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
 from ..targets import Target
@@ -27,6 +28,7 @@ def check(
     targets: Sequence[str],
     dtype: str | None = None,
     *,
+    time: Time = "unrolled",
     dt: float | None = None,
 ) -> Findings:
     """Everything that would stop the network on these targets; nothing is compiled.
@@ -36,6 +38,7 @@ def check(
         args: Example inputs; their shapes, batch included, are those of the conversion.
         targets: Names of targets.
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
+        time: ``"unrolled"`` or ``"stepped"``, as in :func:`convert`.
         dt: Time step of a NIR graph.
     """
     if isinstance(targets, str):
@@ -48,7 +51,7 @@ def check(
     found: list[Finding] = []
     for target in chosen:
         try:
-            program, _ = _rewrite(captured, target, _dtype(target, dtype))
+            program, _ = _rewrite(captured, target, _dtype(target, dtype), time)
             found += registry.check(program, target)
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
@@ -61,6 +64,7 @@ def convert(
     target: str,
     *,
     dtype: str | None = None,
+    time: Time = "unrolled",
     verify: bool = True,
     dt: float | None = None,
 ) -> Program:
@@ -72,6 +76,8 @@ def convert(
         args: Example inputs; their shapes, batch included, become the program's.
         target: Name of the target.
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
+        time: ``"unrolled"``: a call of the result is a call of the network, all time steps from v_0; or
+            ``"stepped"``: it is one step, with every state as a further input and output.
         verify: Whether source and result are run and compared.
         dt: Time step of a NIR graph, in the unit of its time constants; the one that its metadata say
             unless given.
@@ -85,7 +91,7 @@ def convert(
     net = _network(net, dt)
     captured = capture(net, args)
     captured.examples = (tuple(x.detach().clone() for x in args),)
-    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype))
+    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time)
     errors = registry.check(program, chosen).errors
     if errors:
         raise UnsupportedError(f"{target} cannot run this network:", errors)
@@ -108,19 +114,32 @@ def _dtype(target: Target, name: str | None) -> torch.dtype:
     return _DTYPES[name]
 
 
+def passes(target: Target, dtype: torch.dtype, time: Time) -> tuple[Pass, ...]:
+    """The rewrites that a target needs for all time steps or for one.
+
+    Raises:
+        UsageError: ``time`` is neither, or the target does not take it.
+    """
+    if time not in target.capabilities.times:
+        allowed = ", ".join(sorted(target.capabilities.times))
+        raise UsageError(f"time is {time!r}; allowed for {target.name}: {allowed}")
+    own = target.passes(dtype)
+    return stepped(own) if time == "stepped" else own
+
+
 def _rewrite(
-    captured: Program, target: Target, dtype: torch.dtype
+    captured: Program, target: Target, dtype: torch.dtype, time: Time
 ) -> tuple[Program, Program | None]:
     """The program for the target, and the program before a cast, if there was one."""
     program = replace(captured, target=target.name, captured=captured)
     uncast = None
-    for rewrite in target.passes(dtype):
+    for rewrite in passes(target, dtype, time):
         before, program = program, rewrite(program)
         if program.dtype != before.dtype:
             uncast = before
     return program, uncast
 
 
-def rewrite_for(captured: Program, target: str, dtype: torch.dtype) -> Program:
+def rewrite_for(captured: Program, target: str, dtype: torch.dtype, time: Time) -> Program:
     """A captured program, rewritten for a target and not verified."""
-    return _rewrite(captured, registry.get(target), dtype)[0]
+    return _rewrite(captured, registry.get(target), dtype, time)[0]

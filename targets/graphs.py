@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import fx
+from torch import fx, nn
 
 from ..converters.ops import aten
 from ..converters.program import Program
@@ -43,6 +43,25 @@ def read(directory: Path) -> fx.GraphModule:
     """What :func:`write` wrote."""
     graph = graph_from_data(json.loads((directory / _GRAPH).read_text(encoding="utf-8")))
     return fx.GraphModule(load_file(directory / _WEIGHTS), graph)
+
+
+def channels_innermost(net: nn.Module) -> nn.Module:
+    """The network with the weights of its 2-D convolutions in torch's format channels_last.
+
+    That of a convolution of one channel is channels_last and contiguous at once, and cuDNN then computes
+    with channels outermost; its strides are written so that only one reading is left.
+    """
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for p in net.parameters():
+        if p.dim() == 4 and p.shape[1] == 1:
+            p.data = one_channel_innermost(p.data)
+    return net
+
+
+def one_channel_innermost(weight: torch.Tensor) -> torch.Tensor:
+    """A dense weight [O, 1, H, W] with the strides of channels_last."""
+    _, _, H, W = weight.shape
+    return weight.contiguous().as_strided(weight.shape, (H * W, 1, W, 1))
 
 
 class ChannelsInnermost(fx.Interpreter):

@@ -4,12 +4,13 @@ The graph is emitted anew while every value that is [T, N, ...] in the old one i
 the new one. A reshape from one to the other then is no operation at all, elementwise operators,
 neurons and whatever acts on later dimensions carry the folded form on, and only an operator that
 treats time and batch differently is given the form that it needs. A value that is the same at every
-step is held as [N, ...].
+step is held as [N, ...]. Where time and batch change places with each other or with channels, as around
+an attention over time, the form stays and the order of the dimensions is remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +23,16 @@ from ..program import NEURON, STATE, Builder, PassReport, Program, TensorSpec, s
 
 @dataclass(frozen=True)
 class _Folded:
-    """node [TN, ...] standing for [T, N, ...]; or [N, ...] if it is the same at every step."""
+    """node [TN, ...] standing for [T, N, ...]; or [N, ...] if it is the same at every step.
+
+    ``order``, where there is one, are the places in [T, N, ...] of the dimensions that it stands for.
+    """
 
     node: Node
     T: int
     N: int
     static: bool = False
+    order: tuple[int, ...] = ()
 
     @property
     def rest(self) -> tuple[int, ...]:
@@ -35,7 +40,12 @@ class _Folded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.T, self.N, *self.rest)
+        size = (self.T, self.N, *self.rest)
+        return tuple(size[place] for place in self.order) if self.order else size
+
+    def place(self, dim: int) -> int:
+        """Where in [T, N, ...] a dimension is."""
+        return self.order[dim] if self.order else dim
 
 
 def flatten_time(program: Program) -> Program:
@@ -55,6 +65,7 @@ class _Flatten(Builder):
             aten.expand.default: self._expand,
             aten.repeat.default: self._expand,
             aten.unsqueeze.default: self._unsqueeze,
+            aten.squeeze.dim: self._squeeze,
             aten.select.int: self._select,
             aten.slice.Tensor: self._slice,
             aten.stack.default: self._stack,
@@ -67,6 +78,8 @@ class _Flatten(Builder):
             aten.softmax.int: self._along,
             aten._softmax.default: self._along,
             aten.matmul.default: self._matmul,
+            aten.adaptive_avg_pool3d.default: self._average,
+            aten.conv3d.default: self._pointwise_convolution,
             **dict.fromkeys(ops.TRAILING, self._trailing),
         }
 
@@ -146,26 +159,34 @@ class _Flatten(Builder):
         path = where(n)
         if value.static:
             value = self._varying(value, path)
-        return self.call(ops.RESHAPE, value.node, list(value.shape), path=path)
+        if not value.order or (value.T == 1 and value.order == _SWAPPED):
+            return self.call(ops.RESHAPE, value.node, list(value.shape), path=path)
+        sizes = [value.T, value.N, *value.rest]
+        node = self.call(ops.RESHAPE, value.node, sizes, path=path)
+        return self.call(aten.permute.default, node, list(value.order), path=path)
 
     def _varying(self, value: _Folded, path: str) -> _Folded:
         """[TN, ...] with every step written out."""
         if not value.static:
             return value
         node = self.call(aten.cat.default, [value.node] * value.T, 0, path=path)
-        return _Folded(node, value.T, value.N)
+        return replace(value, node=node, static=False)
 
     def _fold(self, n: Node) -> _Folded:
         """A value of shape [T, N, ...] in folded form."""
         value = self.env[n]
-        if isinstance(value, _Folded):
+        if isinstance(value, _Folded) and not value.order:
             return value
+        value = self._plain(n)
         T, N, *rest = shape(value)
         return _Folded(self._to(value, (T * N, *rest), where(n)), T, N)
 
     def _to(self, node: Node, target: tuple[int, ...], path: str) -> Node:
         if shape(node) == tuple(target):
             return node
+        if node.op == "get_attr":
+            name = f"{node.target}.{'x'.join(map(str, target))}"
+            return self.constant(name, self.tensors[str(node.target)].reshape(target))
         if node.target is ops.RESHAPE:
             source = node.args[0]
             if isinstance(source, fx.Node):
@@ -176,6 +197,11 @@ class _Flatten(Builder):
         return [self.env[a] for a in n.all_input_nodes]
 
     def _unit(self, n: Node) -> _Folded | None:
+        """The first argument, if it is folded and in order."""
+        value = self._held(n)
+        return None if value is None or value.order else value
+
+    def _held(self, n: Node) -> _Folded | None:
         """The first argument, if it is folded."""
         value = self.env.get(n.args[0]) if isinstance(n.args[0], fx.Node) else None
         return value if isinstance(value, _Folded) else None
@@ -189,8 +215,15 @@ class _Flatten(Builder):
 
     def _reshape(self, n: Node) -> Node | _Folded | None:
         x, target, path = self.env[n.args[0]], shape(n), where(n)
+        if isinstance(x, _Folded) and x.order:
+            return self._reshape_swapped(x, target, path)
         if isinstance(x, fx.Node):
             source = shape(x)
+            if len(source) == 2 and target[:2] == source and len(target) > 4:
+                # A value for each sample and step.
+                turned = self.call(aten.permute.default, x, [1, 0], path=path)
+                node = self._to(turned, (_numel(source), *target[2:]), path)
+                return _Folded(node, source[1], source[0], order=_SWAPPED)
             if len(target) > 2 and len(source) > 1 and source[0] == target[0] * target[1]:
                 T, N, *rest = target
                 return _Folded(self._to(x, (T * N, *rest), path), T, N)
@@ -199,6 +232,15 @@ class _Flatten(Builder):
             rows = x.N if x.static else x.T * x.N
             return replace(x, node=self._to(x.node, (rows, *target[2:]), path))
         return self._to(self._varying(x, path).node, target, path)
+
+    def _reshape_swapped(self, x: _Folded, target: tuple[int, ...], path: str) -> Node | None:
+        """[N, T, ...] in a shape of rank up to 4."""
+        if x.order != _SWAPPED or len(target) > 4:
+            return None
+        x = self._varying(x, path)
+        columns = self._to(x.node, (x.T, x.N, _numel(x.rest)), path)
+        turned = self.call(aten.permute.default, columns, [1, 0, 2], path=path)
+        return self._to(turned, target, path)
 
     def _neuron(self, n: Node) -> _Folded:
         x = self._fold(n.args[0])
@@ -211,15 +253,21 @@ class _Flatten(Builder):
     def _expand(self, n: Node) -> Node | _Folded | None:
         """unsqueeze(x, 0) expanded over a new leading dimension."""
         x = self.env[n.args[0]]
-        if isinstance(x, _Folded) and x.T == 1 and shape(n)[1:] == (x.N, *x.rest):
+        if isinstance(x, _Folded) and not x.order and x.T == 1 and shape(n)[1:] == (x.N, *x.rest):
             return _Folded(x.node, shape(n)[0], x.N, static=True)
         return None
 
     def _unsqueeze(self, n: Node) -> Node | _Folded | None:
         at = ops.dim(n, n.args[1])
         if isinstance(x := self.env[n.args[0]], fx.Node):
+            if at == 1 and len(shape(x)) == 4:
+                return _Folded(x, 1, shape(x)[0], order=_SWAPPED)
             return _Folded(x, 1, shape(x)[0]) if at == 0 and len(shape(x)) > 1 else None
-        return self._replace(n, x, at - 1) if at > 1 else None
+        return self._replace(n, x, at - 1) if at > 1 and not x.order else None
+
+    def _squeeze(self, n: Node) -> _Folded | None:
+        at = ops.dim(n.args[0], n.args[1])
+        return None if (x := self._unit(n)) is None or at < 2 else self._replace(n, x, at - 1)
 
     def _select(self, n: Node) -> Node | _Folded | None:
         if (x := self._unit(n)) is None:
@@ -263,16 +311,62 @@ class _Flatten(Builder):
         at = ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
         if at == 1:
             return None
+        if any(isinstance(p, _Folded) and p.order for p in parts):
+            return None
         folded = [self._varying(self._fold(p), where(n)) for p in n.args[0]]
         nodes = [p.node for p in folded]
         node = self.call(aten.cat.default, nodes, max(at - 1, 0), path=where(n))
         T = sum(p.T for p in folded) if at == 0 else folded[0].T
         return _Folded(node, T, folded[0].N)
 
+    def _average(self, n: Node) -> _Folded | None:
+        x = self._held(n)
+        if x is None or set(n.args[1]) != {1} or len(x.shape) != 5:
+            return None
+        return self._kept(aten.mean.dim, x, [2, 3, 4], where(n))
+
+    def _kept(self, target: Any, x: _Folded, dims: list[int], path: str) -> _Folded | None:
+        """A reduction whose dimensions stay, of size 1."""
+        places = sorted(map(x.place, dims))
+        if 1 in places:
+            return None
+        if later := [p - 1 for p in places if p > 1]:
+            x = replace(x, node=self.call(target, x.node, later, True, path=path))
+        if 0 in places and not x.static:
+            rows = self._to(x.node, (x.T, x.N * _numel(x.rest)), path)
+            node = self.call(target, rows, [0], False, path=path)
+            x = replace(x, node=self._to(node, (x.N, *x.rest), path))
+        return replace(x, T=1, static=False) if 0 in places else x
+
+    def _pointwise_convolution(self, n: Node) -> _Folded | None:
+        """A convolution with a kernel of 1 by 1 by 1: a matrix for one dimension."""
+        x, weight = self._held(n), n.args[1]
+        kernel = shape(weight)
+        names = [a.name for a in n.target._schema.arguments]
+        given = dict(zip(names, n.args, strict=False))
+        plain = all(given.get(name, value) == value for name, value in _PLAIN.items())
+        if x is None or len(x.shape) != 5 or set(kernel[2:]) != {1} or not plain:
+            return None
+        path, matrix = where(n), self.env[weight]
+        assert isinstance(matrix, fx.Node)
+        if x.place(1) == 2:
+            square = self._to(matrix, (*kernel[:2], 1, 1), path)
+            return replace(x, node=self.call(aten.conv2d.default, x.node, square, path=path))
+        if x.order != _SWAPPED:
+            return None
+        x = self._varying(x, path)
+        rows = self._to(x.node, (x.T, x.N * _numel(x.rest)), path)
+        square = self._to(matrix, kernel[:2], path)
+        node = self.call(aten.matmul.default, square, rows, path=path)
+        return replace(x, node=self._to(node, (kernel[0] * x.N, *x.rest), path), T=kernel[0])
+
     def _reduce(self, n: Node) -> Node | _Folded | None:
+        keep = n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)
+        if (held := self._held(n)) is not None and held.order and keep:
+            wanted = [ops.dim(n.args[0], d) for d in n.args[1]]
+            return self._kept(n.target, held, wanted, where(n))
         if (x := self._unit(n)) is None:
             return None
-        keep = n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)
         kwargs = {k: v for k, v in n.kwargs.items() if k != "keepdim"}
         dims = sorted(ops.dim(n.args[0], d) for d in n.args[1] or range(len(x.shape)))
         if min(dims) > 1:
@@ -288,15 +382,30 @@ class _Flatten(Builder):
 
     def _permute(self, n: Node) -> _Folded | None:
         order = [ops.dim(n, d) for d in n.args[1]]
-        if (x := self._unit(n)) is None or order[:2] != [0, 1]:
-            return None
-        return self._replace(n, x, [0, *(d - 1 for d in order[2:])])
+        if (x := self._held(n)) is not None and (x.order or order[:2] != [0, 1]):
+            return self._reorder(x, order, where(n))
+        return None if x is None else self._replace(n, x, [0, *(d - 1 for d in order[2:])])
 
     def _transpose(self, n: Node) -> _Folded | None:
         a, b = (ops.dim(n, d) for d in n.args[1:3])
-        if (x := self._unit(n)) is None or min(a, b) < 2:
+        if (x := self._held(n)) is not None and (x.order or min(a, b) < 2):
+            order = list(range(len(x.shape)))
+            order[a], order[b] = b, a
+            return self._reorder(x, order, where(n))
+        return None if x is None else self._replace(n, x, a - 1, b - 1)
+
+    def _reorder(self, x: _Folded, order: Sequence[int], path: str) -> _Folded | None:
+        """A value of rank above 4 whose time or batch moves: the node stays as it is."""
+        if len(order) < 5:
             return None
-        return self._replace(n, x, a - 1, b - 1)
+        places = tuple(map(x.place, order))
+        if places[:2] != (0, 1):
+            return replace(x, order=places)
+        later = [place - 1 for place in places[2:]]
+        if later == sorted(later):
+            return replace(x, order=())
+        node = self.call(aten.permute.default, x.node, [0, *later], path=path)
+        return replace(x, node=node, order=())
 
     def _along(self, n: Node) -> _Folded | None:
         """Operators with one dimension as their second argument."""
@@ -319,6 +428,8 @@ class _Flatten(Builder):
         if len(parts) != 2 or not isinstance(parts[0], _Folded):
             return None
         left, right = parts
+        if left.order or (isinstance(right, _Folded) and right.order):
+            return None
         if isinstance(right, fx.Node):
             if len(shape(right)) != 2:
                 return None
@@ -332,6 +443,8 @@ class _Flatten(Builder):
         folded = [v for v in self._inputs(n) if isinstance(v, _Folded)]
         if not folded:
             return None
+        if any(v.order for v in folded):
+            return self._reordered_elementwise(n, folded)
         rank = len(shape(n))
         lead = max(folded, key=lambda v: (len(v.shape), v.T * v.N))
         T, N = shape(n)[:2]
@@ -345,6 +458,19 @@ class _Flatten(Builder):
                 return None
             env[a] = operand
         return _Folded(self.copy(n, env), T, N, static)
+
+    def _reordered_elementwise(self, n: Node, folded: list[_Folded]) -> _Folded | None:
+        """Operands in one order; those of one step are the same at each."""
+        order, path = folded[0].order, where(n)
+        T, N = max(v.T for v in folded), folded[0].N
+        alike = all((v.order, v.N) == (order, N) and v.T in (1, T) for v in folded)
+        if not alike or len(folded) != len(n.all_input_nodes):
+            return None
+        env: dict[Node, Node] = {}
+        for a, value in zip(n.all_input_nodes, folded, strict=True):
+            repeated = replace(value, T=T, static=True) if value.T == 1 < T else value
+            env[a] = self._varying(repeated, path).node
+        return _Folded(self.copy(n, env), T, N, order=order)
 
     def _same_each_step(self, n: Node, rank: int) -> bool:
         value = self.env[n]
@@ -374,8 +500,22 @@ class _Flatten(Builder):
             return one if static else self._varying(_Folded(one, T, N, True), path).node
         if size[1] == 1:
             # A value a step, the same for the whole batch: written out for each of the N.
-            value = self.call(aten.expand.default, value, [T, N, *size[2:]], path=path)
+            columns = self._to(value, (T, 1, _numel(size[2:])), path)
+            sizes = [T, N, _numel(size[2:])]
+            value = self.call(aten.expand.default, columns, sizes, path=path)
         return self._to(value, (T * N, *size[2:]), path)
+
+
+#: What a convolution in three dimensions is given that does no more than its kernel.
+_PLAIN: dict[str, Any] = {
+    "bias": None,
+    "stride": [1, 1, 1],
+    "padding": [0, 0, 0],
+    "dilation": [1, 1, 1],
+    "groups": 1,
+}
+#: Batch before time.
+_SWAPPED = (1, 0, 2, 3, 4)
 
 
 def _numel(sizes: tuple[int, ...]) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.ops import aten
 from ...converters.passes import (
     Pass,
     absorb_batch_norm,
@@ -35,6 +36,8 @@ from .codegen import Forward, Spec, forward_source
 _SETTINGS = "settings.json"
 #: Options that a user may set, with their defaults.
 _OPTIONS = {"graph": True}
+#: What max_pool2d's arguments after the first are by default.
+_POOLING = (None, (), (0, 0), (1, 1), False)
 #: Libraries choose their algorithms and set up their workspaces in the first runs.
 _WARM_UP = 3
 #: Part of a kernel's declaration, of no effect without a backward pass.
@@ -182,12 +185,40 @@ class _Executor(graphs.ChannelsInnermost):
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         super().__init__(module.to(device))
+        for n in module.graph.find_nodes(op="call_function", target=aten.conv2d.default):
+            at = n.args[1]
+            if isinstance(at, fx.Node) and at.op == "get_attr":
+                weight = self.fetch_attr(str(at.target))
+                if weight.shape[1] == 1:
+                    weight.data = graphs.one_channel_innermost(weight)
         for n in module.graph.nodes:
             # What makes a tensor from nothing is told where.
             schema = getattr(n.target, "_schema", None)
             takes = {a.name for a in schema.arguments} if schema is not None else set()
             if "device" in takes and not n.all_input_nodes:
                 n.kwargs = {**n.kwargs, "device": device}
+
+        #: Neurons that only a max pooling reads, which their kernels may do as well, with its node.
+        self._pooled = {
+            n: next(iter(n.users))
+            for n in module.graph.find_nodes(op="call_function", target=NEURON)
+            if len(n.users) == 1 and _window(next(iter(n.users))) is not None
+        }
+        self._done: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, that of a neuron pooled where its kernel can do that."""
+        if n in self._done:
+            return self.env[n.args[0]]  # type: ignore[index]
+        pooling = self._pooled.get(n)
+        if pooling is None:
+            return super().run_node(n)
+        x, params, spec, layout, T = self.fetch_args_kwargs_from_env(n)[0]
+        x, window = steps(x, layout, T), _window(pooling)
+        if layout == "stepped" or window is None or not kernels.pools(x, window, params):
+            return super().run_node(n)
+        self._done.add(pooling)
+        return _neuron(x, params, None, spec, window=window)[0].flatten(0, 1)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The operator's value, a neuron's from its kernel."""
@@ -202,14 +233,25 @@ class _Executor(graphs.ChannelsInnermost):
         return super().call_function(target, args, kwargs)
 
 
+def _window(node: fx.Node) -> tuple[int, int] | None:
+    """The windows of a max pooling that a neuron's kernel may do; None for every other node."""
+    if node.target is not aten.max_pool2d.default or node.kwargs:
+        return None
+    given: tuple[Any, ...] = (*node.args[1:], *_POOLING[len(node.args) - 1 :])
+    (height, width), stride, padding, dilation = given[:4]
+    plain = tuple(stride) in ((), (height, width)) and not given[4]
+    return (height, width) if plain and not any(padding) and set(dilation) == {1} else None
+
+
 def _neuron(
     x: torch.Tensor,
     params: Sequence[torch.Tensor],
     initial: torch.Tensor | None,
     spec: str,
     final: bool = False,
+    window: tuple[int, int] = (1, 1),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spikes [T, N, ...] of x [T, N, ...], and the last state if ``final``."""
+    """Spikes [T, N, ...] of x [T, N, ...], pooled over windows, and the last state if ``final``."""
     spikes, last, _, _ = ops.fused_neuron(
         x,
         norm=[],
@@ -222,6 +264,7 @@ def _neuron(
         final=final,
         v_seq=False,
         checkpoints=False,
+        window=window,
     )
     return spikes, last
 

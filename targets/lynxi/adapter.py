@@ -24,6 +24,7 @@ from ...converters.passes import (
     Pass,
     absorb_batch_norm,
     cast_float16,
+    decompose_operators,
     flatten_time,
     fold_batch_norm,
     fold_constants,
@@ -78,10 +79,11 @@ class Lynxi:
             hoist_time_invariant,
             flatten_time,
         )
+        decompose = decompose_operators(CAPABILITIES.ops or ())
         if dtype == torch.float16:
             absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (*layout, *absorb, lower_neurons, cast_float16)
-        return (*layout, fold_batch_norm, lower_neurons)
+            return (*layout, *absorb, decompose, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, decompose, lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:
@@ -128,7 +130,7 @@ class Lynxi:
             raise UsageError(f"model_type is {kind!r}; allowed: Pytorch, ONNX")
         lyngor = self._import("lyngor")
         buffers = "float16" if program.dtype == torch.float16 else "float32"
-        shapes = {spec.name: list(spec.graph_shape) for spec in program.inputs}
+        shapes = {spec.name: list(spec.graph_shape) for spec in program.graph_inputs}
         try:
             model = lyngor.DLModel()
             with _importable(program, kind) as importable:

@@ -18,7 +18,8 @@ from spikeport.converters.errors import (
     UsageError,
 )
 from spikeport.converters.neurons import IFNode, LIFNode, Node, dynamics
-from spikeport.targets import cuda, get
+from spikeport.converters.ops import aten
+from spikeport.targets import cuda, get, graphs
 from spikeport.targets.cuda import kernels
 
 T, N = 5, 4
@@ -232,6 +233,21 @@ def test_the_interpreter_is_named() -> None:
     sdk = get("cuda").sdk()
     assert sdk.simulated
     assert sdk.settings["kernels"] == "interpreted on the CPU, no CUDA graphs"
+
+
+def test_a_pooling_of_spikes_is_part_of_the_neurons_kernel(artifact, monkeypatch) -> None:
+    targets: list[Any] = []
+    call = graphs.ChannelsInnermost.call_function
+
+    def spy(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        targets.append(target)
+        return call(self, target, args, kwargs)
+
+    monkeypatch.setattr(graphs.ChannelsInnermost, "call_function", spy)
+    with deploy.load(artifact) as model, torch.no_grad():
+        assert torch.equal(model(_image(8)), _on_a_grid(Net())(_image(8)))
+    assert aten.conv2d.default in targets
+    assert aten.max_pool2d.default not in targets
 
 
 # On a GPU

@@ -1,0 +1,183 @@
+"""ONNX Runtime on this machine's CPU against the source framework's own evaluation, and conversion.
+
+    python benchmarks/onnx_runtime.py           everything
+    python benchmarks/onnx_runtime.py speed     one of: speed, conversion
+
+Needs SpikingJelly 2.0.0 and snnTorch 1.0 beside spikeport. Float32; times are medians of runs that take
+turns, so that a slow moment of the machine hits all; ratios in one run. The fraction of the matrix peak
+counts the multiplications and additions of the exported graph against those of a large matrix product
+that takes turns with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import onnxruntime
+import torch
+import zoo
+from asked import Table
+from deployment import spikingjelly_net, turns
+from rerolling import Tutorial, trained
+from torch import nn
+
+from spikeport import deploy
+from spikeport.converters import ops
+from spikeport.converters.capture import capture
+from spikeport.converters.neurons import IFNode
+from spikeport.converters.passes import reroll_time
+from spikeport.converters.program import Program
+from spikeport.deploy import data
+from spikeport.deploy.pipeline import rewrite_for
+
+#: Side of the matrices whose product is the peak.
+_SIDE = 2048
+_PRODUCTS = (ops.aten.conv2d.default, ops.aten.linear.default, ops.aten.matmul.default)
+
+
+def speed(table: Table) -> None:
+    """How much faster the exported graphs run than the networks that they come from."""
+    from spikingjelly.activation_based import functional
+
+    def spikingjelly(net: nn.Module) -> Callable[[torch.Tensor], Any]:
+        def run(x: torch.Tensor) -> Any:
+            functional.reset_net(net)
+            return net(x)
+
+        return run
+
+    images = data.load("fashion-mnist", limit=128).x
+    csnn = spikingjelly_net(128)
+    _faster(
+        table,
+        "the tutorial's CSNN, 128 channels, T = 4",
+        2.2,
+        csnn,
+        spikingjelly(csnn),
+        images[:32],
+    )
+    zoo.ZOO["sew_resnet18"] = zoo.Builder(
+        "sew_resnet", (3, 224, 224), options=(("cnf", "ADD"),), neuron="IFNode"
+    )
+    sew, batch = zoo.build("sew_resnet18")
+    for n in (1, 4):
+        _faster(
+            table,
+            f"SEW-ResNet18, 224 x 224, T = 4, batch {n}",
+            2.0,
+            sew,
+            spikingjelly(sew),
+            batch(n),
+        )
+    fc = trained()
+    for n in (1, 128):
+        _faster(table, f"snnTorch's tutorial, 25 steps, batch {n}", 10.0, fc, fc, images[:n])
+
+
+def _faster(
+    table: Table,
+    what: str,
+    asked: float,
+    net: nn.Module,
+    source: Callable[[torch.Tensor], Any],
+    x: torch.Tensor,
+) -> None:
+    program = deploy.convert(net, (x,), "onnx", verify=False)
+    matrix = torch.randn(_SIDE, _SIDE)
+    with tempfile.TemporaryDirectory() as folder:
+        deploy.compile(program, f"{folder}/net", cache=False, probe=False)
+        model = deploy.load(f"{folder}/net")
+        with torch.no_grad():
+            seconds = turns(
+                {
+                    "source": lambda: source(x),
+                    "onnx": lambda: model(x),
+                    "peak": lambda: matrix @ matrix,
+                }
+            )
+    table.at_least(f"{what}: x source", asked, seconds["source"] / seconds["onnx"])
+    peak = 2 * _SIDE**3 / seconds["peak"]
+    table.note("  images a second", f"{len(x) / seconds['onnx']:.4g}")
+    table.note("  fraction of the matrix peak", f"{_flops(program) / seconds['onnx'] / peak:.2f}")
+
+
+def _flops(program: Program) -> float:
+    """Multiplications and additions of a program's convolutions and matrix products."""
+    products = (n for n in program.walk() if n.target in _PRODUCTS)
+    return sum(2.0 * ops.fan_in(n) * math.prod(ops.shape(n)) for n in products)
+
+
+class Chain(nn.Module):
+    """Convolutions and neurons, one after another."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(depth))
+        self.spike = nn.ModuleList(IFNode(v_threshold=0.1) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, N, 8, H, W] -> spikes, likewise."""
+        for conv, spike in zip(self.conv, self.spike, strict=True):
+            x = spike(conv(x.flatten(0, 1)).reshape(x.shape))
+        return x
+
+
+def conversion(table: Table) -> None:
+    """Seconds of a conversion, and how they grow."""
+    net, batch = zoo.build("sew_resnet18")
+    x = batch(1)
+    table.at_most("SEW-ResNet18, T = 4: seconds to convert and verify", 30, _convert(net, x))
+    depths = (16, 64)
+    each = []
+    for depth in depths:
+        seconds = _convert(Chain(depth).eval(), torch.rand(4, 1, 8, 8, 8))
+        table.note(f"a chain of {depth} layers: seconds to convert and verify", f"{seconds:.3g}")
+        each.append(seconds / depth)
+    table.at_most(f"a layer of {depths[1]}: x a layer of {depths[0]}", 1.5, each[1] / each[0])
+    rolled = []
+    for T in (10, 100):
+        captured = capture(Tutorial(T).eval(), (torch.rand(16, 1, 28, 28),))
+        program = reroll_time(captured)
+        start = time.perf_counter()
+        rewrite_for(program, "reference", torch.float32)
+        rolled.append(time.perf_counter() - start)
+        table.note(
+            f"a loop of {T} steps, re-rolled: seconds of all other passes", f"{rolled[-1]:.3g}"
+        )
+    table.at_most("100 steps: x 10 steps", 1.5, rolled[1] / rolled[0])
+
+
+def _convert(net: nn.Module, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    deploy.convert(net, (x,), "onnx")
+    return time.perf_counter() - start
+
+
+PARTS: dict[str, Callable[[Table], None]] = {"speed": speed, "conversion": conversion}
+
+
+def main() -> int:
+    """Print the table; 1 if something asked is not met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="*", choices=[*PARTS, []], help="all unless given")
+    chosen = parser.parse_args().part or [*PARTS]
+    table = Table(
+        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, "
+        f"python {platform.python_version()}, {os.cpu_count()} cores"
+    )
+    torch.manual_seed(0)
+    for part in chosen:
+        PARTS[part](table)
+    return table.verdict()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Write operators that a target lacks in those that it has.
+
+    b + x W                        of addmm
+    b - a                          of rsub
+    max(x, -x)                     of abs
+    pool2d of [1, 1, rest, K]      of amax over K values
+    (x - m) / sqrt(var + eps)      of layer and group norm, m and var being means
+    pool2d of [N, C, 1, L]         of pooling over [N, C, L]
+
+A transposed convolution is a convolution of its input with s - 1 zeros after each row and column, s
+being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:1603.07285, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import ops
+from ..ops import Node, aten, shape
+from ..program import Builder, PassReport, Program, short, where
+
+
+def decompose_operators(available: Collection[str]) -> Callable[[Program], Program]:
+    """The pass for a target that has ``available``, such as ``"aten.conv2d"``."""
+
+    def decompose(program: Program) -> Program:
+        return _Decompose(program, available).run()
+
+    return decompose
+
+
+class _Decompose(Builder):
+    def __init__(self, program: Program, available: Collection[str]) -> None:
+        super().__init__(program)
+        self.available = available
+        self.env: dict[Node, Node] = {}
+        self.path = ""
+
+    def run(self) -> Program:
+        done: list[str] = []
+        skipped: list[str] = []
+        for n in self.program.walk():
+            if n.op == "placeholder":
+                self.env[n] = self.placeholder(n, n.meta["val"])
+            elif n.op == "get_attr":
+                self.env[n] = self.copy(n, {})
+            elif n.op == "call_function":
+                rule = _RULES.get(n.target)
+                self.path = where(n)
+                missing = rule is not None and short(n.target) not in self.available
+                made = rule(self, n) if rule is not None and missing else None
+                if missing:
+                    (skipped if made is None else done).append(f"{n.name} ({self.path})")
+                self.env[n] = self.copy(n, self.env) if made is None else made
+        report = PassReport("decompose_operators", tuple(done), tuple(skipped))
+        return self.finish([self.env[r] for r in self.program.results], report)
+
+    # What the rules are written in
+
+    def given(self, n: Node) -> list[Any]:
+        """A node's arguments in the new graph, as its schema has them."""
+        args: Any = fx.map_arg(n.args, self.env.__getitem__)
+        kwargs: Any = fx.map_arg(n.kwargs, self.env.__getitem__)
+        rest = n.target._schema.arguments[len(args) :]
+        return [*args, *(kwargs.get(a.name, a.default_value) for a in rest)]
+
+    def emit(self, target: Any, *args: Any) -> Node:
+        return self.call(target, *args, path=self.path)
+
+    def reshape(self, x: Node, *size: int) -> Node:
+        return self.emit(ops.RESHAPE, x, list(size))
+
+    def scaled(self, x: Node, factor: float) -> Node:
+        return x if factor == 1 else self.emit(aten.mul.Tensor, x, factor)
+
+    def zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Node:
+        name = "zeros_" + "_".join(map(str, size))
+        return self.constant(
+            f"{name}_{str(dtype).removeprefix('torch.')}", torch.zeros(size, dtype=dtype)
+        )
+
+    def normalised(self, x: Node, dims: list[int], eps: float) -> Node:
+        mean = self.emit(aten.mean.dim, x, dims, True)
+        centred = self.emit(aten.sub.Tensor, x, mean)
+        square = self.emit(aten.mul.Tensor, centred, centred)
+        variance = self.emit(aten.mean.dim, square, dims, True)
+        scale = self.emit(aten.rsqrt.default, self.emit(aten.add.Tensor, variance, eps))
+        return self.emit(aten.mul.Tensor, centred, scale)
+
+    def affine(self, x: Node, weight: Node | None, bias: Node | None) -> Node:
+        x = x if weight is None else self.emit(aten.mul.Tensor, x, weight)
+        return x if bias is None else self.emit(aten.add.Tensor, x, bias)
+
+    # The rules: the node in other operators, or None where they do not do
+
+    def addmm(self, n: Node) -> Node:
+        bias, x, weight, beta, alpha = self.given(n)
+        product = self.scaled(self.emit(aten.matmul.default, x, weight), alpha)
+        return self.emit(aten.add.Tensor, product, self.scaled(bias, beta))
+
+    def rsub(self, n: Node) -> Node:
+        a, b, alpha = self.given(n)
+        a = self.scaled(a, alpha)
+        if isinstance(b, fx.Node):
+            return self.emit(aten.sub.Tensor, b, a)
+        return self.emit(aten.add.Tensor, self.emit(aten.neg.default, a), b)
+
+    def abs(self, n: Node) -> Node:
+        (x,) = self.given(n)
+        return self.emit(aten.maximum.default, x, self.emit(aten.neg.default, x))
+
+    def amax(self, n: Node) -> Node:
+        x, dims, _ = self.given(n)
+        rank = len(shape(x))
+        dims = sorted({d % rank for d in dims or range(rank)})
+        others = [d for d in range(rank) if d not in dims]
+        if others + dims != [*range(rank)]:
+            x = self.emit(aten.permute.default, x, others + dims)
+        window = [1, math.prod(shape(x)[len(others) :])]
+        rows = self.reshape(x, 1, 1, -1, window[1])
+        largest = self.emit(aten.max_pool2d.default, rows, window, window)
+        return self.reshape(largest, *shape(n))
+
+    def layer_norm(self, n: Node) -> Node:
+        x, normalised, weight, bias, eps, _ = self.given(n)
+        dims = list(range(-len(normalised), 0))
+        return self.affine(self.normalised(x, dims, eps), weight, bias)
+
+    def group_norm(self, n: Node) -> Node:
+        x, groups, weight, bias, eps, _ = self.given(n)
+        N, C, *image = shape(x)
+        y = self.normalised(self.reshape(x, N, groups, -1), [-1], eps)
+        sizes = (C, *[1] * len(image))
+        weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
+        return self.affine(self.reshape(y, N, C, *image), weight, bias)
+
+    def pool1d(self, n: Node) -> Node:
+        x, *windows = self.given(n)
+        target, *neutral = _ROWS[n.target]
+        row = self.emit(aten.unsqueeze.default, x, -2)
+        wide = [
+            [first, *window] if isinstance(window, (list, tuple)) and window else window
+            for first, window in zip(neutral, windows, strict=False)
+        ]
+        pooled = self.emit(target, row, *wide, *windows[len(neutral) :])
+        return self.emit(aten.squeeze.dim, pooled, -2)
+
+    def conv_transpose1d(self, n: Node) -> Node | None:
+        x, weight, bias, stride, padding, output, groups, dilation = self.given(n)
+        x, weight = (self.emit(aten.unsqueeze.default, t, -2) for t in (x, weight))
+        spans = ([1, *stride], [0, *padding], [0, *output], groups, [1, *dilation])
+        size = (*shape(n)[:-1], 1, shape(n)[-1])
+        made = self.transposed(x, weight, bias, *spans, size)
+        return None if made is None else self.emit(aten.squeeze.dim, made, -2)
+
+    def conv_transpose2d(self, n: Node) -> Node | None:
+        x, weight, bias, stride, padding, output, groups, dilation = self.given(n)
+        return self.transposed(x, weight, bias, stride, padding, output, groups, dilation, shape(n))
+
+    def transposed(
+        self,
+        x: Node,
+        weight: Node,
+        bias: Node | None,
+        stride: list[int],
+        padding: list[int],
+        output: list[int],
+        groups: int,
+        dilation: list[int],
+        size: tuple[int, ...],
+    ) -> Node | None:
+        kernel = shape(weight)[2:]
+        margin = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+        # The zeros after the last row stand for what the output is padded by.
+        if min(margin) < 0 or any(o >= s for o, s in zip(output, stride, strict=True) if o):
+            return None
+        turned = self.turned(weight, groups)
+        for at, s in enumerate(stride):
+            x = self.spread(x, 2 + at, s)
+        y = self.emit(aten.conv2d.default, x, turned, bias, [1, 1], margin, dilation, groups)
+        for at in (2, 3):
+            if shape(y)[at] != size[at]:
+                y = self.emit(aten.slice.Tensor, y, at, 0, size[at])
+        return y
+
+    def turned(self, weight: Node, groups: int) -> Node:
+        """A transposed convolution's kernel [C, D / groups, h, w] as the convolution's."""
+        value = self.constant_value(weight)
+        C, D, *kernel = value.shape
+        turned = value.flip(2, 3).reshape(groups, C // groups, D, *kernel).transpose(1, 2)
+        return self.constant(
+            f"{weight.name}.turned", turned.reshape(groups * D, C // groups, *kernel).contiguous()
+        )
+
+    def constant_value(self, weight: Node) -> torch.Tensor:
+        """A weight's value, or that of a weight with a dimension of 1 put in."""
+        if weight.op == "get_attr":
+            return self.tensors[str(weight.target)]
+        return self.tensors[str(weight.args[0].target)].unsqueeze(weight.args[1])
+
+    def spread(self, x: Node, at: int, s: int) -> Node:
+        """x [N, C, H, W] with s - 1 zeros after each element along dimension ``at``."""
+        if s == 1:
+            return x
+        N, C, H, W = shape(x)
+        # Zeros come after each element, or each row, as columns of a matrix of them.
+        columns = self.reshape(x, N * C, H * W if at == 3 else H, 1 if at == 3 else W)
+        zeros = self.zeros((*shape(columns)[:2], (s - 1) * shape(columns)[2]), x.meta["val"].dtype)
+        wide = self.emit(aten.cat.default, [columns, zeros], 2)
+        return self.reshape(wide, N, C, H * (s if at == 2 else 1), W * (s if at == 3 else 1))
+
+
+#: Pooling over [N, C, L]: what it is over [N, C, 1, L], and what its windows have in the first place.
+_ROWS: dict[Any, tuple[Any, ...]] = {
+    aten.max_pool1d.default: (aten.max_pool2d.default, 1, 1, 0, 1),
+    aten.adaptive_avg_pool1d.default: (aten.adaptive_avg_pool2d.default, 1),
+}
+
+_RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
+    aten.addmm.default: _Decompose.addmm,
+    aten.rsub.Scalar: _Decompose.rsub,
+    aten.rsub.Tensor: _Decompose.rsub,
+    aten.abs.default: _Decompose.abs,
+    aten.amax.default: _Decompose.amax,
+    aten.layer_norm.default: _Decompose.layer_norm,
+    aten.group_norm.default: _Decompose.group_norm,
+    aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
+    aten.conv_transpose2d.input: _Decompose.conv_transpose2d,
+    **dict.fromkeys(_ROWS, _Decompose.pool1d),
+}
