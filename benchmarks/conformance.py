@@ -552,6 +552,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", choices=SOURCES, help="default: all importable")
     parser.add_argument("--target", nargs="+", default=list(TARGETS), help="default: all")
+    parser.add_argument(
+        "--time", nargs="+", choices=TIMES, default=list(TIMES), help="default: all"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th neuron alone")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="cells of all runs, as JSON")
     args = parser.parse_args()
@@ -562,9 +565,9 @@ def main() -> int:
     kept = []
     if args.keep and args.keep.is_file():
         kept = [Cell(**c) for c in json.loads(args.keep.read_text(encoding="utf-8"))]
-    anew = set(itertools.product({v.source for v in chosen}, targets, TIMES))
+    anew = set(itertools.product({v.source for v in chosen}, targets, args.time))
     kept = [c for c in kept if (c.source, c.target, c.time) not in anew]
-    for some in matrix(chosen, targets, TIMES):
+    for some in matrix(chosen, targets, args.time):
         found += some
         if args.keep:
             cells_so_far = json.dumps([asdict(c) for c in kept + found])
