@@ -250,7 +250,10 @@ def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target
     seconds = time.perf_counter() - start
     nodes = sum(1 for _ in program.nodes("call_function"))
     with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
-        deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
+        try:
+            deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
+        except deploy.CompileError as error:
+            return Row(nodes, seconds, verdict=f"REFUSED by the compiler: {error}")
         with deploy.load(f"{folder}/artifact") as model:
             x = batch(n)
             _, spikes = model.probe(x)
