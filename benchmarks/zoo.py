@@ -236,11 +236,12 @@ class Row:
 
     nodes: int = 0
     seconds: float = 0.0
-    rate: float = 0.0
+    rate: float | None = None
     verdict: str = ""
 
     def __str__(self) -> str:
-        return f"{self.nodes:5} {self.seconds:6.1f} {self.rate:6.3f}  {self.verdict}"
+        rate = "-" if self.rate is None else f"{self.rate:.3f}"
+        return f"{self.nodes:5} {self.seconds:6.1f} {rate:>6}  {self.verdict}"
 
 
 def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target: str) -> Row:
