@@ -20,7 +20,7 @@ from ..errors import Finding
 from ..neurons import Neuron, ResetAt
 from .base import Reading, comparison, look_alike, surrogate_output
 
-_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha")
+_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic")
 #: What a neuron's state function, chosen when it was made, does at a reset.
 _RESETS: dict[str, tuple[int, Literal["hard", "soft", "none"]]] = {
     "_base_sub": (0, "soft"),
@@ -38,7 +38,7 @@ def _is_neuron(kind: type) -> bool:
 
 
 class SnnTorch:
-    """Reads Leaky, Lapicque, Synaptic and Alpha; refuses every other neuron by name."""
+    """Reads the neurons of ``_KNOWN``; refuses every other neuron by name."""
 
     name = "snntorch"
 
@@ -127,6 +127,8 @@ def _neuron(module: Any) -> Reading:
 _STATES = {
     "Synaptic": {"syn": 1, "mem": 0},
     "Alpha": {"syn_exc": 1, "syn_inh": 2, "mem": 0},
+    "RLeaky": {"spk": 1, "mem": 0},
+    "RSynaptic": {"spk": 2, "syn": 1, "mem": 0},
 }
 
 
@@ -157,7 +159,22 @@ def _alpha(module: Any) -> dict[str, Any]:
     }
 
 
-_PARAMETERS = {"Leaky": _leaky, "Lapicque": _lapicque, "Synaptic": _synaptic, "Alpha": _alpha}
+def _rleaky(module: Any) -> dict[str, Any]:
+    return {**_leaky(module), "V": _value(torch.as_tensor(module.recurrent.V))}
+
+
+def _rsynaptic(module: Any) -> dict[str, Any]:
+    return {**_synaptic(module), "V": _value(torch.as_tensor(module.recurrent.V))}
+
+
+_PARAMETERS = {
+    "Leaky": _leaky,
+    "Lapicque": _lapicque,
+    "Synaptic": _synaptic,
+    "Alpha": _alpha,
+    "RLeaky": _rleaky,
+    "RSynaptic": _rsynaptic,
+}
 
 
 def _value(tensor: torch.Tensor) -> Any:
@@ -176,6 +193,14 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             "inhibition=True, where one neuron's spike depends on all others' membranes",
             "inhibition=False",
             "compute the winner in the network's forward, from the spikes",
+        )
+    if getattr(module, "all_to_all", False):
+        yield finding(
+            "all-to-all",
+            "all_to_all=True, where each neuron hears the spikes of all",
+            "all_to_all=False, a neuron that hears its own",
+            "use Leaky or Synaptic, and add a layer of its last spikes to its input in the network's "
+            "forward",
         )
     if module.state_quant:
         yield finding(
