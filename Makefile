@@ -5,26 +5,29 @@ VENV ?= .venv
 # point pip at a CPU build, or name another release: make test TORCH=torch==2.6.0
 TORCH ?= torch==2.13.0
 FRAMEWORKS := $(VENV)/frameworks
-NEWEST := $(FRAMEWORKS)/spikingjelly-2.0.0:$(FRAMEWORKS)/snntorch-1.0
+# snntorch-ipu's module is called snntorch too: it stands last, and its test alone puts it first.
+NEWEST := $(FRAMEWORKS)/spikingjelly-2.0.0:$(FRAMEWORKS)/snntorch-1.0:$(FRAMEWORKS)/snntorch-ipu
 OLDER := $(FRAMEWORKS)/spikingjelly-0.0.0.0.14:$(FRAMEWORKS)/snntorch-0.9
 OLDEST := $(FRAMEWORKS)/spikingjelly-0.0.0.0.12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# One process a core, each with one thread of torch's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all lint types bench conformance clean
 
 demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 test images
 	$(BIN)/python examples/deploy_fashion_mnist.py
 
 test: $(VENV)/.tested  ## the everyday suite, then what depends on the frameworks' older releases
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not slow"
-	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m "(spikingjelly or snntorch) and not slow"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m "spikingjelly and not slow"
+	PYTHONPATH=$(NEWEST) $(PYTEST) -m "not slow"
+	PYTHONPATH=$(OLDER) $(PYTEST) -m "(spikingjelly or snntorch) and not slow"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "spikingjelly and not slow"
 
 test-all: $(VENV)/.tested  ## the slow tests too
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest
-	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -m "spikingjelly or snntorch"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m spikingjelly
+	PYTHONPATH=$(NEWEST) $(PYTEST)
+	PYTHONPATH=$(OLDER) $(PYTEST) -m "spikingjelly or snntorch"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m spikingjelly
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -40,12 +43,22 @@ types: $(VENV)/.tested
 bench: $(VENV)/.tested  ## the numbers of the README
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/deployment.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/rerolling.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/ipu.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
 	$(PIP) -e .
 	touch $@
+
+# Thousands of cells; the releases of a framework one at a time, CUDA kernels interpreted on the CPU.
+CONFORMANCE := TRITON_INTERPRET=1 $(BIN)/python benchmarks/conformance.py --keep build/conformance.json
+conformance: $(VENV)/.tested  ## every source's neurons on every target, spike for spike
+	mkdir -p build
+	PYTHONPATH=$(NEWEST) $(CONFORMANCE) > build/conformance.txt
+	PYTHONPATH=$(OLDEST) $(CONFORMANCE) --source spikingjelly > build/conformance.txt
+	PYTHONPATH=$(OLDER) $(CONFORMANCE) --source spikingjelly snntorch > build/conformance.txt
+	cat build/conformance.txt
 
 # The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.
 # Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.
@@ -55,6 +68,7 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.14 spikingjelly==0.0.0.0.14
 	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-1.0 "snntorch==1.0.*"
 	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-0.9 "snntorch==0.9.*"
+	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-ipu snntorch-ipu==0.5.18
 	if $(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
 		$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-2.0.0 spikingjelly==2.0.0; fi
 	touch $@

@@ -4,7 +4,8 @@
 
 128 channels, T = 4, batches of 128 images that are on the GPU already, SGD with momentum 0.9, the mean
 squared error of the firing rates, cuDNN's autotuner on. Each number is the median of rounds that take
-turns. Ratios are to SpikingJelly's fastest way. Exit code 1 if something asked is not met.
+turns. Ratios are to SpikingJelly's neuron as it comes, which its users train with, and to the fastest
+way that it has. Exit code 1 if something asked is not met.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import gc
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +26,15 @@ import torch.nn.functional as F
 from asked import Table
 from torch import nn
 
+from spikeport import deploy
 from spikeport.deploy import data
 from spikeport.deploy.bench.neurons import machine
+from spikeport.deploy.replay import Replay
 from spikeport.targets import cuda
+from spikeport.targets.graphs import channels_innermost
 
 T, BATCH, CHANNELS = 4, 128, 128
+WARM_UP = 3
 OURS, THEIRS = "spikeport", "SpikingJelly"
 
 
@@ -102,35 +109,44 @@ def with_precision(net: nn.Module) -> nn.Module:
     return model
 
 
-def evaluator(net: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Our net as it is evaluated, on batches like x."""
-    return net
-
-
 @dataclass(frozen=True)
 class Contestant:
-    """One way to train and evaluate the net: ``build`` gives it on the GPU, in float32."""
+    """One way to train and evaluate the net.
+
+    Attributes:
+        name: Of it.
+        build: Gives it on the GPU, in float32.
+        graph: Whether a training step is replayed as a CUDA graph, and the net evaluated through the
+            target cuda.
+    """
 
     name: str
     build: Callable[[], nn.Module]
+    graph: bool = False
 
 
+def channels_last() -> nn.Module:
+    return channels_innermost(CSNN().cuda())
+
+
+NODE = f"{THEIRS}, node"
 CONTESTANTS = (
     Contestant(OURS, lambda: CSNN().cuda()),
-    Contestant(
-        f"{OURS}, channels last", lambda: CSNN().cuda().to(memory_format=torch.channels_last)
-    ),
-    Contestant(f"{THEIRS}, node", lambda: spikingjelly_net().cuda()),
+    Contestant(f"{OURS}, graph", lambda: CSNN().cuda(), graph=True),
+    Contestant(f"{OURS}, channels last, graph", channels_last, graph=True),
+    Contestant(NODE, lambda: spikingjelly_net().cuda()),
     Contestant(f"{THEIRS}, precision", lambda: with_precision(spikingjelly_net().cuda())),
 )
 
 
 def images_per_second(step: Callable[[int], Any], steps: int) -> float:
-    for i in range(steps // 4):
+    for i in range(WARM_UP):
+        step(i)
+    torch.cuda.reset_peak_memory_stats()  # before a graph is captured: later its pool does not count
+    for i in range(WARM_UP, WARM_UP + steps // 4):
         step(i)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     start.record()
     for i in range(steps):
         step(i)
@@ -142,35 +158,48 @@ def images_per_second(step: Callable[[int], Any], steps: int) -> float:
 def training(
     c: Contestant, x: torch.Tensor, y: torch.Tensor, amp: bool, steps: int
 ) -> tuple[float, float]:
-    """Images/s and peak memory in MiB, weights and all else in float16, or with autocast."""
+    """Images/s and peak memory in MiB, weights and all else in float16, or with autocast.
+
+    The images, and workspaces that libraries keep for each stream there was, do not count.
+    """
+    before = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     net = c.build().train()
     net = net if amp else net.half()
     x = x if amp else x.half()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler("cuda", enabled=amp)
 
-    def step(i: int) -> None:
-        at = slice(i * BATCH % len(x), i * BATCH % len(x) + BATCH)
+    def step(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.half) if amp else nullcontext():
-            rates = net(x[at])
-            loss = F.mse_loss(rates, F.one_hot(y[at], 10).to(rates.dtype))
+            rates = net(x)
+            loss = F.mse_loss(rates, F.one_hot(y, 10).to(rates.dtype))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        return loss.detach(), (rates.argmax(1) == y).sum()
 
-    speed = images_per_second(step, steps)
-    return speed, torch.cuda.max_memory_allocated() / 2**20
+    run = Replay(step, WARM_UP) if c.graph else step
+    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    speed = images_per_second(lambda i: run(*batches[i % len(batches)]), steps)
+    return speed, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 @torch.no_grad()
 def evaluation(c: Contestant, x: torch.Tensor, steps: int) -> float:
     """Images/s in float16."""
     torch.manual_seed(0)
-    net, x = c.build().eval().half(), x.half()
-    run = evaluator(net, x[:BATCH]) if c.name.startswith(OURS) else net
-    return images_per_second(lambda i: run(x[i * BATCH % len(x) :][:BATCH]), steps)
+    net, x = c.build().eval(), x.half()
+    if not c.graph:
+        net = net.half()
+        return images_per_second(lambda i: net(x[i * BATCH % len(x) :][:BATCH]), steps)
+    example = x[:BATCH].float().cpu()
+    program = deploy.convert(net.cpu(), (example,), target="cuda", dtype="float16", verify=False)
+    with tempfile.TemporaryDirectory() as folder:
+        deploy.compile(program, Path(folder) / "artifact")
+        with deploy.load(Path(folder) / "artifact") as model:
+            return images_per_second(lambda i: model(x[i * BATCH % len(x) :][:BATCH]), steps)
 
 
 def rounds(count: int, measure: Callable[[Contestant], Any], table: Table) -> dict[str, list[Any]]:
@@ -191,9 +220,14 @@ def rounds(count: int, measure: Callable[[Contestant], Any], table: Table) -> di
     return {name: values for name, values in found.items() if values}
 
 
-def best(speeds: dict[str, float], whose: str) -> str | None:
+def best(speeds: dict[str, float], whose: str) -> str:
     """The fastest of ours or theirs."""
-    return max((n for n in speeds if n.startswith(whose)), key=lambda n: speeds[n], default=None)
+    return max((n for n in speeds if n.startswith(whose)), key=lambda n: speeds[n])
+
+
+def opponents(speeds: dict[str, float]) -> list[str]:
+    """What ours is measured against: SpikingJelly's node, and the fastest way that SpikingJelly has."""
+    return list(dict.fromkeys([NODE, best(speeds, THEIRS)]))
 
 
 def main() -> int:
@@ -205,7 +239,7 @@ def main() -> int:
         sys.exit("needs a CUDA GPU: torch sees none")
     torch.backends.cudnn.benchmark = True
     print(", ".join(f"{k} {v}" for k, v in machine(torch.device("cuda", 0)).items()))
-    images = data.load("fashion-mnist")
+    images = data.load("fashion-mnist", limit=20 * BATCH)  # few, as they count as memory
     count = len(images) // BATCH * BATCH  # no partial batch
     x, y = images.x[:count].cuda().float(), images.y[:count].cuda()
     table = Table(f"{CHANNELS} channels, T = {T}, batch {BATCH}")
@@ -216,19 +250,19 @@ def main() -> int:
         for name in speeds:
             table.note(f"training, {title}: {name}: images/s", f"{speeds[name]:.0f}")
             table.note(f"training, {title}: {name}: peak MiB", f"{memory[name]:.0f}")
-        ours, theirs = best(speeds, OURS), best(speeds, THEIRS)
-        assert ours is not None
-        said = f"training, {title}: {ours} / {theirs}"
-        table.at_least(f"{said}: images/s", 2.5, theirs and speeds[ours] / speeds[theirs])
-        table.at_most(f"{said}: peak memory", 0.6, theirs and memory[ours] / memory[theirs])
+        ours = best(speeds, OURS)
+        for theirs in opponents(speeds):
+            said = f"training, {title}: {ours} / {theirs}"
+            table.at_least(f"{said}: images/s", 2.5, speeds[ours] / speeds[theirs])
+            table.at_most(f"{said}: peak memory", 0.6, memory[ours] / memory[theirs])
     found = rounds(args.rounds, lambda c: evaluation(c, x, args.steps), table)
     speeds = {n: statistics.median(values) for n, values in found.items()}
     for name, speed in speeds.items():
         table.note(f"evaluation, float16: {name}: images/s", f"{speed:.0f}")
-    ours, theirs = best(speeds, OURS), best(speeds, THEIRS)
-    assert ours is not None
-    said = f"evaluation, float16: {ours} / {theirs}: images/s"
-    table.at_least(said, 4, theirs and speeds[ours] / speeds[theirs])
+    ours = best(speeds, OURS)
+    for theirs in opponents(speeds):
+        said = f"evaluation, float16: {ours} / {theirs}: images/s"
+        table.at_least(said, 4, speeds[ours] / speeds[theirs])
     return table.verdict()
 
 

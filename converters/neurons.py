@@ -67,6 +67,7 @@ __all__ = [
     "QIF",
     "RAF",
     "Alpha",
+    "CubaLIF",
     "Dynamics",
     "Heaviside",
     "IFNode",
@@ -202,6 +203,19 @@ def Alpha(  # noqa: N802
     if subtract:
         return h + syn_inh * s, exc - jump * s, inh - inh * s
     return h, exc, inh
+
+
+@dynamics(states={"syn": 0.0}, potentials=("v_rest",))
+def CubaLIF(  # noqa: N802
+    v: Any, syn: Any, x: Any, *, tau_syn: Any, tau_mem: Any, r: Any, v_rest: Any
+) -> Any:
+    """LIF driven through a resistance r by a current that decays, time constants in time steps.
+
+    NIR's equation, Pedersen et al. 2024, Nature Communications 15:8122, by forward Euler with a step
+    of 1, the current first.
+    """
+    syn = syn + (x - syn) / tau_syn
+    return v + (r * syn - (v - v_rest)) / tau_mem, syn
 
 
 @dynamics
@@ -395,6 +409,9 @@ class Neuron:
         if self.reset_at == "ahead" and self.reset == "hard":
             raise UsageError("a hard reset is ahead of nothing; reset_at is now, next or before")
 
+    def __copy__(self) -> Neuron:
+        return self  # it is frozen
+
     def charge(self, state: tuple[Any, ...], x: Any) -> tuple[Any, ...]:
         """The state after charging, v as h."""
         return self.dynamics(state, x, self.params)
@@ -410,6 +427,7 @@ class Neuron:
         fire: Callable[[Any], Any],
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
+        due: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, tuple[Any, ...], Any]:
         """One time step on values of any kind: (spikes, state, h).
 
@@ -419,6 +437,8 @@ class Neuron:
             fire: ``h -> spikes``, in whatever form ``select`` takes.
             select: ``(spikes, a, b) -> a where there is a spike, else b``.
             t: 0 says that v is v_0, before which there is no spike to reset for.
+            due: As ``fire``, for the spikes of the step before, whose reset is still to come; they go
+                to ``select`` alone. ``fire`` itself unless given.
         """
 
         def after(h: Any, spikes: Any) -> Any:
@@ -427,18 +447,18 @@ class Neuron:
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
         late = self.reset_at != "now" and t > 0 and self.reset != "none"
-        due = fire(state[0]) if late else None
+        spiked = (due or fire)(state[0]) if late else None
         if late and self.reset_at == "before":
-            state = (after(state[0], due), *state[1:])
+            state = (after(state[0], spiked), *state[1:])
         h, *others = self.charge(state, x)
         if late and self.reset_at != "before":
-            h = after(h, due)
+            h = after(h, spiked)
         ahead = self.reset_at == "ahead" and self.reset != "none"
         silent, again = h, h - self.v_threshold if ahead else None
         if ahead and late:
             # The reset that was due is taken already: it is not taken twice, and given back if the
             # membrane stayed silent after it.
-            silent, again = select(due, h + self.v_threshold, h), select(due, h, again)
+            silent, again = select(spiked, h + self.v_threshold, h), select(spiked, h, again)
         spikes = fire(h)
         v = select(spikes, again, silent) if ahead else h
         if self.reset_at == "now":
@@ -667,6 +687,14 @@ class Node(_Layer):
         )
         self.surrogate = ATan() if surrogate is None else surrogate
         self.detach_reset = detach_reset
+
+    @classmethod
+    def of(cls, neuron: Neuron) -> Node:
+        """A layer of a population that is declared already."""
+        node = Node.__new__(Node)
+        _Layer.__init__(node, neuron)
+        node.surrogate, node.detach_reset = ATan(), False
+        return node
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> spikes [T, N, ...]."""

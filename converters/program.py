@@ -21,8 +21,17 @@ from torch.utils import _pytree as pytree
 from .errors import UsageError
 from .neurons import Neuron
 from .ops import Node, aten
+from .stepping import Stepping
 
-Layout: TypeAlias = Literal["stepped", "flat", "static", "steps"]
+if not hasattr(torch.library, "custom_op"):
+    raise UsageError(
+        f"conversion needs torch 2.6 or later, and this is torch {torch.__version__}; beside an old SDK "
+        "run what needs no conversion: training (spikeport train --target), bundles, or convert on "
+        "another machine"
+    )
+
+Layout: TypeAlias = Literal["stepped", "flat", "static", "steps", "step"]
+Time: TypeAlias = Literal["unrolled", "stepped"]
 
 
 @torch.library.custom_op("spikeport::neuron", mutates_args=())
@@ -168,7 +177,8 @@ class Site:
         path: Path of the source module.
         neuron: The neuron.
         T: Time steps.
-        layout: Layout of its input in the graph; ``"steps"`` for one node a step, each [N, ...].
+        layout: Layout of its input in the graph; ``"steps"`` for one node a step, each [N, ...];
+            ``"step"`` for the one step [N, ...] that a stepped program computes.
         drives: Names of the nodes that are its input.
         spikes: Names of the nodes that are its output, [T, N, ...], [TN, ...], or one a step.
         scale: What its drive was divided by, with the neuron's potentials, a value a channel; None
@@ -185,7 +195,10 @@ class Site:
     scale: torch.Tensor | None = None
 
     def drive(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Its input [T, N, ...] out of a run's values by node name, in the source's scale."""
+        """Its input [T, N, ...] out of a run's values by node name, in the source's scale.
+
+        The values of a stepped program are the stacks of those of its steps.
+        """
         drive = self._gather([values[n] for n in self.drives], self.layout)
         return drive if self.scale is None else drive.float() * self.scale
 
@@ -195,10 +208,12 @@ class Site:
         return self._gather([values[n] for n in self.spikes], layout)
 
     def _gather(self, parts: Sequence[torch.Tensor], layout: str) -> torch.Tensor:
+        if layout == "step":
+            return parts[0]
         return torch.stack(list(parts)) if layout == "steps" else steps(parts[0], layout, self.T)
 
     def scatter(self, spikes: torch.Tensor, like: torch.Tensor, node: str) -> torch.Tensor:
-        """Spikes [T, N, ...] as one of its output nodes holds them."""
+        """Spikes [T, N, ...], or [N, ...] of the step, as one of its output nodes holds them."""
         if self.layout == "steps":
             return spikes[self.spikes.index(node)].to(like.dtype)
         return spikes.reshape(like.shape).to(like.dtype)
@@ -275,8 +290,8 @@ class Program:
 
     Attributes:
         module: The graph and its tensors.
-        inputs: The inputs, in order.
-        outputs: The outputs, flat.
+        inputs: The inputs, in order; of one step where the program is stepped.
+        outputs: The outputs, flat, likewise.
         structure: How the outputs are nested.
         sites: Every use of a neuron layer, in the order of execution.
         source: What it was made from: class, framework.
@@ -287,6 +302,8 @@ class Program:
         rounded: Names of the weights that a cast changed; None before any cast.
         examples: Inputs that the conversion was verified on.
         evidence: What the verification found.
+        stepping: How its steps make up a call, if it computes one step; its graph then has the states
+            as further inputs and outputs.
     """
 
     module: fx.GraphModule
@@ -302,6 +319,7 @@ class Program:
     rounded: frozenset[str] | None = None
     examples: tuple[tuple[torch.Tensor, ...], ...] = ()
     evidence: Evidence | None = None
+    stepping: Stepping | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -320,8 +338,33 @@ class Program:
         return value
 
     @property
+    def time(self) -> Time:
+        """Whether a call of the graph is a call of the network, or one step of it."""
+        return "unrolled" if self.stepping is None else "stepped"
+
+    @property
+    def graph_inputs(self) -> tuple[TensorSpec, ...]:
+        """What the graph takes: the inputs, then the states."""
+        return (*self.inputs, *self._states("placeholder"))
+
+    @property
+    def graph_outputs(self) -> tuple[TensorSpec, ...]:
+        """What the graph gives: the outputs, then the states for the next step."""
+        return (*self.outputs, *self._states("output"))
+
+    def _states(self, side: str) -> list[TensorSpec]:
+        if self.stepping is None:
+            return []
+        after = "" if side == "placeholder" else ".next"
+        nodes = list(self.nodes("placeholder"))[len(self.inputs) :]
+        return [
+            TensorSpec(state.name + after, tuple(state.initial.shape), n.meta["val"].dtype)
+            for state, n in zip(self.stepping.states, nodes, strict=True)
+        ]
+
+    @property
     def T(self) -> int | None:  # noqa: N802 -- the field's name
-        """Time steps, if all neurons have the same number."""
+        """Time steps of a call of the graph, if all neurons have the same number."""
         found = {site.T for site in self.sites}
         return found.pop() if len(found) == 1 else None
 
@@ -369,9 +412,22 @@ class Program:
         """
         return fold(self.inputs, inputs, self.dtype)
 
+    def whole(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What :meth:`run` gives in the shapes and dtypes of the source network, flat."""
+        if self.stepping is None:
+            return unfold(self.outputs, outputs)
+        return [y.to(spec.dtype) for y, spec in zip(outputs, self.outputs, strict=True)]
+
     def nest(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """The graph's outputs as the source network gives them: shapes, dtypes, nesting."""
-        return pytree.tree_unflatten(unfold(self.outputs, outputs), self.structure)
+        """What :meth:`run` gives as the source network gives it: shapes, dtypes, nesting."""
+        return pytree.tree_unflatten(self.whole(outputs), self.structure)
+
+    def initial_state(self) -> list[torch.Tensor]:
+        """The states before the first step, in the graph's dtypes."""
+        if self.stepping is None:
+            return []
+        dtypes = [spec.dtype for spec in self._states("placeholder")]
+        return [state.initial for state in self.stepping.cast(dtypes).states]
 
     def run(
         self,
@@ -379,16 +435,41 @@ class Program:
         substitute: Mapping[str, torch.Tensor] | None = None,
         observe: Callable[[fx.Node, Any], None] | None = None,
     ) -> list[torch.Tensor]:
-        """The graph's own outputs, flat; each call starts from v_0.
+        """The graph's own outputs for one call of the network, flat; each call starts from v_0.
+
+        A stepped program runs step after step, its outputs put together.
 
         Args:
             inputs: The user's inputs.
             substitute: Spikes [T, N, ...] by site, to go on with in place of those computed.
-            observe: Called with each node and its value.
+            observe: Called with each node and its value, at every step.
         """
-        executor = Executor(self, substitute, observe)
-        with torch.no_grad():
-            return list(executor.run(*self.flat_inputs(inputs)))
+        stepped = self.stepping is not None
+
+        def run(t: int, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+            spikes = substitute
+            if spikes is not None and stepped:
+                spikes = {name: s[t] for name, s in spikes.items()}
+            with torch.no_grad():
+                return list(Executor(self, spikes, observe).run(*given))
+
+        return self.run_by(run, inputs)
+
+    def run_by(
+        self,
+        run: Callable[[int, Sequence[torch.Tensor]], Sequence[torch.Tensor]],
+        inputs: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """As :meth:`run`, by a function that runs the graph: of (t, its inputs) to its outputs."""
+        if self.stepping is None:
+            return list(run(0, self.flat_inputs(inputs)))
+        state: Sequence[torch.Tensor] = self.initial_state()
+        found = []
+        for t, now in enumerate(self.stepping.split(inputs)):
+            results = run(t, [*self.flat_inputs(now), *state])
+            found.append(results[: len(self.outputs)])
+            state = results[len(self.outputs) :]
+        return self.stepping.gather(found)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The network's outputs for one batch; each call starts from v_0."""
@@ -421,13 +502,18 @@ def with_probes(program: Program) -> Program:
             label = f"spikes:{site.name}" + (f":{t}" if site.layout == "steps" else "")
             specs.append(TensorSpec(label, user, program.dtype, folded))
             extra.append(node)
-    graph.output((*results, *extra))
+    own = len(program.outputs)
+    graph.output((*results[:own], *extra, *results[own:]))
     outputs = (*program.outputs, *specs)
-    structure = pytree.tree_structure(tuple(range(len(outputs))))
+    changes: dict[str, Any] = {
+        "outputs": outputs,
+        "structure": pytree.tree_structure(tuple(range(len(outputs)))),
+    }
+    if (stepping := program.stepping) is not None:
+        times = (*stepping.outputs, *[0] * len(extra))
+        changes["stepping"] = replace(stepping, outputs=times)
     report = PassReport("with_probes", (f"{len(extra)} extra outputs",))
-    return seal(
-        program, graph, program.tensors, report, program.sites, outputs=outputs, structure=structure
-    )
+    return seal(program, graph, program.tensors, report, program.sites, **changes)
 
 
 def where(node: fx.Node) -> str:
@@ -467,10 +553,12 @@ def describe(program: Program) -> str:
     rows = [r for r in rows if r[1] != "weight"]
     widths = [min(max(len(r[i]) for r in rows), 44) for i in range(4)]
     lines = [
-        f"program for {program.target or 'no target yet'}: T={program.T}, batch={program.batch}"
+        f"program for {program.target or 'no target yet'}: "
+        + ("one step" if program.stepping else f"T={program.T}")
+        + f", batch={program.batch}"
     ]
-    lines += [f"  in   {spec}" for spec in program.inputs]
-    lines += [f"  out  {spec}" for spec in program.outputs]
+    lines += [f"  in   {spec}" for spec in program.graph_inputs]
+    lines += [f"  out  {spec}" for spec in program.graph_outputs]
     lines += [f"  neuron {s.name}: {s.neuron.describe()}" for s in program.sites]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]

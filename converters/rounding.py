@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,20 +112,25 @@ class Bounds(fx.Interpreter):
         self, program: Program, example: Sequence[torch.Tensor], spikes: Mapping[str, torch.Tensor]
     ) -> None:
         super().__init__(program.module)
-        self._spikes = {
-            node: site.scatter(spikes[site.name], program.node(node).meta["val"], node).float()
-            for site in program.sites
-            for node in site.spikes
-        }
+        self._program = program
+        self._firing = {node: site for site in program.sites for node in site.spikes}
         self._unit = torch.finfo(program.dtype).eps / 2
         self._least = torch.finfo(program.dtype).smallest_normal * self._unit
         self._rounded = program.rounded
         self._kept = {d for site in program.sites for d in site.drives}
         self._kept |= {n.name for n in program.results}
         self._wanted = self._ancestors(program)
-        self._found: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            self.run(*(x.float() for x in program.flat_inputs(example)))
+        self._found: dict[str, list[torch.Tensor]] = defaultdict(list)
+        states = list(program.nodes("placeholder"))[len(program.inputs) :]
+        carried: list[_Pair] = [(s.float(), torch.zeros(s.shape)) for s in program.initial_state()]
+        stepping = program.stepping
+        for t, now in enumerate([example] if stepping is None else stepping.split(example)):
+            self._spikes = {n: s if stepping is None else s[t] for n, s in spikes.items()}
+            self._carried = dict(zip(states, carried, strict=True))
+            inputs = [x.float() for x in program.flat_inputs(now)]
+            with torch.no_grad():
+                results = self.run(*inputs, *(value for value, _ in carried))
+            carried = results[len(program.outputs) :] if stepping is not None else []
 
     def _ancestors(self, program: Program) -> set[str]:
         """Nodes that drives and outputs depend on, up to the neurons before them."""
@@ -134,14 +140,19 @@ class Bounds(fx.Interpreter):
             n = todo.pop()
             if n.name not in seen:
                 seen.add(n.name)
-                if n.name not in self._spikes:
+                if n.name not in self._firing:
                     todo += n.all_input_nodes
         return seen
 
     def of(self, node: str) -> torch.Tensor:
         """How far a node's value may be from the network's own, of its shape."""
-        # Twice, for the network's own rounding is none of the program's.
-        return 2 * self._found[node] + torch.finfo(torch.float32).tiny
+        found = self._found[node]
+        return _twice(found[0] if self._program.stepping is None else torch.stack(found))
+
+    def result(self, index: int) -> torch.Tensor:
+        """The same for an output of the whole call."""
+        stepping, found = self._program.stepping, self._found[self._program.results[index].name]
+        return _twice(found[0] if stepping is None else stepping.join(index, found))
 
     def at(self, site: Site) -> torch.Tensor:
         """The same for a site's drive, [T, N, ...], in the source's scale."""
@@ -149,15 +160,20 @@ class Bounds(fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """The node's value and error; nothing where no drive or output depends on it."""
-        if n.op == "output" or n.name not in self._wanted:
+        if n.op == "output":
+            return super().run_node(n)
+        if n.name not in self._wanted:
             return None
-        if n.name in self._spikes:
-            spikes = self._spikes[n.name]
+        if (site := self._firing.get(n.name)) is not None:
+            spikes = site.scatter(self._spikes[site.name], n.meta["val"], n.name).float()
             pair = (spikes, torch.zeros(()).expand_as(spikes))
         elif n.op == "get_attr":
             value = super().run_node(n).float()
             exact = self._rounded is not None and n.target not in self._rounded
             pair = (value, torch.zeros_like(value) if exact else self._stored(value))
+        elif n in self._carried:
+            super().run_node(n)
+            pair = self._carried[n]
         elif n.op == "placeholder":
             value = super().run_node(n)
             pair = (value, self._stored(value))
@@ -165,7 +181,7 @@ class Bounds(fx.Interpreter):
             value, error = self._call(n)
             pair = (value.float(), error.float())
         if n.name in self._kept:
-            self._found[n.name] = pair[1]
+            self._found[n.name].append(pair[1])
         return pair
 
     def _call(self, n: Node) -> _Pair:
@@ -300,6 +316,11 @@ class Bounds(fx.Interpreter):
 
 def _is_bool(n: Node) -> bool:
     return bool(n.meta["val"].dtype == torch.bool)
+
+
+def _twice(error: torch.Tensor) -> torch.Tensor:
+    """The network's own rounding is none of the program's: it comes on top."""
+    return 2 * error + torch.finfo(torch.float32).tiny
 
 
 def _doubt(a: torch.Tensor, b: Any, reach: Any) -> torch.Tensor:

@@ -112,8 +112,8 @@ class StandIn(nn.Module):
             state, t = torch.stack(parts), 1
         spikes, state = NEURON_STEP(x, state, params, self._spec, t)
         # Where the last spikes are a state, they are what the caller hands back.
-        at = {name: i for i, name in enumerate(neuron.dynamics.states, 1)}.get(SPIKES)
-        returned = {name: spikes if i == at else state[i] for name, i in places.items()}
+        last = {name: i for i, name in enumerate(neuron.dynamics.states, 1)}.get(SPIKES)
+        returned = {name: spikes if i == last else state[i] for name, i in places.items()}
         self._steps.v[self._path] = (state, t + 1, returned)
         if readout is not None:
             return readout(state[self._reading.state])
@@ -121,7 +121,7 @@ class StandIn(nn.Module):
             spikes = spikes * self.gain
         if not self._reading.returns_state:
             return spikes
-        first = () if at in places.values() else (spikes,)
+        first = () if last in places.values() else (spikes,)
         return (*first, *returned.values())
 
     def restart(self) -> Any:

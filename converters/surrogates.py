@@ -210,8 +210,14 @@ def Gaussian(u: Any, *, alpha: float = 2.0) -> Any:  # noqa: N802
 
 @surrogate
 def PiecewiseLeakyReLU(u: Any, *, w: float = 1.0, c: float = 0.01) -> Any:  # noqa: N802
-    """``1 / w`` where ``|u| <= w``, else ``c``."""
-    return where(abs(u) <= w, 1 / w, 0.0 * u + c)
+    """``1 / w`` where ``|u| < w``, else ``c``."""
+    return where(abs(u) < w, 1 / w, 0.0 * u + c)
+
+
+@surrogate
+def Window(u: Any, *, w: float = 1.0, height: float = 0.5, c: float = 0.01) -> Any:  # noqa: N802
+    """``height`` where ``|u| < w``, else ``c``."""
+    return where(abs(u) < w, height, 0.0 * u + c)
 
 
 @surrogate
@@ -225,6 +231,55 @@ def LogTailedReLU(u: Any, *, alpha: float = 0.0) -> Any:  # noqa: N802
     """``alpha`` below 0, 1 up to 1, ``1 / u`` above, Cai et al. 2017, arXiv:1702.00953."""
     tail = where(u > 1, 1 / where(u > 1, u, 0.0 * u + 1.0), 0.0 * u + 1.0)
     return where(u > 0, tail, 0.0 * u + alpha)
+
+
+@surrogate
+def ReLU(u: Any) -> Any:  # noqa: N802
+    """1 where ``u > 0``, else 0: where there is a spike."""
+    return where(u > 0, 1.0, 0.0 * u)
+
+
+@surrogate
+def Triangular(u: Any, *, height: float = 1.0) -> Any:  # noqa: N802
+    """``height`` where ``u < 0``, else ``-height``, as snnTorch defines it."""
+    return where(u < 0, height, 0.0 * u - height)
+
+
+@surrogate
+def SpikeRateEscape(u: Any, *, beta: float = 1.0, slope: float = 25.0) -> Any:  # noqa: N802
+    """``slope exp(-beta |u - 1|)``, Gerstner and Kistler 2002, Spiking neuron models."""
+    return slope * exp(-beta * abs(u - 1.0))
+
+
+@surrogate
+def SparseFastSigmoid(u: Any, *, slope: float = 25.0, bound: float = 1.0) -> Any:  # noqa: N802
+    """:func:`FastSigmoid` where ``u > bound``, else 0, Perez-Nieves and Goodman, arXiv:2105.08810."""
+    return where(u > bound, 1 / (1 + slope * abs(u)) ** 2, 0.0 * u)
+
+
+@surrogate
+def SuperSpike(u: Any, *, alpha: float = 1.0) -> Any:  # noqa: N802
+    """``alpha / (1 + |u|)^2``, Zenke and Ganguli 2018, arXiv:1705.11146."""
+    return alpha / (1 + abs(u)) ** 2
+
+
+@surrogate
+def NonzeroSignLogAbs(u: Any, *, alpha: float = 1.0) -> Any:  # noqa: N802
+    """``1 / (1 / alpha + |u|)``."""
+    return 1 / (1 / alpha + abs(u))
+
+
+@surrogate
+def S2NN(u: Any, *, alpha: float = 4.0, beta: float = 1.0) -> Any:  # noqa: N802
+    """:func:`Sigmoid` below 0, ``beta / (u + 1)`` from 0 on, Suetake et al. 2022, arXiv:2201.10879."""
+    s = sigmoid(alpha * u)
+    return where(u < 0, alpha * s * (1 - s), beta / (where(u < 0, 0.0 * u, u) + 1.0))
+
+
+@surrogate
+def QPseudoSpike(u: Any, *, alpha: float = 2.0) -> Any:  # noqa: N802
+    """``(1 + 2 |u| / (alpha - 1))^-alpha``, Herranz-Celotti and Rouat 2022, arXiv:2202.00282."""
+    return (1 + 2 / (alpha - 1) * abs(u)) ** -alpha
 
 
 class _Fire(torch.autograd.Function):

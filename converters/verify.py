@@ -10,11 +10,13 @@ where it arises and nowhere else:
 3. Every layer's spikes, given its drive: the declaration's own in float32, without exception; in
    float16 another spike only where h lies at the threshold within rounding.
 
-So whatever differs end to end follows from rounding, and its first site is known.
+So whatever differs end to end follows from rounding, and its first site is known. A stepped program is
+compared over all steps of the same call, its states carried from one to the next.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,8 +28,19 @@ from torch.utils import _pytree as pytree
 from . import sources
 from .errors import Finding, MismatchError, UnsupportedError
 from .passes.lower_neurons import lower_neurons
+from .passes.step_time import step_time
 from .probes import probe_inputs
-from .program import NEURON, Builder, Executor, PassReport, Program, Site, short, where
+from .program import (
+    NEURON,
+    Builder,
+    PassReport,
+    Program,
+    Site,
+    TensorSpec,
+    Time,
+    short,
+    where,
+)
 from .rounding import CERTAINTY, Bounds
 from .sources import Reading
 
@@ -108,7 +121,7 @@ def verify(program: Program, net: nn.Module, uncast: Program | None = None) -> P
     """
     captured = program.captured
     assert captured is not None
-    counts = _probe_neurons(captured, net)
+    counts = _probe_neurons(captured, net, program.time)
     before = None if uncast is None else _verify(uncast, counts)
     return replace(program, evidence=replace(_verify(program, counts), before_cast=before))
 
@@ -165,7 +178,8 @@ class Trace:
     """Values of one run.
 
     Attributes:
-        values: The neurons' drives, and their spikes as booleans, by name of node.
+        values: The neurons' drives, and their spikes as booleans, by name of node; of a stepped
+            program the stacks of those of its steps.
         outputs: The graph's outputs.
         overflowed: How many values are not finite, by name of node.
     """
@@ -183,25 +197,28 @@ class Trace:
         drives: bool = True,
     ) -> Trace:
         """Run a program, on given spikes [T, N, ...] by site or freely."""
+        stacked = program.stepping is not None
         driving = {name for site in program.sites for name in site.drives} if drives else set()
         firing = {name for site in program.sites for name in site.spikes}
-        values: dict[str, torch.Tensor] = {}
+        seen: dict[str, list[torch.Tensor]] = defaultdict(list)
         overflowed: dict[str, int] = {}
 
         def observe(n: fx.Node, value: Any) -> None:
             if n.name in firing:
-                values[n.name] = value != 0
+                seen[n.name].append(value != 0)
             elif n.name in driving:
-                values[n.name] = value
+                seen[n.name].append(value)
             if (
                 n.op == "call_function"
                 and isinstance(value, torch.Tensor)
                 and value.is_floating_point()
                 and not (finite := torch.isfinite(value)).all()
             ):
-                overflowed[n.name] = value.numel() - int(finite.sum())
+                count = value.numel() - int(finite.sum())
+                overflowed[n.name] = overflowed.get(n.name, 0) + count
 
         outputs = program.run(inputs, spikes, observe)
+        values = {n: torch.stack(found) if stacked else found[0] for n, found in seen.items()}
         return cls(values, outputs, overflowed)
 
     def drive(self, site: Site) -> torch.Tensor:
@@ -241,7 +258,7 @@ def _check_finite(program: Program, source: Trace, free: Trace) -> None:
 # 1. Neurons alone
 
 
-def _probe_neurons(captured: Program, net: nn.Module) -> dict[str, int]:
+def _probe_neurons(captured: Program, net: nn.Module, time: Time) -> dict[str, int]:
     """Spikes compared for each site; every one of them was equal."""
     modules = dict(net.named_modules(remove_duplicate=False))
     readings = {id(module): reading for _, module, reading in sources.read_all(net)}
@@ -251,7 +268,7 @@ def _probe_neurons(captured: Program, net: nn.Module) -> dict[str, int]:
         features = shape[2:] if site.layout == "stepped" else shape[1:]
         x = probe_inputs(site.neuron, site.T, features, captured.dtype)
         expected = site.neuron.multi_step(x)
-        lowered = _lowered(site, x)
+        lowered = _lowered(site, x, time)
         if not torch.equal(expected, lowered):
             raise MismatchError(_differs(site, "the lowered form", lowered, expected, x))
         module = modules[site.path]
@@ -266,10 +283,11 @@ def _probe_neurons(captured: Program, net: nn.Module) -> dict[str, int]:
     return counts
 
 
-def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
-    """The site's neuron by itself, lowered and run."""
+def _lowered(site: Site, x: torch.Tensor, time: Time) -> torch.Tensor:
+    """The site's neuron by itself, lowered and run, at once or step by step."""
     graph = fx.Graph()
-    empty = Program(fx.GraphModule({}, graph), (), (), _LEAF, dtype=x.dtype)
+    spec = TensorSpec("x", tuple(x.shape), x.dtype, folded=True)
+    empty = Program(fx.GraphModule({}, graph), (spec,), (spec,), _LEAF, dtype=x.dtype)
     build = Builder(empty)
     node = build.graph.placeholder("x")
     flat = x.flatten(0, 1)
@@ -277,10 +295,11 @@ def _lowered(site: Site, x: torch.Tensor) -> torch.Tensor:
     tensors = site.neuron.tensors()
     params = [build.constant(f"probe.{name}", t.detach()) for name, t in tensors.items()]
     spikes = build.call(NEURON, node, params, site.neuron.to_json(), "flat", site.T, path=site.path)
-    program = lower_neurons(build.finish([spikes], PassReport("probe")))
-    with torch.no_grad():
-        (result,) = Executor(program).run(flat)
-    return torch.as_tensor(result).reshape(x.shape)
+    program = build.finish([spikes], PassReport("probe"))
+    if time == "stepped":
+        program = step_time(program)
+    (result,) = lower_neurons(program).run([x])
+    return result.reshape(x.shape)
 
 
 def _own_spikes(module: nn.Module, reading: Reading, x: torch.Tensor) -> torch.Tensor:
@@ -348,10 +367,10 @@ def _compare_layers(
                 bound.max().item(),
             )
         )
-    results = zip(program.results, source.outputs, local.outputs, strict=True)
-    for n, expected, found in results:
-        off = _difference(expected.flatten(), found.flatten())
-        bound = bounds.of(n.name).flatten()
+    results = program.results[: len(program.outputs)]
+    for i, n in enumerate(results):
+        off = _difference(source.outputs[i].flatten(), local.outputs[i].flatten())
+        bound = bounds.result(i).flatten()
         if not (off <= bound).all():
             wrong.append(
                 f"output {n.name} ({where(n) or 'the network'}): differs by up to "

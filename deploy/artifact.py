@@ -6,6 +6,7 @@
     weights.safetensors   the rewritten graph's weights
     program.txt           the rewritten graph, for people
     samples.safetensors   recorded inputs and the outputs expected for them
+    states.safetensors    of a stepped network, what its states are before the first step
     device/               the vendor's files
     probe/                a second build, whose further outputs are each layer's spikes; optional
 """
@@ -36,12 +37,14 @@ from ..converters.errors import (
     TargetUnavailableError,
     UsageError,
 )
-from ..converters.program import Program, TensorSpec, unfold, with_probes
+from ..converters.program import Program, TensorSpec, with_probes
 from ..targets import SDK, Loaded, Target
+from ..targets.graphs import separate
 from . import store
-from .model import Model, Port, dtype_name, load_onto
+from .model import STATES, Model, Port, dtype_name, load_onto
 
-SCHEMA_VERSION = 1
+#: The newest format; what has all time steps in one call is still written in the first.
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 _REQUIRED = (
@@ -174,8 +177,9 @@ class Artifact:
         sdk += " (simulated)" if m["sdk"]["simulated"] else ""
         found = "; compiled before, taken as it is" if self.cached else ""
         return (
-            f"{self.path}: {m['source']['class']} for {m['target']}, {sdk}, T={m['T']}, "
-            f"batch={m['batch']}, {m['dtype']}{found}"
+            f"{self.path}: {m['source']['class']} for {m['target']}, {sdk}, "
+            + ("stepped, " if m.get("stepping") else f"T={m['T']}, ")
+            + f"batch={m['batch']}, {m['dtype']}{found}"
         )
 
 
@@ -349,12 +353,17 @@ def _build(
     (stage / "device").mkdir()
     compiled = target.compile(program, stage / "device", wanted["options"])
     manifest["compile_options"] = dict(compiled.options)
+    if program.stepping is not None:
+        manifest["stepping"]["state"] = compiled.state
+        names = [state.name for state in program.stepping.states]
+        _save(dict(zip(names, program.initial_state(), strict=True)), stage / STATES)
     if wanted["probe"] and program.sites:
         probed = with_probes(program)
         (stage / "probe").mkdir()
         target.compile(probed, stage / "probe", wanted["options"])
-        extra = slice(len(program.outputs), None)
-        manifest["probe"] = {"outputs": _ports(probed, probed.outputs, probed.results)[extra]}
+        ports = _ports(probed, probed.graph_outputs, probed.results)
+        extra = slice(len(program.outputs), len(probed.outputs))
+        manifest["probe"] = {"outputs": ports[extra]}
     _save(program.tensors, stage / "weights.safetensors")
     (stage / "program.txt").write_text(f"{program}\n", encoding="utf-8")
     manifest["samples"] = _record(program, target, sdk, manifest, stage)
@@ -369,18 +378,25 @@ def _build(
 def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
     """What the manifest says before anything is compiled."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1 if program.stepping is None else SCHEMA_VERSION,
         "spikeport": _version(),
         "key": key,
         "source": {**program.source, "torch": str(torch.__version__)},
         "target": program.target,
         "sdk": {"name": sdk.name, "version": sdk.version, "simulated": sdk.simulated},
-        "state": "each call starts from v_0",
-        "T": program.T,
+        "state": "each call starts from v_0"
+        if program.stepping is None
+        else "each call goes on from the state that the last one gave",
+        "time": program.time,
+        "stepping": _stepping(program),
+        "graph": _graph_digest(program),
+        "T": program.T if program.stepping is None else None,
         "batch": program.batch,
         "dtype": dtype_name(program.dtype),
-        "inputs": _ports(program, program.inputs, program.nodes("placeholder")),
-        "outputs": _ports(program, program.outputs, program.results),
+        "inputs": _ports(program, program.graph_inputs, program.nodes("placeholder"))[
+            : len(program.inputs)
+        ],
+        "outputs": _ports(program, program.graph_outputs, program.results)[: len(program.outputs)],
         "structure": _structure(program.structure),
         "passes": [asdict(report) for report in program.history],
         "neurons": [
@@ -397,6 +413,28 @@ def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
         "evidence": program.evidence.to_dict() if program.evidence else None,
         "probe": None,
     }
+
+
+def _stepping(program: Program) -> dict[str, Any] | None:
+    """How steps make up a call, as plain data."""
+    stepping = program.stepping
+    if stepping is None:
+        return None
+    ports = _ports(program, program.graph_inputs, program.nodes("placeholder"))
+    return {
+        "steps": stepping.steps,
+        "inputs": list(stepping.inputs),
+        "outputs": list(stepping.outputs),
+        "states": ports[len(program.inputs) :],
+    }
+
+
+def _graph_digest(program: Program) -> str:
+    """A hash of what the graph computes: its nodes, weights and initial states."""
+    nodes = [f"{n.name} = {n.op} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes]
+    weights = {name: store.tensor_sha256(tensor) for name, tensor in program.tensors.items()}
+    initial = [store.tensor_sha256(state) for state in program.initial_state()]
+    return store.digest({"graph": nodes, "weights": weights, "initial": initial})
 
 
 def _ports(program: Program, specs: Sequence[TensorSpec], nodes: Any) -> list[dict[str, Any]]:
@@ -418,20 +456,27 @@ def _record(
 ) -> dict[str, Any]:
     """Write a few inputs with the outputs expected for them, from the device if there is one."""
     calls = program.examples[:_MOST_SAMPLES]
-    ports = [tuple(map(Port.from_dict, manifest[side])) for side in ("inputs", "outputs")]
+    states = manifest["stepping"]["states"] if program.stepping else []
+    ports = [
+        tuple(map(Port.from_dict, [*manifest[side], *states])) for side in ("inputs", "outputs")
+    ]
     device = sdk.devices[0] if sdk.devices else 0
     loaded: Loaded | None = None
     try:
         loaded = load_onto(target, stage / "device", ports[0], ports[1], device)
     except (DeviceError, TargetUnavailableError) as error:
         _logger.warning("the expected outputs are recorded on the host: %s", error)
+
+    def device_run(_: int, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        assert loaded is not None
+        return loaded.run(given)
+
     samples: dict[str, torch.Tensor] = {}
     try:
         for k, inputs in enumerate(calls):
-            full = program.flat_inputs(inputs)
-            raw = loaded.run(full) if loaded else program.run(inputs)
+            raw = program.run_by(device_run, inputs) if loaded else program.run(inputs)
             samples |= {f"{k}.input.{i}": x.detach() for i, x in enumerate(inputs)}
-            outputs = enumerate(unfold(program.outputs, raw))
+            outputs = enumerate(program.whole(raw))
             samples |= {f"{k}.output.{i}": y for i, y in outputs}
     finally:
         if loaded:
@@ -441,15 +486,8 @@ def _record(
 
 
 def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Write tensors as safetensors takes them: contiguous, none a part of another."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    save_file(separate, file)
+    """Write tensors as safetensors."""
+    save_file(separate(tensors), file)
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
@@ -461,12 +499,10 @@ def _write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 def _key(program: Program, sdk: SDK, wanted: Mapping[str, Any]) -> str:
     """What decides an artifact's content, as one hash."""
-    weights = {name: store.tensor_sha256(tensor) for name, tensor in program.tensors.items()}
-    graph = [f"{n.name} = {n.op} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes]
     machine = {k: v for k, v in asdict(sdk).items() if k != "devices"}
     described = _describe(program, sdk, "")
     del described["evidence"], described["passes"], described["source"]["torch"]
-    content = {**described, **wanted, "graph": graph, "weights": weights, "sdk": machine}
+    content = {**described, **wanted, "sdk": machine}
     if sdk.simulated:
         content["simulator"] = _simulator_code()
     try:

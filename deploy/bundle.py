@@ -4,7 +4,8 @@
 
     model.onnx       the network (and model.onnx.data, where its weights exceed 2 GiB)
     manifest.json    what it is; inputs and outputs of the graph; sha256 of every other file
-    samples.npz      recorded inputs and the outputs expected for them, as the graph has them
+    samples.npz      recorded inputs and the outputs expected for them, as the graph has them; of a stepped
+                     network those of all steps, and its states before the first one
     run.py           compiles with the Lynxi SDK, runs the recorded inputs, says what differs
 """
 
@@ -27,7 +28,7 @@ from ..converters.errors import ArtifactExistsError, Finding, UnsupportedError, 
 from ..targets import lynxi
 from . import store
 from .artifact import Artifact
-from .model import Port
+from .model import STATES, Port
 
 _MODELS = ("model.onnx", "model.onnx.data")
 
@@ -101,32 +102,43 @@ def _ports(manifest: Any, side: str) -> list[Port]:
 def _samples(source: Artifact) -> dict[str, Any]:
     """The recorded tensors in the graph's own shapes and dtypes."""
     recorded = load_file(source.path / "samples.safetensors")
+    stepped = source.manifest.get("stepping")
     samples = {}
+    if stepped is not None:
+        initial = load_file(source.path / STATES)
+        for i, port in enumerate(stepped["states"]):
+            samples[f"state.{i}"] = initial[port["name"]].numpy()
     for side in ("input", "output"):
         for i, port in enumerate(_ports(source.manifest, f"{side}s")):
             for call in range(source.manifest["samples"]["calls"]):
                 name = f"{call}.{side}.{i}"
-                tensor = recorded[name].reshape(port.spec.graph_shape).to(port.graph_dtype)
+                tensor = recorded[name].to(port.graph_dtype)
+                if stepped is None:
+                    tensor = tensor.reshape(port.spec.graph_shape)
                 samples[name] = tensor.numpy()
     return samples
 
 
 def _manifest(manifest: Any, files: dict[str, str]) -> dict[str, Any]:
-    def described(side: str) -> list[dict[str, Any]]:
+    def described(data: Any) -> list[dict[str, Any]]:
         return [
             {
                 "name": port.spec.name,
                 "shape": list(port.spec.graph_shape),
                 "dtype": port.to_dict()["graph_dtype"],
             }
-            for port in _ports(manifest, side)
+            for port in map(Port.from_dict, data)
         ]
 
+    stepping = manifest.get("stepping")
+    if stepping is not None:
+        stepping = {**stepping, "states": described(stepping["states"])}
     kept = ("spikeport", "source", "state", "T", "batch", "dtype", "neurons", "compile_options")
     return {
         **{name: manifest[name] for name in kept},
-        "inputs": described("inputs"),
-        "outputs": described("outputs"),
+        "inputs": described(manifest["inputs"]),
+        "outputs": described(manifest["outputs"]),
+        "stepping": stepping,
         "calls": manifest["samples"]["calls"],
         "files": files,
     }

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .options import Options
+    from .training import MakeTrainer
+
 OK, FOUND, USAGE, TARGET, FILES, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 _EPILOG = """\
@@ -46,8 +49,8 @@ Results go to standard output, all else to standard error. With --json there is 
 standard output, also for an error: {"error": its kind, "message": ..., "findings": [...]}.
 """
 _NET_EPILOG = """\
-NET is path/to/file.py:Class or package.module:Class; a function that returns the network will do; conv
-and fc are those in examples/:
+NET is path/to/file.py:Class or package.module:Class (a function that returns the network will do), or
+path/to/file.nir; conv, fc and leaky are those in examples/:
   spikeport check examples/conv_fashion_mnist.py:CSNN --arg T=4 --arg channels=32 \\
       --checkpoint checkpoint_max.pth --key net --input 16,1,28,28 --target lynxi
 
@@ -185,7 +188,7 @@ def _check(args: argparse.Namespace) -> int:
     from .pipeline import check
 
     net, inputs = _network(args)
-    findings = check(net, inputs, args.target, args.dtype)
+    findings = check(net, inputs, args.target, args.dtype, time=args.time)
     document = {"ok": not findings.errors, "findings": [f.to_dict() for f in findings]}
     _report(args, findings, document)
     return FOUND if findings.errors else OK
@@ -198,7 +201,7 @@ def _show(args: argparse.Namespace) -> int:
 
     net, inputs = _network(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    found = steps(net, inputs, args.target, dtype)
+    found = steps(net, inputs, args.target, dtype, args.time)
     names = [step.report.name for step in found]
     if args.only is not None:
         if args.only not in names:
@@ -221,7 +224,9 @@ def _compile(args: argparse.Namespace) -> int:
     net, inputs = _network(args)
     with _progress(total=2, unit="step") as bar:
         bar.set_description("convert and verify" if args.verify else "convert")
-        program = convert(net, inputs, args.target, dtype=args.dtype, verify=args.verify)
+        program = convert(
+            net, inputs, args.target, dtype=args.dtype, time=args.time, verify=args.verify
+        )
         bar.update()
         bar.set_description("compile")
         made = artifact.compile(
@@ -272,12 +277,13 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
     from .compare import predictions
 
     dataset = data.load(args.data, limit=args.limit)
-    parts, seconds = [], 0.0
+    parts, seconds, steps = [], 0.0, 0
     with found.load(args.device) as model, _progress(len(dataset), "sample") as bar:
         for x, _ in dataset.loader(model.batch):
             start = time.perf_counter()
             outputs = model(x)
             seconds += time.perf_counter() - start
+            steps += model.steps(x)
             parts.append(predictions(outputs))
             bar.update(len(x))
     predicted = torch.cat(parts)
@@ -289,6 +295,8 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
         f"{dataset.name}: {right} of {len(dataset)} right, accuracy {right / len(dataset):.2%}",
         f"throughput: {speed:.1f} samples/s{whose}",
     ]
+    if steps:
+        lines.append(f"stepped: {1000 * seconds / steps:.3f} ms a step{whose}")
     if args.save is not None:
         _save(args.save, predicted, dataset.y)
         lines.append(f"predictions: {args.save}")
@@ -298,6 +306,7 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
         "samples": len(dataset),
         "accuracy": right / len(dataset),
         "throughput": speed,
+        "step_seconds": seconds / steps if steps else None,
         "simulated": simulated,
         "predictions": predicted.tolist(),
     }
@@ -345,7 +354,7 @@ def _train(args: argparse.Namespace) -> int:
     given = {"T": args.T, "channels": args.channels}
     arguments = [*args.arg, *(f"{n}={v}" for n, v in given.items() if v is not None)]
     if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() and args.target is None else "cpu"
     named = {f.name: getattr(args, f.name) for f in fields(Options) if hasattr(args, f.name)}
     options = Options(network=description(args.net, arguments), **named)
     epochs = []
@@ -357,8 +366,8 @@ def _train(args: argparse.Namespace) -> int:
                 print(*lines, sep="\n", file=sys.stderr if args.json else sys.stdout, flush=True)
 
         on_gpu = device.type == "cuda"
-        kind = torch.cuda.get_device_name(device) if on_gpu else device
-        training = Training(lambda: build(args.net, arguments), options, joined)
+        kind = torch.cuda.get_device_name(device) if on_gpu else args.target or device
+        training = Training(lambda: build(args.net, arguments), options, joined, _trainer(options))
         together = f", {joined.size} processes" if joined.size > 1 else ""
         if separate_norms(training.net, options, joined) > 1:
             together += ", each with batch norm statistics of its own share"
@@ -378,6 +387,17 @@ def _train(args: argparse.Namespace) -> int:
     return OK
 
 
+def _trainer(options: Options) -> MakeTrainer:
+    """What makes the trainer, imported for the target alone: beside an SDK torch may be old."""
+    if options.target is None:
+        from .trainer import TorchTrainer
+
+        return TorchTrainer
+    from .ipu_trainer import IpuTrainer
+
+    return IpuTrainer
+
+
 def _bundle(args: argparse.Namespace) -> int:
     from .bundle import bundle
 
@@ -388,8 +408,10 @@ def _bundle(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from ..targets.lynxi.simulator.simulate import run_script
+    from importlib import import_module
 
+    simulator = import_module(f"..targets.{args.vendor}.simulator.simulate", __package__)
+    run_script: Callable[..., int] = simulator.run_script
     if not args.json:
         return run_script(args.script, args.args)
     with redirect_stdout(sys.stderr):  # so that standard output holds the document alone
@@ -546,7 +568,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     simulate = command("simulate", _simulate, "a script written for an SDK, on the simulated SDK")
-    simulate.add_argument("vendor", choices=["lynxi"], help="whose SDK")
+    simulate.add_argument("vendor", choices=["ipu", "lynxi"], help="whose SDK")
     simulate.add_argument("script", metavar="SCRIPT", help="a Python file")
     simulate.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="go to the script")
 
@@ -579,7 +601,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _net_argument(parser: argparse.ArgumentParser) -> None:
-    forms = "file.py:Class, package.module:Class, conv or fc"
+    forms = "file.py:Class, package.module:Class, conv, fc or leaky"
     parser.add_argument("net", metavar="NET", help=forms)
     parser.add_argument(
         "--arg", action="append", default=[], metavar="K=V", help="for the class; may be repeated"
@@ -605,6 +627,13 @@ def _net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
         parser.add_argument(
             "--dtype", choices=["float16", "float32"], help="default: the target's own"
         )
+        parser.add_argument(
+            "--time",
+            choices=["unrolled", "stepped"],
+            default="unrolled",
+            help="all time steps in one call (unrolled), or one step with its states as further inputs "
+            "and outputs (stepped)",
+        )
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -616,10 +645,26 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", type=int, default=128, help="images in a batch, of all GPUs (128)")
     add("--lr", type=float, default=0.1, help="first learning rate of the cosine (0.1)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (0.9)")
+    add("--loss", default="mse", help="mse (of firing rates), ce_count, ce_rate, ... (mse)")
+    add("--optimizer", choices=["sgd", "adam"], default="sgd", help="sgd or adam (sgd)")
+    add("--target", choices=["ipu", "ipu-sim"], help="train there instead of with torch")
+    add("--device-iterations", type=int, default=1, metavar="D", help="batches in one call (1)")
+    add(
+        "--gradient-accumulation",
+        type=int,
+        default=1,
+        metavar="G",
+        help="parts of a batch that a device takes one after the other (1)",
+    )
+    add("--replicas", type=int, default=1, metavar="R", help="copies of the network (1)")
     add("--crop", type=int, default=0, help="shift images by up to so many pixels (0)")
     add("--flip", action="store_true", help="mirror half of the images")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--half", action="store_true", help="weights and all else in float16")
+    precision.add_argument(
+        "--half",
+        action="store_true",
+        help="weights and all else in float16; the optimizer moves float32 copies",
+    )
     precision.add_argument("--amp", action="store_true", help="float16 autocast, float32 weights")
     add("--seed", type=int, default=0, help="of weights and of the order of images (0)")
     add(
@@ -633,6 +678,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="statistics over the batches of all GPUs together; keeps batch norms out of the fused "
         "kernels",
+    )
+    add(
+        "--graph",
+        action="store_true",
+        help="replay every step as one CUDA graph: several times faster where Python is the limit; "
+        "the network must do the same in each step",
     )
     add("--device", help="such as cuda:0 or cpu (cuda where there is one)")
     add(

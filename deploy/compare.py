@@ -16,7 +16,7 @@ from .. import targets as registry
 from ..converters import sources
 from ..converters.capture import capture
 from ..converters.errors import UsageError
-from ..converters.program import Program, Site
+from ..converters.program import Program, Site, Time
 from ..converters.rounding import Bounds
 from ..converters.verify import Trace, first_flips, to_threshold
 from .pipeline import rewrite_for
@@ -30,6 +30,10 @@ class Runs(Protocol):
     @property
     def target(self) -> str:
         """Name of the target."""
+
+    @property
+    def time(self) -> Time:
+        """Whether the device runs all time steps at once, or one."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -290,7 +294,7 @@ class _Spikes:
     def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
         if self._programs is None:
             captured = capture(self._net, (x,))
-            program = rewrite_for(captured, self._model.target, self._model.dtype)
+            program = rewrite_for(captured, self._model.target, self._model.dtype, self._model.time)
             # The device rounds to its own type, whatever the graph's is.
             arithmetic = registry.get(self._model.target).capabilities.arithmetic
             self._programs = captured, replace(program, dtype=arithmetic or program.dtype)

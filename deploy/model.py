@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from .. import targets as registry
 from ..converters.errors import UsageError
-from ..converters.program import Program, TensorSpec, fold, unfold
+from ..converters.program import Program, TensorSpec, Time, fold, unfold
+from ..converters.stepping import COUNTER, State, Stepping
 from ..targets import Loaded, Target
 
+#: The file that holds the states before the first step.
+STATES = "states.safetensors"
 _logger = logging.getLogger(__name__)
 
 
@@ -40,7 +44,8 @@ class Port:
     @classmethod
     def of(cls, spec: TensorSpec, node: fx.Node, program: Program) -> Port:
         """The port of one of a program's placeholders or results."""
-        return cls(spec, _batch_dim(spec, program.T, program.batch), node.meta["val"].dtype)
+        T = program.T if program.stepping is None else None
+        return cls(spec, _batch_dim(spec, T, program.batch), node.meta["val"].dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """The port as plain data."""
@@ -97,6 +102,9 @@ class Model:
 
     Each call starts from v_0. A batch smaller than the compiled one is padded, the padding cut off.
 
+    A stepped network runs a call step by step, however many steps its inputs have; and :meth:`step` takes
+    the next step of a stream without end, whose :attr:`state` no call touches.
+
     Args:
         path: The artifact's directory.
         manifest: Its manifest.
@@ -105,8 +113,8 @@ class Model:
     Attributes:
         manifest: The artifact's manifest.
         batch: The compiled batch size N.
-        inputs: The inputs, in order.
-        outputs: The outputs, flat.
+        inputs: The inputs, in order; of one step if the network is stepped.
+        outputs: The outputs, flat, likewise.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], device: int = 0) -> None:
@@ -122,22 +130,34 @@ class Model:
         self.inputs = tuple(map(Port.from_dict, manifest["inputs"]))
         self.outputs = tuple(map(Port.from_dict, manifest["outputs"]))
         self._structure = pytree.treespec_loads(json.dumps(manifest["structure"]))
+        self._stepping, self._states = _stepping(path, manifest)
         self._main = self._load("device", self.outputs)
         self._probe: Loaded | None = None
+        self._state: list[torch.Tensor] = self._initial()
+        self._samples: int | None = None
 
     def _load(self, part: str, outputs: Sequence[Port]) -> Loaded:
-        return load_onto(self._backend, self._path / part, self.inputs, outputs, self._device)
+        given, taken = (*self.inputs, *self._states), (*outputs, *self._states)
+        return load_onto(self._backend, self._path / part, given, taken, self._device)
+
+    @property
+    def time(self) -> Time:
+        """Whether the device runs all time steps at once, or one."""
+        return "unrolled" if self._stepping is None else "stepped"
 
     @property
     def T(self) -> int | None:  # noqa: N802 -- the field's name
-        """Time steps, if all neurons have the same number."""
+        """Time steps of a call, if all neurons have the same number; None if it is stepped."""
         steps: int | None = self.manifest["T"]
         return steps
 
     @property
     def batch_dim(self) -> int:
-        """Which dimension of the first input is the batch; the first, where it has none."""
-        return self.inputs[0].batch_dim or 0
+        """Which dimension of a call's first input is the batch; the first, where it has none."""
+        batch, time = self.inputs[0].batch_dim or 0, None
+        if self._stepping is not None:
+            time = self._stepping.inputs[0]
+        return batch + (time is not None and time <= batch)
 
     @property
     def target(self) -> str:
@@ -161,8 +181,136 @@ class Model:
             UsageError: The inputs have other shapes or dtypes; says which are allowed.
             DeviceError: The run failed.
         """
+        return self._nest(self._whole(self._main, self.outputs, inputs))
+
+    def _whole(
+        self, loaded: Loaded, ports: Sequence[Port], inputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The outputs of a call, with those of a probe."""
+        if self._stepping is None:
+            return self._advance(loaded, ports, inputs, [])[0]
+        extra = (0,) * (len(ports) - len(self.outputs))
+        stepping = replace(self._stepping, outputs=(*self._stepping.outputs, *extra))
+        steps, state, found = stepping.split(inputs), self._initial(), []
+        self._check_length(0, len(steps))
+        for now in steps:
+            outputs, state = self._advance(loaded, ports, now, state)
+            found.append(outputs)
+        return stepping.gather(found)
+
+    def _advance(
+        self,
+        loaded: Loaded,
+        ports: Sequence[Port],
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """One run of the graph: its outputs, and the state after it."""
         full, n = self._fill(inputs)
-        return self._nest(self._cut(self.outputs, self._main.run(full), n))
+        found = loaded.run([*full, *state])
+        return self._cut(ports, found[: len(ports)], n), found[len(ports) :]
+
+    # A stream of steps
+
+    def step(self, *inputs: torch.Tensor) -> Any:
+        """The network's outputs at the next time step, and its state goes on.
+
+        What the network sums up over time, or returns after its last step, is given as if this step were
+        the last one of a call. A batch keeps its number of samples until :meth:`reset`.
+
+        Args:
+            inputs: One time step [N, ...] of each input; an image that the network itself repeats over
+                time is the input of every step.
+
+        Raises:
+            UsageError: The network is not stepped; or inputs have a dimension for time, or other shapes
+                or dtypes; or a running sum is at its end.
+            DeviceError: The run failed; the state is as before.
+        """
+        stepping = self._stepped("step")
+        whole = [
+            f"input {p.spec.name} is {dtype_name(x.dtype)}{list(x.shape)}: one time step is "
+            f"{p.with_batch('N')}"
+            for p, x, d in zip(self.inputs, inputs, stepping.inputs, strict=False)
+            if d is not None and x.dim() == len(p.spec.shape) + 1
+        ]
+        if whole:
+            raise UsageError(
+                f"{'; '.join(whole)}; give step one time step after the other, or call the model with all "
+                "of them"
+            )
+        names = [port.spec.name for port in self._states]
+        if COUNTER in names:
+            self._check_length(round(self._state[names.index(COUNTER)].item()), 1)
+        samples = self._fill(inputs)[1]
+        if self._samples not in (None, samples):
+            raise UsageError(
+                f"{samples} samples, where the steps before had {self._samples}; allowed: the same samples "
+                "at every step; call reset() before others"
+            )
+        outputs, self._state = self._advance(self._main, self.outputs, inputs, self._state)
+        self._samples = samples
+        return self._nest(outputs)
+
+    def steps(self, *inputs: torch.Tensor) -> int:
+        """How many steps a call with these inputs takes; 0 if the network is not stepped."""
+        return 0 if self._stepping is None else len(self._stepping.split(inputs))
+
+    def reset(self) -> None:
+        """Go back to the state before the first step."""
+        self._state, self._samples = self._initial(), None
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state after the last :meth:`step`, by the layer's path and the state's name.
+
+        A copy for the whole compiled batch; given back, it goes on from there, also in another process.
+
+        Raises:
+            UsageError: The network is not stepped; or what is set has other names, shapes or dtypes.
+        """
+        self._stepped("state")
+        pairs = zip(self._states, self._state, strict=True)
+        return {port.spec.name: value.clone() for port, value in pairs}
+
+    @state.setter
+    def state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._stepped("state")
+        names = [port.spec.name for port in self._states]
+        wrong = [f"no state {name!r}" for name in state if name not in names]
+        for port in self._states:
+            name, value = port.spec.name, state.get(port.spec.name)
+            wanted = f"{dtype_name(port.graph_dtype)}{list(port.spec.shape)}"
+            found = "missing"
+            if isinstance(value, torch.Tensor):
+                found = f"{dtype_name(value.dtype)}{list(value.shape)}"
+            if found != wanted:
+                wrong.append(f"{name} is {found}, wanted {wanted}")
+        if wrong:
+            raise UsageError(
+                f"{'; '.join(wrong)}; the states are {', '.join(names)}; set what model.state gave"
+            )
+        self._state, self._samples = [state[name].detach().cpu().clone() for name in names], None
+
+    def _initial(self) -> list[torch.Tensor]:
+        return [] if self._stepping is None else [s.initial.clone() for s in self._stepping.states]
+
+    def _stepped(self, what: str) -> Stepping:
+        if self._stepping is None:
+            raise UsageError(
+                f"{self._path} runs all {self.T} time steps in one call and has no {what}; call "
+                'the model, or convert with time="stepped" (--time stepped)'
+            )
+        return self._stepping
+
+    def _check_length(self, done: int, more: int) -> None:
+        longest = None if self._stepping is None else self._stepping.longest
+        if longest is not None and done + more > longest:
+            raise UsageError(
+                f"{done + more} time steps; {dtype_name(self.dtype)} counts a sum over time exactly up to "
+                f"{longest}: call reset() before, convert with dtype float32, or let the network return "
+                "every step"
+            )
 
     def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
         """The network's outputs and the spikes [T, N, ...] of each neuron layer, by its site.
@@ -177,10 +325,9 @@ class Model:
             )
         probes = tuple(map(Port.from_dict, built["outputs"]))
         outputs = (*self.outputs, *probes)
-        full, n = self._fill(inputs)
         if self._probe is None:
             self._probe = self._load("probe", outputs)
-        values = self._cut(outputs, self._probe.run(full), n)
+        values = self._whole(self._probe, outputs, inputs)
         spikes = iter(values[len(self.outputs) :])
         fired = {
             site["name"]: torch.stack([next(spikes) for _ in range(site["T"])])
@@ -212,8 +359,9 @@ class Model:
         if len(sizes) > 1 or not 1 <= n <= self.batch:
             wrong.append(f"batch {' and '.join(map(str, sorted(sizes)))}")
         if wrong:
+            at = " at each time step" if self._stepping is not None else ""
             raise UsageError(
-                f"{'; '.join(wrong)}; allowed: {allowed} with 1 <= N <= {self.batch}, the batch "
+                f"{'; '.join(wrong)}; allowed: {allowed}{at} with 1 <= N <= {self.batch}, the batch "
                 "that the artifact was compiled for"
             )
         if n < self.batch:
@@ -260,6 +408,17 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _stepping(path: Path, manifest: Mapping[str, Any]) -> tuple[Stepping | None, tuple[Port, ...]]:
+    """How a stepped artifact's steps make up a call, and the ports of its states."""
+    data = manifest.get("stepping")
+    if data is None:
+        return None, ()
+    ports = tuple(map(Port.from_dict, data["states"]))
+    initial = load_file(path / STATES)
+    states = tuple(State(p.spec.name, initial[p.spec.name]) for p in ports)
+    return Stepping(data["steps"], tuple(data["inputs"]), tuple(data["outputs"]), states), ports
 
 
 def load_onto(

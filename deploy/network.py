@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -23,13 +24,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..converters.errors import CheckpointError, UsageError
+from ..converters.errors import CheckpointError, FindingsError, UsageError
+from ..converters.sources.nir import NirNetwork
 
 _FORMS = (
-    "path/to/file.py:Class or package.module:Class (a function that returns the network will do), or "
-    "conv or fc for an example"
+    "path/to/file.py:Class or package.module:Class (a function that returns the network will do), "
+    "path/to/file.nir, or conv, fc or leaky for an example"
 )
-_EXAMPLES = {"conv": "conv_fashion_mnist.py:CSNN", "fc": "fc_fashion_mnist.py:FCSNN"}
+_EXAMPLES = {
+    "conv": "conv_fashion_mnist.py:CSNN",
+    "fc": "fc_fashion_mnist.py:FCSNN",
+    "leaky": "leaky_fashion_mnist.py:LeakySNN",
+}
 _EXAMPLE_FOLDERS = (Path(__file__).resolve().parent.parent / "examples", Path("examples"))
 _PLAIN = (bool, int, float, str, types.NoneType)
 _WELL_KNOWN = ("net", "model", "state_dict", "model_state_dict")
@@ -51,7 +57,9 @@ _logger = logging.getLogger(__name__)
 
 
 def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
-    """The network that ``file.py:Class``, ``package.module:Class``, ``conv`` or ``fc`` names, in eval mode.
+    """The network that a name stands for, in eval mode.
+
+    A name is ``file.py:Class``, ``package.module:Class``, ``file.nir``, or that of an example.
 
     Its file can import its neighbours; ``__main__`` blocks do not run.
 
@@ -65,6 +73,8 @@ def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
     factory, given, signature = _bind(net, arguments)
     try:
         made = factory(**given)
+    except FindingsError:
+        raise
     except Exception as error:
         called = ", ".join(f"{k}={v!r}" for k, v in given.items())
         raise UsageError(
@@ -84,7 +94,7 @@ def description(net: str, arguments: Iterable[str] = ()) -> dict[str, Any]:
     factory, given, signature = _bind(net, arguments)
     defaults = {n: p.default for n, p in signature.parameters.items()}
     return {
-        "net": factory.__qualname__,
+        "net": getattr(factory, "__qualname__", net),
         **{n: v for n, v in defaults.items() if isinstance(v, _PLAIN)},
         **{n: v if isinstance(v, _PLAIN) else repr(v) for n, v in given.items()},
     }
@@ -109,6 +119,8 @@ def _bind(
 
 
 def _find(net: str) -> Callable[..., Any]:
+    if net.endswith(".nir"):
+        return functools.partial(NirNetwork, Path(net))
     place, colon, name = (_example_file(net) if net in _EXAMPLES else net).rpartition(":")
     if not colon or not place or not name:
         raise UsageError(f"{net!r} names no network; write {_FORMS}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,18 +10,31 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..converters.errors import DeviceError, UsageError
+from ..converters.losses import LOSSES
 
 Backend = Literal["torch", "fused", "auto"]
+Optimizer = Literal["sgd", "adam"]
+Target = Literal["ipu", "ipu-sim"]
 #: What may differ between a training and one that it resumes; all else decides the result.
 _NOT_RESULT = frozenset(
     {
         *("device", "data", "out_dir", "resume", "tensorboard", "backend", "channels_last"),
+        "graph",
         "sync_batch_norm",  # decides by way of separate_norms
     }
 )
-_LEAST = {"epochs": 1, "batch_size": 1, "crop": 0}
+_LEAST = {
+    **{"epochs": 1, "batch_size": 1, "crop": 0},
+    **{"device_iterations": 1, "gradient_accumulation": 1, "replicas": 1},
+}
+#: What belongs to a target, and what it cannot be combined with.
+_OF_TARGET = ("device_iterations", "gradient_accumulation", "replicas")
+_NOT_OF_TARGET = ("amp", "backend", "channels_last", "sync_batch_norm")
 #: What checkpoints of before these could be chosen do not hold.
-_OF_OLD = {"net": "CSNN", "separate_norms": 1}
+_OF_OLD = {
+    **{"net": "CSNN", "separate_norms": 1, "loss": "mse", "optimizer": "sgd", "target": None},
+    **{"device_iterations": 1, "gradient_accumulation": 1, "replicas": 1},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,8 @@ class Options:
     batch_size: int = 128
     lr: float = 0.1
     momentum: float = 0.9
+    loss: str = "mse"
+    optimizer: Optimizer = "sgd"
     crop: int = 0
     flip: bool = False
     half: bool = False
@@ -50,6 +65,11 @@ class Options:
     backend: Backend | None = None
     channels_last: bool = False
     sync_batch_norm: bool = False
+    graph: bool = False
+    target: Target | None = None
+    device_iterations: int = 1
+    gradient_accumulation: int = 1
+    replicas: int = 1
     device: str = "cpu"
     data: str = "fashion-mnist"
     out_dir: Path | None = None
@@ -68,9 +88,40 @@ class Options:
             problems.append(f"backend is {self.backend!r}; allowed: {', '.join(get_args(Backend))}")
         if self.half and self.amp:
             problems.append("half and amp exclude each other")
+        if self.graph and not self.device.startswith("cuda"):
+            problems.append(f"graph is a CUDA graph, and the device is {self.device}")
+        for name, value, allowed in (
+            ("loss", self.loss, tuple(LOSSES)),
+            ("optimizer", self.optimizer, get_args(Optimizer)),
+            ("target", self.target, (None, *get_args(Target))),
+        ):
+            if value not in allowed:
+                problems.append(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+        problems += self._combinations()
         if problems:
             raise UsageError("; ".join(problems))
         _check_device(self.device)
+
+    def _combinations(self) -> Iterator[str]:
+        if self.target is None:
+            if given := [n for n in _OF_TARGET if getattr(self, n) != 1]:
+                yield f"{', '.join(given)} are of a target; give target ipu or ipu-sim"
+            return
+        if given := [n for n in _NOT_OF_TARGET if getattr(self, n)]:
+            yield f"{', '.join(given)} cannot be combined with target {self.target}"
+        if self.device != "cpu":
+            yield f"device is {self.device!r}; the host of target {self.target} is cpu"
+        slices = self.gradient_accumulation * self.replicas
+        if slices > 0 and self.batch_size % slices:
+            yield (
+                f"a batch of {self.batch_size} does not divide into {slices} micro-batches = "
+                f"gradient_accumulation {self.gradient_accumulation} x replicas {self.replicas}"
+            )
+
+    @property
+    def call_size(self) -> int:
+        """Images that one step of the trainer takes: a batch for each device iteration."""
+        return self.batch_size * self.device_iterations
 
     @property
     def torch_device(self) -> torch.device:
@@ -89,6 +140,7 @@ class Options:
             return self.out_dir
         numbers = [f"{k}{v}" for k, v in self.network.items() if isinstance(v, (int, float))]
         own = [f"b{self.batch_size}", f"lr{self.lr}", *["half"] * self.half, *["amp"] * self.amp]
+        own += [self.target] if self.target else []
         return Path("logs") / "_".join([self.network.get("net", "net"), *numbers, *own])
 
     def plain(self) -> dict[str, Any]:

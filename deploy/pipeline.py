@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,9 @@ from torch import nn
 from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
-from ..converters.program import Program
+from ..converters.passes import Pass, stepped
+from ..converters.program import Program, Time
+from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
 from ..targets import Target
 
@@ -19,30 +23,35 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def check(
-    net: nn.Module,
+    net: Any,
     args: Sequence[torch.Tensor],
     targets: Sequence[str],
     dtype: str | None = None,
+    *,
+    time: Time = "unrolled",
+    dt: float | None = None,
 ) -> Findings:
     """Everything that would stop the network on these targets; nothing is compiled.
 
     Args:
-        net: The network.
+        net: The network, as for :func:`convert`.
         args: Example inputs; their shapes, batch included, are those of the conversion.
         targets: Names of targets.
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
+        time: ``"unrolled"`` or ``"stepped"``, as in :func:`convert`.
+        dt: Time step of a NIR graph.
     """
     if isinstance(targets, str):
         raise UsageError(f"targets is a name; give a list of names: targets=[{targets!r}]")
     chosen = [registry.get(name) for name in targets]
     try:
-        captured = capture(net, args)
+        captured = capture(_network(net, dt), args)
     except FindingsError as error:
         return error.findings
     found: list[Finding] = []
     for target in chosen:
         try:
-            program, _ = _rewrite(captured, target, _dtype(target, dtype))
+            program, _ = _rewrite(captured, target, _dtype(target, dtype), time)
             found += registry.check(program, target)
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
@@ -50,21 +59,28 @@ def check(
 
 
 def convert(
-    net: nn.Module,
+    net: Any,
     args: Sequence[torch.Tensor],
     target: str,
     *,
     dtype: str | None = None,
+    time: Time = "unrolled",
     verify: bool = True,
+    dt: float | None = None,
 ) -> Program:
     """The network, rewritten for a target and verified against itself.
 
     Args:
-        net: The network; it is copied, evaluated in eval mode, and left as it is.
+        net: The network, an ``nn.Module``; it is copied, evaluated in eval mode, and left as it is. Or a
+            NIR graph, a .nir file or an ``nir.NIRGraph``.
         args: Example inputs; their shapes, batch included, become the program's.
         target: Name of the target.
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
+        time: ``"unrolled"``: a call of the result is a call of the network, all time steps from v_0; or
+            ``"stepped"``: it is one step, with every state as a further input and output.
         verify: Whether source and result are run and compared.
+        dt: Time step of a NIR graph, in the unit of its time constants; the one that its metadata say
+            unless given.
 
     Raises:
         CaptureError: The network cannot become a graph.
@@ -72,13 +88,22 @@ def convert(
         MismatchError: They differ, and rounding does not explain it.
     """
     chosen = registry.get(target)
+    net = _network(net, dt)
     captured = capture(net, args)
     captured.examples = (tuple(x.detach().clone() for x in args),)
-    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype))
+    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time)
     errors = registry.check(program, chosen).errors
     if errors:
         raise UnsupportedError(f"{target} cannot run this network:", errors)
     return verify_program(program, net, uncast) if verify else program
+
+
+def _network(net: Any, dt: float | None) -> nn.Module:
+    if isinstance(net, nn.Module) and dt is not None:
+        raise UsageError("dt is the time step of a NIR graph; a network of torch has its own")
+    nir = isinstance(net, (str, os.PathLike)) or type(net).__name__ == "NIRGraph"
+    network: nn.Module = NirNetwork(net, dt) if nir else net
+    return network
 
 
 def _dtype(target: Target, name: str | None) -> torch.dtype:
@@ -89,19 +114,32 @@ def _dtype(target: Target, name: str | None) -> torch.dtype:
     return _DTYPES[name]
 
 
+def passes(target: Target, dtype: torch.dtype, time: Time) -> tuple[Pass, ...]:
+    """The rewrites that a target needs for all time steps or for one.
+
+    Raises:
+        UsageError: ``time`` is neither, or the target does not take it.
+    """
+    if time not in target.capabilities.times:
+        allowed = ", ".join(sorted(target.capabilities.times))
+        raise UsageError(f"time is {time!r}; allowed for {target.name}: {allowed}")
+    own = target.passes(dtype)
+    return stepped(own) if time == "stepped" else own
+
+
 def _rewrite(
-    captured: Program, target: Target, dtype: torch.dtype
+    captured: Program, target: Target, dtype: torch.dtype, time: Time
 ) -> tuple[Program, Program | None]:
     """The program for the target, and the program before a cast, if there was one."""
     program = replace(captured, target=target.name, captured=captured)
     uncast = None
-    for rewrite in target.passes(dtype):
+    for rewrite in passes(target, dtype, time):
         before, program = program, rewrite(program)
         if program.dtype != before.dtype:
             uncast = before
     return program, uncast
 
 
-def rewrite_for(captured: Program, target: str, dtype: torch.dtype) -> Program:
+def rewrite_for(captured: Program, target: str, dtype: torch.dtype, time: Time) -> Program:
     """A captured program, rewritten for a target and not verified."""
-    return _rewrite(captured, registry.get(target), dtype)[0]
+    return _rewrite(captured, registry.get(target), dtype, time)[0]

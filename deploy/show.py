@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import targets as registry
 from ..converters.capture import capture
-from ..converters.program import PassReport, Program
+from ..converters.program import PassReport, Program, Time
+from .pipeline import passes
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,23 @@ class Step:
 
 
 def steps(
-    net: nn.Module, args: Sequence[torch.Tensor], target: str, dtype: torch.dtype | None = None
+    net: nn.Module,
+    args: Sequence[torch.Tensor],
+    target: str,
+    dtype: torch.dtype | None = None,
+    time: Time = "unrolled",
 ) -> list[Step]:
     """The capture and each pass of a target, in order.
 
     Raises:
         CaptureError: The network cannot become a graph.
+        UnsupportedError: It cannot be run step by step, if that is asked.
     """
     chosen = registry.get(target)
     program = capture(net, args)
     found = [Step(program.history[-1], program)]
     program = replace(program, target=target)
-    for rewrite in chosen.passes(dtype or chosen.default_dtype()):
+    for rewrite in passes(chosen, dtype or chosen.default_dtype(), time):
         program = rewrite(program)
         found.append(Step(program.history[-1], program))
     return found

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..converters import sources
+from ..converters import losses, sources
 from ..converters.errors import UsageError
-from ..targets.cuda import FusedNode
 from .options import Backend, Options
 from .ranks import ALONE, Ranks
+from .replay import Replay
 
 
 class Trainer(Protocol):
@@ -48,11 +48,34 @@ class Trainer(Protocol):
         """
 
 
+class Float32Copies(nn.ParameterList):
+    """What the optimizer moves in place of a float16 network's weights.
+
+    Late in a training its steps are smaller than float16 resolves, and would be lost (Micikevicius et
+    al. 2018, arXiv:1710.03740).
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._weights = [p for p in net.parameters() if p.requires_grad]
+        super().__init__(p.detach().float().clone() for p in self._weights)
+
+    def take_gradients(self) -> None:
+        """The network's gradients as the copies' own."""
+        for mine, weight in zip(self, self._weights, strict=True):
+            mine.grad = None if weight.grad is None else weight.grad.float()
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Round the copies into the network."""
+        for mine, weight in zip(self, self._weights, strict=True):
+            weight.copy_(mine)
+
+
 class TorchTrainer:
-    """SGD on the mean squared error of firing rates, with a cosine learning rate.
+    """Trains with torch, with a cosine learning rate.
 
     Args:
-        net: Samples [N, ...] -> firing rates [N, classes].
+        net: Samples [N, ...] -> firing rates [N, classes], or spikes [T, N, classes].
         options: Those of the training.
         ranks: The processes that train together.
         classes: How many there are in the data.
@@ -73,43 +96,61 @@ class TorchTrainer:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
         self.net = net.to(device, options.dtype).train()
         if options.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            from ..targets.graphs import channels_innermost
+
+            channels_innermost(self.net)
         self._options, self._ranks, self._classes = options, ranks, classes
-        self._optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=options.lr, momentum=options.momentum
-        )
+        self._copies = Float32Copies(self.net) if options.half else None
+        weights = self._copies or self.net
+        self._optimizer = _OPTIMIZERS[options.optimizer](weights.parameters(), options)
+        self._loss = losses.named(options.loss)
         self._lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, options.epochs
         )
-        self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=options.amp or options.half)
         self._amp = torch.autocast(device.type, torch.half, enabled=options.amp)
-        self._together = self.net if ranks.size == 1 else DistributedDataParallel(self.net)
+        # DDP looks on for its first ten steps and then arranges its buckets.
+        warm_up = 3 if ranks.size == 1 else 12
+        self._replay = Replay(self._step, warm_up) if options.graph else None
+        self._together = self.net
+        if ranks.size > 1:
+            with torch.cuda.stream(self._replay.stream) if self._replay else nullcontext():
+                self._together = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step, see :class:`Trainer`."""
+        return (self._replay or self._step)(x, y)
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label = self._ranks.share(y)
         part = len(label) / len(y)
-        self._optimizer.zero_grad()
+        self.net.zero_grad()
         with self._amp:
-            rate = self._together(self._ranks.share(x))
-            self._check(rate, len(label))
-            loss = _loss(rate, label)
+            spikes = self._together(self._ranks.share(x))
+            check_outputs(spikes, len(label), self._classes)
+            loss = self._loss(spikes, label)
         # DDP averages over processes, whose shares may differ in size.
         torch.autograd.backward(self._scaler.scale(loss * (part * self._ranks.size)))
+        if self._copies:
+            self._copies.take_gradients()
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._copies:
+            self._copies.give_weights()
         sources.reset(self.net)
-        return loss.detach() * part, (rate.argmax(1) == label).sum()
+        return loss.detach() * part, (losses.rates(spikes).argmax(1) == label).sum()
 
     def end_epoch(self) -> None:
         """Move the learning rate on, and take process 0's running statistics, as DDP does."""
         self._lr_scheduler.step()
+        if self._replay:
+            self._replay.forget()
         self._ranks.spread(self.net.buffers())
 
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
         """Mean loss and accuracy, see :class:`Trainer`."""
         with self._amp:
-            return evaluate(self.net, x, y, self._options.batch_size, self._ranks)
+            return evaluate(self.net, x, y, self._options.batch_size, self._ranks, self._loss)
 
     def state(self) -> dict[str, Any]:
         """State dicts of network, optimizer, learning rate and loss scale."""
@@ -119,26 +160,64 @@ class TorchTrainer:
         """Go on from a state."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-
-    def _check(self, rate: torch.Tensor, N: int) -> None:
-        if rate.dim() != 2 or len(rate) != N or rate.shape[1] < self._classes:
-            raise UsageError(
-                f"the network gives {list(rate.shape)} for {N} samples of {self._classes} classes; it "
-                f"must give firing rates [{N}, {self._classes}]"
-            )
+        on_gpu = self._options.torch_device.type == "cuda"
+        for group in self._optimizer.param_groups:
+            # The checkpoint may come from another device.
+            group |= {name: on_gpu for name in ("fused", "capturable") if name in group}
 
     def _parts(self) -> dict[str, Any]:
+        copies = {"float32": self._copies} if self._copies else {}
         return {
             "net": self.net,
+            **copies,
             "optimizer": self._optimizer,
             "lr_scheduler": self._lr_scheduler,
             "scaler": self._scaler,
         }
 
 
+def _sgd(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
+    weights, fused = [*weights], options.torch_device.type == "cuda"
+    optimizer = torch.optim.SGD(weights, lr=options.lr, momentum=options.momentum, fused=fused)
+    for p in weights if fused and options.momentum else ():
+        # torch's fused kernel leaves a buffer uninitialised that it makes in a step that is skipped.
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def _adam(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
+    fused = options.torch_device.type == "cuda"
+    return torch.optim.Adam(weights, lr=options.lr, fused=fused, capturable=fused)
+
+
+_OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], Options], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+}
+
+
+def check_outputs(spikes: torch.Tensor, N: int, classes: int) -> None:
+    """Refuse what is neither firing rates [N, classes] nor spikes [T, N, classes].
+
+    Raises:
+        UsageError: It is not.
+    """
+    shape = list(spikes.shape)
+    if len(shape) not in (2, 3) or shape[-2] != N or shape[-1] < classes:
+        raise UsageError(
+            f"the network gives {shape} for {N} samples of {classes} classes; it must give firing "
+            f"rates [{N}, {classes}] or spikes [T, {N}, {classes}]"
+        )
+
+
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 128, ranks: Ranks = ALONE
+    net: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch_size: int = 128,
+    ranks: Ranks = ALONE,
+    loss: losses.Loss = losses.mse,
 ) -> tuple[float, float]:
     """Mean loss and accuracy of ``net`` on samples x [N, ...] of classes y [N]."""
     training = net.training
@@ -148,13 +227,13 @@ def evaluate(
         samples, label = ranks.share(samples), ranks.share(label)
         if not len(label):
             continue  # fewer samples than processes
-        rate = net(samples)
-        sums[0] += _loss(rate, label).double() * len(label)
-        sums[1] += (rate.argmax(1) == label).sum()
+        spikes = net(samples)
+        sums[0] += loss(spikes, label).double() * len(label)
+        sums[1] += (losses.rates(spikes).argmax(1) == label).sum()
         sources.reset(net)
     net.train(training)
-    loss, right = (ranks.total(sums) / len(y)).tolist()
-    return loss, right
+    mean, right = (ranks.total(sums) / len(y)).tolist()
+    return mean, right
 
 
 def separate_norms(net: nn.Module, options: Options, ranks: Ranks) -> int:
@@ -163,11 +242,9 @@ def separate_norms(net: nn.Module, options: Options, ranks: Ranks) -> int:
     return ranks.size if norms and not options.sync_batch_norm else 1
 
 
-def _loss(rate: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(rate, F.one_hot(label, rate.shape[1]).to(rate.dtype))
-
-
 def _set_backend(net: nn.Module, backend: Backend) -> None:
+    from ..targets.cuda import FusedNode
+
     nodes = [m for m in net.modules() if isinstance(m, FusedNode)]
     if not nodes:
         raise UsageError(

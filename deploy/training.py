@@ -55,8 +55,8 @@ class Training:
     TensorBoard's scalars go to ``options.folder``; process 0 writes them.
 
     Args:
-        make_net: Makes the network, images [N, 1, H, W] -> firing rates [N, classes]; called once the
-            seed is set.
+        make_net: Makes the network, images [N, 1, H, W] -> firing rates [N, classes] or spikes
+            [T, N, classes]; called once the seed is set.
         options: How.
         ranks: The processes that train together, each with the same arguments.
         make_trainer: Makes what takes the steps.
@@ -145,7 +145,7 @@ class Training:
 
     def _steps(self, epoch: int) -> tuple[float, float, int]:
         """One epoch's steps: their mean loss and accuracy, and how many images they saw."""
-        (x, y), size, ranks = self._train, self._options.batch_size, self._ranks
+        (x, y), size, ranks = self._train, self._options.call_size, self._ranks
         # Seeded for each epoch, so that a resumed run sees the same order of images.
         seed = self._options.seed * 100_000 + epoch
         torch.manual_seed(seed * ranks.size + ranks.rank)  # for layers that draw, such as dropout
@@ -176,8 +176,8 @@ def _make(folder: Path) -> None:
 
 def _check_batches(images: int, options: Options, ranks: Ranks) -> None:
     problems = []
-    if images < options.batch_size:
-        problems.append(f"{images} training images are no batch of {options.batch_size}")
+    if images < options.call_size:
+        problems.append(f"{images} training images are no batch of {options.call_size}")
     if options.batch_size < ranks.size:
         problems.append(
             f"a batch of {options.batch_size} is too small for {ranks.size} processes, each of which "
@@ -209,15 +209,15 @@ def _resume(path: Path, trainer: Trainer, plain: dict[str, Any]) -> tuple[int, f
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     present = checkpoint if isinstance(checkpoint, dict) else {}
+    if "args" in present and (differ := differences(present["args"], plain)):
+        lines = "".join(f"\n  {line}" for line in differ)
+        raise UsageError(f"{path} was trained with other options; give the same:{lines}")
     needed = (*trainer.state(), "epoch", "max_test_acc", "args")
     if missing := [n for n in needed if n not in present]:
         raise CheckpointError(
             f"{path} has no {', '.join(missing)}; resume from a checkpoint_latest.pth that spikeport "
             "train wrote"
         )
-    if differ := differences(checkpoint["args"], plain):
-        lines = "".join(f"\n  {line}" for line in differ)
-        raise UsageError(f"{path} was trained with other options; give the same:{lines}")
     if checkpoint["epoch"] + 1 >= plain["epochs"]:
         raise UsageError(
             f"{path} has all of its {plain['epochs']} epochs; nothing is left to train"

@@ -1,26 +1,48 @@
-"""The table of targets, by name."""
+"""The table of targets, by name.
+
+What a target needs is imported when it is asked for, so that a part of the package that runs beside
+an old SDK, with its old torch, does not import what needs a newer one.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..converters.errors import UsageError
-from .base import SDK, Capabilities, Compiled, Loaded, Target, check
-from .cuda.target import Cuda
-from .lynxi import Lynxi
-from .onnx import Onnx
-from .reference import Reference
+
+if TYPE_CHECKING:
+    from .base import SDK, Capabilities, Compiled, Loaded, Target, check
 
 __all__ = ["SDK", "TARGETS", "Capabilities", "Compiled", "Loaded", "Target", "check", "get"]
 
+
+def _made(module: str, name: str, **arguments: Any) -> Callable[[], Target]:
+    def make() -> Target:
+        target: Target = getattr(import_module(module, __name__), name)(**arguments)
+        return target
+
+    return make
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
-    "cuda": Cuda,
-    "lynxi": lambda: Lynxi(simulated=False),
-    "lynxi-sim": lambda: Lynxi(simulated=True),
-    "onnx": Onnx,
-    "reference": Reference,
+    "cuda": _made(".cuda.target", "Cuda"),
+    "ipu": _made(".ipu.target", "Ipu", simulated=False),
+    "ipu-sim": _made(".ipu.target", "Ipu", simulated=True),
+    "lynxi": _made(".lynxi", "Lynxi", simulated=False),
+    "lynxi-sim": _made(".lynxi", "Lynxi", simulated=True),
+    "nir": _made(".nir", "Nir"),
+    "onnx": _made(".onnx", "Onnx"),
+    "reference": _made(".reference", "Reference"),
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".base", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get(name: str) -> Target:

@@ -6,16 +6,16 @@ A target never falls back to another: where its SDK is missing it says so and na
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
 from ..converters.errors import Finding, Findings
 from ..converters.passes import Pass
-from ..converters.program import NEURON, NEURON_STEP, STATE, Program, short, where
+from ..converters.program import NEURON, NEURON_STEP, STATE, Program, Time, short, where
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Capabilities:
         max_batch: Largest batch of one call, or None.
         arithmetic: Floating-point type that it computes in whatever the graph's is, or None.
         memory: Bytes that weights and live activations of one call may take, or None.
+        times: Whether it takes programs of all time steps, of one, or both.
         notes: What else is known, for people.
     """
 
@@ -40,6 +41,7 @@ class Capabilities:
     max_batch: int | None = None
     arithmetic: torch.dtype | None = None
     memory: int | None = None
+    times: frozenset[Time] = frozenset(get_args(Time))
     notes: tuple[str, ...] = ()
 
 
@@ -69,10 +71,13 @@ class Compiled:
     Attributes:
         options: Options that it was compiled with, after defaults.
         files: Paths of the vendor's files, relative to the directory.
+        state: Who carries a stepped program's states from step to step: the ``"host"``, as further
+            inputs and outputs of each call, or the ``"device"``.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    state: Literal["host", "device"] = "host"
 
 
 class Loaded(Protocol):
@@ -128,9 +133,18 @@ class Target(Protocol):
         """
 
 
+@runtime_checkable
+class Inspects(Protocol):
+    """A target with rules that capabilities do not say."""
+
+    def inspect(self, program: Program) -> Iterable[Finding]:
+        """What else it has to say about a program that is rewritten for it."""
+
+
 def check(program: Program, target: Target) -> Findings:
     """Every rule of the target that the graph breaks."""
-    return Findings(_violations(program, target.name, target.capabilities))
+    found = Findings(_violations(program, target.name, target.capabilities))
+    return found + target.inspect(program) if isinstance(target, Inspects) else found
 
 
 def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Finding]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import fx
+from torch import fx, nn
 
 from ..converters.ops import aten
 from ..converters.program import Program
@@ -22,15 +23,45 @@ def write(program: Program, directory: Path) -> tuple[str, ...]:
     """Write a program's graph and weights; the names of the files."""
     graph = json.dumps(graph_to_data(program.graph), indent=1)
     (directory / _GRAPH).write_text(graph, encoding="utf-8")
-    tensors = {name: t.contiguous() for name, t in program.tensors.items()}
-    save_file(tensors, directory / _WEIGHTS)
+    save_file(separate(program.tensors), directory / _WEIGHTS)
     return _GRAPH, _WEIGHTS
+
+
+def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors takes them: contiguous, none a part of another."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return apart
 
 
 def read(directory: Path) -> fx.GraphModule:
     """What :func:`write` wrote."""
     graph = graph_from_data(json.loads((directory / _GRAPH).read_text(encoding="utf-8")))
     return fx.GraphModule(load_file(directory / _WEIGHTS), graph)
+
+
+def channels_innermost(net: nn.Module) -> nn.Module:
+    """The network with the weights of its 2-D convolutions in torch's format channels_last.
+
+    That of a convolution of one channel is channels_last and contiguous at once, and cuDNN then computes
+    with channels outermost; its strides are written so that only one reading is left.
+    """
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for p in net.parameters():
+        if p.dim() == 4 and p.shape[1] == 1:
+            p.data = one_channel_innermost(p.data)
+    return net
+
+
+def one_channel_innermost(weight: torch.Tensor) -> torch.Tensor:
+    """A dense weight [O, 1, H, W] with the strides of channels_last."""
+    _, _, H, W = weight.shape
+    return weight.contiguous().as_strided(weight.shape, (H * W, 1, W, 1))
 
 
 class ChannelsInnermost(fx.Interpreter):

@@ -17,8 +17,21 @@ from .fold_constants import fold_constants
 from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
 from .reroll_time import reroll_time
+from .step_time import step_time
 
 Pass: TypeAlias = Callable[[Program], Program]
+
+
+def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """A target's passes for one time step.
+
+    Steps are told apart once layers and neurons have their final weights, which so are those of the
+    unrolled program, and before neurons are taken apart.
+    """
+    late = (lower_neurons, cast_float16)
+    at = next((i for i, one in enumerate(passes) if one in late), len(passes))
+    return (*passes[:at], step_time, *passes[at:])
+
 
 __all__ = [
     "Pass",
@@ -31,4 +44,6 @@ __all__ = [
     "hoist_time_invariant",
     "lower_neurons",
     "reroll_time",
+    "step_time",
+    "stepped",
 ]

@@ -7,12 +7,13 @@ A threshold is rounded towards the side where nothing changes: for every float16
 ``h >= c`` holds exactly if ``h >= ceil(c)`` does, and ``h > c`` if ``h > floor(c)`` does, with ceil and
 floor to the next float16.
 
-A neuron that is still one operator computes in float32, so its parameters stay as they are.
+A neuron that is still one operator computes in float32, so its parameters and states stay as they are.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 import torch
@@ -20,7 +21,17 @@ from torch import fx
 
 from ..errors import Finding, UnsupportedError
 from ..ops import Node, aten
-from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, seal, short, where
+from ..program import (
+    NEURON,
+    NEURON_STEP,
+    STATE,
+    PassReport,
+    Program,
+    seal,
+    short,
+    state_of,
+    where,
+)
 
 _MAX = torch.finfo(torch.float16).max
 
@@ -58,7 +69,8 @@ def cast_float16(program: Program) -> Program:
         findings += _overflowing_scalars(n)
         if n.kwargs.get("dtype") in (torch.float32, torch.float64):
             n.kwargs = {**n.kwargs, "dtype": torch.float16}
-        n.meta["val"] = _half(n.meta["val"])
+        if not _holds_state(n):
+            n.meta["val"] = _half(n.meta["val"])
     if findings:
         # One for each layer and number, not for each of its unrolled nodes.
         told = {(f.where, f.found): f for f in reversed(findings)}
@@ -88,6 +100,19 @@ def cast_float16(program: Program) -> Program:
 def _only_of_neurons(n: Node) -> bool:
     """Whether a tensor is nothing but a parameter of neurons."""
     return all(u.target in (NEURON, NEURON_STEP, STATE) and u.args[0] is not n for u in n.users)
+
+
+def _holds_state(n: Node) -> bool:
+    """Whether a value is the state of neurons that are still operators."""
+    if n.op == "placeholder":
+        return bool(n.users) and all(
+            u.target is aten.stack.default and _holds_state(u) for u in n.users
+        )
+    if n.target is aten.stack.default:
+        return bool(n.users) and all(u.target is NEURON_STEP and u.args[1] is n for u in n.users)
+    if n.target is operator.getitem:
+        return n.args[0].target is NEURON_STEP and n.args[1] == 1
+    return state_of(n) is not None
 
 
 #: Where the second side of a comparison is rounded to: up, or down.

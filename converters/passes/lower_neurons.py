@@ -176,7 +176,7 @@ class _Lower(Builder):
                 self.env[n] = self.copy(n, self.env)
         named = {n.name: n for n in self.program.walk()}
         for site in self.program.sites:
-            if site.layout == "steps":
+            if site.layout in ("steps", "step"):
                 self._site(
                     site,
                     [self.env[named[d]] for d in site.drives],
@@ -256,6 +256,8 @@ class _Lower(Builder):
         state = self._initial(neuron, dtype)
         if before.target is operator.getitem and before.args[0] in self.states:
             state = self.states[before.args[0]]
+        elif t > 0 and before.target is aten.stack.default:  # of the inputs of a stepped program
+            state = tuple(_Value(emit, self.env[part]) for part in before.args[0])
         spikes, self.states[n] = self._step(neuron, state, _Value(emit, self.env[x]), t)
         for user in n.users:
             if user.args[1] == 0:

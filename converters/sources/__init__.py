@@ -13,19 +13,22 @@ import torch
 from torch import nn
 
 from ..errors import Finding
-from .base import Memory, Read, Reading, Source
+from ..surrogates import Surrogate
+from .base import Learning, Memory, Read, Reading, Source
 from .native import Native
 from .snntorch import SnnTorch, isolated
 from .spikingjelly import SpikingJelly
 
 __all__ = [
     "SOURCES",
+    "Learning",
     "Memory",
     "Reading",
     "Source",
     "copied",
     "framework",
     "isolated",
+    "learning",
     "read_all",
     "register",
     "reset",
@@ -50,6 +53,17 @@ def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Read]]:
                     path, module = f"{path}.{part}" if path else part, module.get_submodule(part)
                 yield path, module, _altered(module, path) or reading
                 break
+
+
+def learning(
+    module: nn.Module, path: str, surrogate: Surrogate | None = None
+) -> Learning | list[Finding]:
+    """How a neuron that :func:`read_all` gives learns, or what stops it.
+
+    ``surrogate`` takes the place of the module's own.
+    """
+    source = next(s for s in SOURCES if s.read(module, path) is not None)
+    return source.learning(module, path, surrogate)
 
 
 def _altered(module: nn.Module, path: str) -> list[Finding]:

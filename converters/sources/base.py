@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import Finding
 from ..neurons import Neuron
+from ..surrogates import KINDS, Surrogate
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,25 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """How a neuron that was read learns, which its declaration does not say.
+
+    Attributes:
+        surrogate: What stands for the derivative of its step.
+        neuron: Reads the declaration of a module again, its parameters with their histories.
+        detach_reset: Whether no gradient passes through resets.
+        detach_past: Whether none passes through what a spike of an earlier step does.
+        gain: Reads what the spikes of a module are multiplied by, if anything, likewise.
+    """
+
+    surrogate: Surrogate
+    neuron: Callable[[Any], Neuron]
+    detach_reset: bool = False
+    detach_past: bool = False
+    gain: Callable[[Any], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Memory:
     """A layer that is no neuron and keeps values from step to step, which trace as they are.
 
@@ -69,6 +89,14 @@ class Source(Protocol):
     def read(self, module: nn.Module, path: str) -> Read | None:
         """The neuron or the memory; or what stops it; or None for a module that keeps no state."""
 
+    def learning(
+        self, module: nn.Module, path: str, surrogate: Surrogate | None = None
+    ) -> Learning | list[Finding]:
+        """How a module that :meth:`read` knows learns, or what stops it.
+
+        ``surrogate`` takes the place of the module's own.
+        """
+
     def reset(self, module: nn.Module) -> None:
         """Put the module's own state back to its value before the first step."""
 
@@ -82,6 +110,32 @@ def comparison(surrogate: Any) -> Literal[">=", ">"] | None:
     if torch.equal(spikes, (u >= 0).float()):
         return ">="
     return ">" if torch.equal(spikes, (u > 0).float()) else None
+
+
+def same_derivative(function: Any, declared: Surrogate) -> bool:
+    """Whether a surrogate function's gradient is what a declared one gives."""
+    u = torch.cat([torch.linspace(-2.5, 2.5, 251), torch.zeros(1)]).requires_grad_()
+    try:
+        with torch.enable_grad():
+            (theirs,) = torch.autograd.grad(function(u).sum(), u)
+    except RuntimeError:
+        return False  # it has no gradient, or a broken one
+    ours = declared.derivative(u.detach())
+    return bool(torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5 * float(ours.abs().max())))
+
+
+def unknown_surrogate(function: Any, path: str) -> Finding:
+    """The finding for a surrogate gradient that is not declared."""
+    name = getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]
+    return Finding(
+        rule="unknown-surrogate",
+        where=path,
+        found=f"the surrogate gradient {name}, which is not declared or gives another gradient than "
+        "the declared one",
+        allowed=", ".join(KINDS),
+        fix="declare its derivative (spikeport.converters.surrogates.surrogate), and name it for this "
+        "module: surrogates={path: ...}",
+    )
 
 
 def surrogate_output(surrogate: Any, path: str) -> Finding:

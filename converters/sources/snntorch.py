@@ -8,8 +8,9 @@ kept on the module (``init_hidden``) or handed from call to call by the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,14 +19,36 @@ from torch import nn
 from .. import neurons
 from ..errors import Finding
 from ..neurons import Neuron, ResetAt
-from .base import Reading, comparison, look_alike, surrogate_output
+from ..surrogates import KINDS, Surrogate
+from .base import (
+    Learning,
+    Reading,
+    comparison,
+    look_alike,
+    same_derivative,
+    surrogate_output,
+    unknown_surrogate,
+)
 
+_Value = Callable[[torch.Tensor], Any]
 _KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic")
+_RECURRENT = ("RLeaky", "RSynaptic")
 #: What a neuron's state function, chosen when it was made, does at a reset.
 _RESETS: dict[str, tuple[int, Literal["hard", "soft", "none"]]] = {
     "_base_sub": (0, "soft"),
     "_base_zero": (1, "hard"),
     "_base_int": (2, "none"),
+}
+#: Surrogates by the function that makes them: the declared kind, and its parameters' names there.
+_SURROGATES: dict[str, tuple[str, dict[str, str]]] = {
+    "atan": ("ATan", {"alpha": "alpha"}),
+    "sigmoid": ("Sigmoid", {"alpha": "slope"}),
+    "fast_sigmoid": ("FastSigmoid", {"slope": "slope"}),
+    "straight_through_estimator": ("StraightThrough", {}),
+    "heaviside": ("ReLU", {}),
+    "triangular": ("Triangular", {"height": "threshold"}),
+    "spike_rate_escape": ("SpikeRateEscape", {"beta": "beta", "slope": "slope"}),
+    "SFS": ("SparseFastSigmoid", {"slope": "slope", "bound": "B"}),
 }
 
 
@@ -65,6 +88,20 @@ class SnnTorch:
         findings = list(_obstacles(module, path))
         return findings or _neuron(module)
 
+    def learning(
+        self, module: Any, path: str, surrogate: Surrogate | None = None
+    ) -> Learning | list[Finding]:
+        """By backpropagation through time; what an earlier spike resets passes no gradient."""
+        if _kind(module) in _RECURRENT:
+            return [_recurrent_gradient(module, path)]
+        chosen = surrogate or _surrogate(module.spike_grad)
+        if chosen is None:
+            return [unknown_surrogate(module.spike_grad, path)]
+        fires = comparison(module.spike_grad) or ">"
+        live = partial(_declaration, value=_as_it_is, fires=fires)
+        gain = None if _no_gain(module) else _gain
+        return Learning(chosen, live, detach_past=True, gain=gain)
+
     def reset(self, module: nn.Module) -> None:
         """As the module's own ``reset_mem``."""
         if _is_neuron(type(module)) and type(module).__name__ in _KNOWN:
@@ -89,13 +126,40 @@ def isolated(net: nn.Module) -> Iterator[None]:
             root.instances = instances  # type: ignore[attr-defined]
 
 
+def _recurrent_gradient(module: Any, path: str) -> Finding:
+    return Finding(
+        rule="recurrent-gradient",
+        where=path,
+        found=f"{_kind(module)}, which learns through its own last spike",
+        allowed="neurons whose last spikes pass no gradient",
+        fix="use Leaky or Synaptic, and add its last spikes to its input in the network's forward",
+    )
+
+
 def _lists_instances(kind: type) -> bool:
     return _is_neuron(kind) and "instances" in vars(kind)
 
 
 def _neuron(module: Any) -> Reading:
-    kind = type(module).__name__
-    dynamics, params = getattr(neurons, kind), _PARAMETERS[kind](module)
+    kind = _kind(module)
+    return Reading(
+        _declaration(module, _value, comparison(module.spike_grad) or ">"),
+        step_mode="s",
+        states=_STATES.get(kind, {"mem": 0}),
+        returns_state=bool(module.output or not module.init_hidden),
+        gain=None if _no_gain(module) else _gain(module).detach().float(),
+        restart=("reset_mem", f"init_{kind.lower()}"),
+    )
+
+
+def _kind(module: Any) -> str:
+    """Name of the neuron's class, also where another class was derived from it."""
+    return next(k.__name__ for k in type(module).__mro__ if _ours(k) and k.__name__ in _KNOWN)
+
+
+def _declaration(module: Any, value: _Value, fires: Literal[">=", ">"]) -> Neuron:
+    """The declaration, its parameters made of the module's tensors by ``value``."""
+    kind = _kind(module)
     reset = _RESETS[module.state_function.__name__][1]
     reset_at: ResetAt = "next"
     if not getattr(module, "reset_delay", True):
@@ -104,23 +168,41 @@ def _neuron(module: Any) -> Reading:
         reset_at = "before"
     if kind == "Alpha":
         reset = "none"
-    gain = module.graded_spikes_factor.detach()
-    neuron = Neuron(
-        dynamics,
-        params,
-        v_threshold=_value(module.threshold),
+    return Neuron(
+        getattr(neurons, kind),
+        _PARAMETERS[kind](module, value),
+        v_threshold=value(module.threshold),
         reset=reset,
         reset_at=reset_at,
-        fires=comparison(module.spike_grad) or ">",
+        fires=fires,
     )
-    return Reading(
-        neuron,
-        step_mode="s",
-        states=_STATES.get(kind, {"mem": 0}),
-        returns_state=bool(module.output or not module.init_hidden),
-        gain=None if (gain == 1).all() else gain.float(),
-        restart=("reset_mem", f"init_{kind.lower()}"),
-    )
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _gain(module: Any) -> torch.Tensor:
+    gain: torch.Tensor = module.graded_spikes_factor
+    return gain
+
+
+def _no_gain(module: Any) -> bool:
+    """Whether the spikes are 0 and 1 now, and will be."""
+    gain = _gain(module)
+    return not gain.requires_grad and bool((gain == 1).all())
+
+
+def _surrogate(function: Any) -> Surrogate | None:
+    """The declared surrogate that a surrogate function is."""
+    made_by = getattr(function, "__qualname__", "").split(".")[0]
+    if made_by not in _SURROGATES or not _ours(function):
+        return None
+    name, parameters = _SURROGATES[made_by]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    held = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    found = KINDS[name](**{ours: held[theirs] for ours, theirs in parameters.items()})
+    return found if same_derivative(function, found) else None
 
 
 #: The states that a call takes and returns, in order, with their places in the declared state.
@@ -132,39 +214,38 @@ _STATES = {
 }
 
 
-def _leaky(module: Any) -> dict[str, Any]:
-    return {"beta": _value(module.beta.clamp(0, 1))}
+def _leaky(module: Any, value: _Value) -> dict[str, Any]:
+    return {"beta": value(module.beta.clamp(0, 1))}
 
 
-def _lapicque(module: Any) -> dict[str, Any]:
+def _lapicque(module: Any, value: _Value) -> dict[str, Any]:
     # Their products are taken in float32, as the module does, so they stay tensors.
     tensors = {"R": module.R, "C": module.C, "dt": module.time_step}
-    return {name: tensor.detach().float() for name, tensor in tensors.items()}
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _synaptic(module: Any) -> dict[str, Any]:
-    return {"alpha": _value(module.alpha.clamp(0, 1)), **_leaky(module)}
+def _synaptic(module: Any, value: _Value) -> dict[str, Any]:
+    return {"alpha": value(module.alpha.clamp(0, 1)), **_leaky(module, value)}
 
 
-def _alpha(module: Any) -> dict[str, Any]:
-    a, b = module.alpha.detach().clamp(0, 1), module.beta.detach().clamp(0, 1)
-    tau = torch.log(a) / (torch.log(b) - torch.log(a)) + 1
+def _alpha(module: Any, value: _Value) -> dict[str, Any]:
+    a, b = module.alpha.clamp(0, 1), module.beta.clamp(0, 1)
     name = module.state_function.__name__
     return {
-        **_synaptic(module),
-        "tau": _value(tau),
-        "jump": _value(module.threshold),
+        **_synaptic(module, value),
+        "tau": value(torch.log(a) / (torch.log(b) - torch.log(a)) + 1),
+        "jump": value(module.threshold),
         "zero": name == "_base_zero",
         "subtract": name == "_base_sub",
     }
 
 
-def _rleaky(module: Any) -> dict[str, Any]:
-    return {**_leaky(module), "V": _value(torch.as_tensor(module.recurrent.V))}
+def _rleaky(module: Any, value: _Value) -> dict[str, Any]:
+    return {**_leaky(module, value), "V": value(module.recurrent.V)}
 
 
-def _rsynaptic(module: Any) -> dict[str, Any]:
-    return {**_synaptic(module), "V": _value(torch.as_tensor(module.recurrent.V))}
+def _rsynaptic(module: Any, value: _Value) -> dict[str, Any]:
+    return {**_synaptic(module, value), "V": value(module.recurrent.V)}
 
 
 _PARAMETERS = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,14 +20,23 @@ from .. import neurons
 from ..equations import Dynamics
 from ..errors import Finding
 from ..neurons import Neuron
-from .base import Memory, Read, Reading, comparison, look_alike, surrogate_output
-
-_STATELESS_IN_EVAL = (
-    "Dropout",
-    "Dropout2d",
-    "MultiStepDropout",
-    "MultiStepDropout2d",
+from ..surrogates import KINDS, Surrogate, Window
+from .base import (
+    Learning,
+    Memory,
+    Read,
+    Reading,
+    comparison,
+    look_alike,
+    same_derivative,
+    surrogate_output,
+    unknown_surrogate,
 )
+
+_ONLINE = ("OTTTLIFNode", "SLTTLIFNode")
+#: Surrogates that are declared under another name; the rest keep theirs.
+_SURROGATES = {"Erf": "Gaussian", "Rect": "Rectangle", "DeterministicPass": "StraightThrough"}
+_STATELESS_IN_EVAL = ("Dropout", "Dropout2d", "MultiStepDropout", "MultiStepDropout2d")
 #: Layers whose state is plain arithmetic on what came before.
 _MEMORIES = (
     "BatchNormThroughTime1d",
@@ -90,10 +100,56 @@ class SpikingJelly:
             ]
         return list(_obstacles(module, path)) or known(module)
 
+    def learning(
+        self, module: Any, path: str, surrogate: Surrogate | None = None
+    ) -> Learning | list[Finding]:
+        """By backpropagation through time, as its ``detach_reset`` and surrogate function say."""
+        if type(module).__name__ in _ONLINE:
+            return [
+                Finding(
+                    rule="online-neuron",
+                    where=path,
+                    found=f"{type(module).__name__}, which learns online",
+                    allowed="neurons that learn by backpropagation through time",
+                    fix="use a LIFNode",
+                )
+            ]
+        chosen = surrogate or _surrogate(module.surrogate_function)
+        if chosen is None:
+            return [unknown_surrogate(module.surrogate_function, path)]
+        reading = self.read(module, path)
+        assert isinstance(reading, Reading)
+        if derived := [n for n in reading.neuron.tensors() if not hasattr(module, n)]:
+            return [
+                Finding(
+                    rule="derived-parameter",
+                    where=path,
+                    found=f"{type(module).__name__}, whose {', '.join(derived)} follows from others",
+                    allowed="neurons that learn the parameters of their declaration",
+                    fix="train it where it was made, or declare a neuron of these parameters",
+                )
+            ]
+        return Learning(chosen, partial(_live, reading.neuron), module.detach_reset)
+
     def reset(self, module: nn.Module) -> None:
         """As ``functional.reset_net``."""
         if any(_ours(k) and k.__name__ == "MemoryModule" for k in type(module).__mro__):
             module.reset()  # type: ignore[operator]
+
+
+def _live(neuron: Neuron, module: Any) -> Neuron:
+    return neuron.replace_tensors({name: getattr(module, name) for name in neuron.tensors()})
+
+
+def _surrogate(function: Any) -> Surrogate | None:
+    """The declared surrogate that a surrogate function is."""
+    kind = KINDS.get(_SURROGATES.get(type(function).__name__, type(function).__name__))
+    if kind is None or any(not hasattr(function, name) for name in kind.defaults):
+        return None
+    found = [kind(**{name: getattr(function, name) for name in kind.defaults})]
+    if kind.name == "PiecewiseLeakyReLU":  # of half the height since 2.0.0
+        found.append(Window(w=function.w, height=1 / (2 * function.w), c=function.c))
+    return next((s for s in found if same_derivative(function, s)), None)
 
 
 #: Classes whose descendants keep state.

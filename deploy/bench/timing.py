@@ -13,14 +13,14 @@ import torch
 #: Words an element that have to move: read x and write the spikes; then read x and the gradient of the
 #: spikes and write the gradient of x. A copy moves two.
 FORWARD_WORDS, FORWARD_BACKWARD_WORDS, COPY_WORDS = 2, 5, 2
-_FLUSH_BYTES = 2**30
+_FLUSH_BYTES, _FLUSHES = 2**30, 4
 
 
 @dataclass(frozen=True)
 class Timer:
     """Medians of single calls.
 
-    On a GPU each call is timed by CUDA events, behind a write of 1 GiB: no operand is in the L2 cache,
+    On a GPU each call is timed by CUDA events, behind writes of 4 GiB: no operand is in the L2 cache,
     and the host, which runs ahead meanwhile, is waited for only where it launches more slowly than that.
 
     Attributes:
@@ -61,7 +61,8 @@ class Timer:
             for _ in range(count):
                 start_event = event(enable_timing=True)
                 end_event = event(enable_timing=True)
-                flush.zero_()
+                for _ in range(_FLUSHES):
+                    flush.zero_()
                 start_event.record()
                 call()
                 end_event.record()

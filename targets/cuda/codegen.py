@@ -8,6 +8,10 @@ and runs the recursion of the derivatives in reverse.
 
 A batch norm before the neuron is part of its kernels: x is then ``(y - mean) * scale + shift``, and the
 derivatives that the norm's own backward pass sums over a channel are those in ``shift`` and ``scale``.
+
+A max pooling after the neuron is part of its kernels too: a program works on a tile of windows, takes the
+neurons of each window one beside the other, and writes whether one of them fired. As in torch, the
+gradient goes to the first that fired, or to the window's first neuron if none did.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ class Spec:
         wide: Whether the neurons' numbers need 64 bits.
         strided: Whether x[t] is not dense: n lies at (n // inner) * outer + n % inner.
         normalised: Whether a batch norm precedes.
+        window: Height and width of a max pooling's windows; (1, 1) if none follows.
     """
 
     neuron: str
@@ -59,6 +64,7 @@ class Spec:
     wide: bool = False
     strided: bool = False
     normalised: bool = False
+    window: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,10 @@ class _Kernel:
         self.reads = dict(spec.reads)
         self.text = _Text()
         self.arguments: list[str] = []
+        height, width = spec.window
+        self.pooled = height * width > 1
+        #: The neurons of a window: what the names of their values end in.
+        self.members = [f"_w{i}" for i in range(height * width)] if self.pooled else [""]
 
     def pointer(self, name: str) -> str:
         """Another pointer among the arguments."""
@@ -226,6 +236,7 @@ class _Kernel:
         sizes += [f"{n}_{w}" for n, r in spec.reads if r == "element" for w in ("inner", "size")]
         sizes += ["x_time", "x_inner", "x_outer"] if spec.strided else []
         sizes += ["rows", "C", "inner"] if spec.tile != "flat" else []
+        sizes += ["columns", "within_column"] if self.pooled else []
         blocks = ["chunks", *(["BLOCK"] if spec.tile == "flat" else ["BLOCK_R", "BLOCK_C"])]
         arguments = [*self.arguments, *sizes, *(f"{b}: tl.constexpr" for b in blocks)]
         return f"def {self.name}({', '.join(arguments)}):\n" + "\n".join(self.text.lines) + "\n"
@@ -258,6 +269,9 @@ class _Kernel:
                 p("within = (row < rows) & (across < inner)")
                 p("in_channel = channel < C")
             self.shape = "[BLOCK_R, BLOCK_C]"
+        p("M64 = N64")
+        if self.pooled:
+            self._windows(index)
         for name, read in spec.reads:
             pointer = self.pointer(f"{name}_ptr")
             if read == "scalar":
@@ -265,10 +279,22 @@ class _Kernel:
             elif read == "channel":
                 p(f"p_{name} = tl.load({pointer} + channel, mask=in_channel).to(tl.float32)")
             else:
-                at = f"{pointer} + (n // {name}_inner) % {name}_size"
+                at = f"{pointer} + (n{self.members[0]} // {name}_inner) % {name}_size"
                 p(f"p_{name} = tl.load({at}{self.mask(other=True)}).to(tl.float32)")
         if spec.strided:
-            p("n_x = (n // x_inner) * x_outer + n % x_inner")
+            for w in self.members:
+                p(f"n_x{w} = (n{w} // x_inner) * x_outer + n{w} % x_inner")
+
+    def _windows(self, index: str) -> None:
+        """Where the neurons of window n lie, and how many neurons there are."""
+        p, (height, width) = self.text, self.spec.window
+        p(f"M64 = N64 * {height * width}")
+        p(f"width = tl.cast(columns * {width}, {index})")
+        p("window = n // within_column")
+        p(f"corner = (window // columns) * {height} * width + (window % columns) * {width}")
+        for i, w in enumerate(self.members):
+            at = f"corner + {i // width} * width + {i % width}"
+            p(f"n{w} = ({at}) * within_column + n % within_column")
 
     def mask(self, other: bool = False) -> str:
         """The mask of a load or store."""
@@ -276,32 +302,34 @@ class _Kernel:
             return ""
         return ", mask=within, other=0.0" if other else ", mask=within"
 
-    def load(self, pointer: str, base: str) -> str:
-        """A load of the tile in float32."""
-        return f"tl.load({pointer} + ({base}) + n{self.mask(other=True)}).to(tl.float32)"
+    def load(self, pointer: str, base: str, w: str = "") -> str:
+        """A load of the tile in float32; of a window's neurons, those of w."""
+        return f"tl.load({pointer} + ({base}) + n{w}{self.mask(other=True)}).to(tl.float32)"
 
-    def load_x(self, t: str) -> str:
+    def load_x(self, t: str, w: str) -> str:
         """x[t] in float32."""
         if not self.spec.strided:
-            return self.load("x_ptr", f"({t}) * N64")
-        at = f"x_ptr + ({t}) * tl.cast(x_time, tl.int64) + n_x"
+            return self.load("x_ptr", f"({t}) * M64", w)
+        at = f"x_ptr + ({t}) * tl.cast(x_time, tl.int64) + n_x{w}"
         return f"tl.load({at}{self.mask(other=True)}).to(tl.float32)"
 
-    def store(self, pointer: str, base: str, value: str) -> None:
+    def store(self, pointer: str, base: str, value: str, w: str = "") -> None:
         """Write the tile, in the pointer's dtype."""
         value = f"tl.cast({value}, {pointer}.dtype.element_ty)"
-        self.text(f"tl.store({pointer} + ({base}) + n, {value}{self.mask()})")
+        self.text(f"tl.store({pointer} + ({base}) + n{w}, {value}{self.mask()})")
 
-    def initial(self, given: bool) -> None:
-        """The state before the first step."""
+    def initial(self, given: bool, after: str = "") -> None:
+        """The state before the first step, under names that end in ``after``."""
         neuron = self.step.neuron
-        for i, (name, value) in enumerate(zip(self.step.names, neuron.starts, strict=True)):
-            if given:
-                self.text(f"q_{name} = {self.load('initial_ptr', f'{i} * N64')}")
-            elif isinstance(value, Expr):
-                self.text(f"q_{name} = {self.block('0.0')} + {value.value}")
-            else:
-                self.text(f"q_{name} = {self.block(repr(value))}")
+        for w in self.members:
+            for i, (name, value) in enumerate(zip(self.step.names, neuron.starts, strict=True)):
+                if given:
+                    start = self.load("initial_ptr", f"{i} * M64", w)
+                elif isinstance(value, Expr):
+                    start = f"{self.block('0.0')} + {value.value}"
+                else:
+                    start = self.block(repr(value))
+                self.text(f"q_{name}{w}{after} = {start}")
 
     def block(self, value: str) -> str:
         """A value as a tile, which a number is not."""
@@ -314,12 +342,12 @@ class _Kernel:
             return "1.0"
         return "tl.where(chunk > 0, 1.0, 0.0)" if looped else "0.0"
 
-    def given(
-        self, k: int, initial: bool, looped: bool, state: Mapping[str, str]
-    ) -> dict[str, str]:
-        """What the inputs of one step are called."""
+    def given(self, k: int, w: str, initial: bool, looped: bool, after: str = "") -> dict[str, str]:
+        """What the inputs of one step are called, the state's names ending in ``after``."""
+        state = {f"q_{n}": f"q_{n}{w}{after}" for n in self.step.names}
         began = self.began(k, initial, looped)
-        return {**{f"p_{n}": f"p_{n}" for n in self.reads}, **state, "x": f"x_{k}", "began": began}
+        params = {f"p_{n}": f"p_{n}" for n in self.reads}
+        return {**params, **state, "x": f"x_{k}{w}", "began": began}
 
 
 def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
@@ -345,26 +373,35 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
 
     def chunk(steps: int, looped: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
-        if asked.checkpoints:
+        states = len(step.names)
+        for w in k.members if asked.checkpoints else ():
             for i, part in enumerate(step.names):
-                k.store("checkpoints_ptr", f"(chunk * {len(step.names)} + {i}) * N64", f"q_{part}")
+                at = f"(chunk * {states} + {i}) * M64"
+                k.store("checkpoints_ptr", at, f"q_{part}{w}", w)
         for i in range(steps):
-            p(f"x_{i} = {k.load_x(f't + {i}')}")
+            for w in k.members:
+                p(f"x_{i}{w} = {k.load_x(f't + {i}', w)}")
         for i in range(steps):
-            given = k.given(i, asked.initial, looped, {f"q_{n}": f"q_{n}" for n in step.names})
-            spikes, *after = p.evaluate(step, [step.spikes, *step.after], given, str(i))
-            for part, value in zip(step.names, after, strict=True):
-                p(f"q_{part}_{i} = {k.block(value)}")
-            k.store("spikes_ptr", f"(t + {i}) * N64", spikes)
-            if asked.v_seq:
-                k.store("v_seq_ptr", f"(t + {i}) * N64", f"q_v_{i}")
-            for part in step.names:
-                p(f"q_{part} = q_{part}_{i}")
+            fired = []
+            for w in k.members:
+                given = k.given(i, w, asked.initial, looped)
+                spikes, *after = p.evaluate(step, [step.spikes, *step.after], given, f"{i}{w}")
+                fired.append(spikes)
+                for part, value in zip(step.names, after, strict=True):
+                    p(f"q_{part}{w}_{i} = {k.block(value)}")
+                if asked.v_seq:
+                    k.store("v_seq_ptr", f"(t + {i}) * M64", f"q_v{w}_{i}", w)
+                for part in step.names:
+                    p(f"q_{part}{w} = q_{part}{w}_{i}")
+            largest = fired[0]
+            for spikes in fired[1:]:
+                largest = f"tl.maximum({largest}, {spikes})"
+            k.store("spikes_ptr", f"(t + {i}) * N64", largest)
 
     _chunks(p, spec, chunk, reverse=False)
-    if asked.final:
+    for w in k.members if asked.final else ():
         for i, part in enumerate(step.names):
-            k.store("final_ptr", f"{i} * N64", f"q_{part}")
+            k.store("final_ptr", f"{i} * M64", f"q_{part}{w}", w)
     return k.source()
 
 
@@ -399,64 +436,81 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
     if asked.into_x == "norm":
         p("minus = tl.load(minus_ptr + channel, mask=in_channel)")
         p("slope = tl.load(slope_ptr + channel, mask=in_channel)")
-    for i, part in enumerate(step.names):
-        if asked.final:
-            p(f"gq_{part} = {k.load('g_final_ptr', f'{i} * N64')}")
-        else:
-            p(f"gq_{part} = {k.block('0.0')}")
+    for w in k.members:
+        for i, part in enumerate(step.names):
+            given = k.load("g_final_ptr", f"{i} * M64", w) if asked.final else k.block("0.0")
+            p(f"gq_{part}{w} = {given}")
     for parameter in asked.wrt:
         p(f"gp_{parameter} = {k.block('0.0')}")
 
     def chunk(steps: int, looped: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
-        if kept:
+        if not kept:
+            k.initial(asked.initial, after="_0")
+        for w in k.members if kept else ():
             for i, part in enumerate(step.names):
-                at = f"(chunk * {len(step.names)} + {i}) * N64"
-                p(f"q_{part}_0 = {k.load('checkpoints_ptr', at)}")
-        else:
-            k.initial(asked.initial)
-            for part in step.names:
-                p(f"q_{part}_0 = q_{part}")
+                at = f"(chunk * {len(step.names)} + {i}) * M64"
+                p(f"q_{part}{w}_0 = {k.load('checkpoints_ptr', at, w)}")
         for i in range(steps):
-            p(f"x_{i} = {k.load_x(f't + {i}')}")
+            for w in k.members:
+                p(f"x_{i}{w} = {k.load_x(f't + {i}', w)}")
         for i in range(steps):
             p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
         for i in range(steps - 1):
-            given = k.given(i, asked.initial, looped, {f"q_{n}": f"q_{n}_{i}" for n in step.names})
-            for part, value in zip(
-                step.names, p.evaluate(step, list(step.after), given, f"f{i}"), strict=True
-            ):
-                p(f"q_{part}_{i + 1} = {k.block(value)}")
+            for w in k.members:
+                given = k.given(i, w, asked.initial, looped, f"_{i}")
+                after = p.evaluate(step, list(step.after), given, f"f{i}{w}")
+                for part, value in zip(step.names, after, strict=True):
+                    p(f"q_{part}{w}_{i + 1} = {k.block(value)}")
         for i in reversed(range(steps)):
-            _reverse_step(k, asked, i, looped)
+            if k.pooled:
+                _pooling_backward(k, asked, i, looped)
+            for w in k.members:
+                _reverse_step(k, asked, i, w, looped)
 
     _chunks(p, spec, chunk, reverse=True)
-    if asked.initial:
+    for w in k.members if asked.initial else ():
         for i, part in enumerate(step.names):
-            k.store("g_initial_ptr", f"{i} * N64", f"gq_{part}")
+            k.store("g_initial_ptr", f"{i} * M64", f"gq_{part}{w}", w)
     for parameter in asked.wrt:
         if parameter == "v_0":
-            p("gp_v_0 = gp_v_0 + gq_v")
+            p(" + ".join(["gp_v_0 = gp_v_0", *(f"gq_v{w}" for w in k.members)]))
         _store_parameter(k, parameter)
     return k.source()
 
 
-def _reverse_step(k: _Kernel, asked: Backward, i: int, looped: bool) -> None:
+def _pooling_backward(k: _Kernel, asked: Backward, i: int, looped: bool) -> None:
+    """The gradient of a window's spike goes to its first neuron that fired, or to its first."""
+    p, (first, *others) = k.text, k.members
+    fired = [
+        p.evaluate(
+            k.step, [k.step.spikes], k.given(i, w, asked.initial, looped, f"_{i}"), f"s{i}{w}"
+        )
+        for w in k.members
+    ]
+    p(f"before = {fired[0][0]}")
+    for w, (spikes,) in zip(others, fired[1:], strict=True):
+        p(f"g_{i}{w} = tl.where({spikes} > before, g_{i}, 0.0)")
+        p(f"before = tl.maximum(before, {spikes})")
+    p(f"g_{i}{first} = tl.where({fired[0][0]} >= before, g_{i}, 0.0)")
+
+
+def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool) -> None:
     """One step of the recursion of the derivatives."""
     p, step = k.text, k.step
     if asked.v_seq:
-        p(f"gq_v = gq_v + {k.load('g_v_seq_ptr', f'(t + {i}) * N64')}")
-    given = k.given(i, asked.initial, looped, {f"q_{n}": f"q_{n}_{i}" for n in step.names})
-    given |= {f"gq_{n}": f"gq_{n}" for n in step.names} | {"g_spikes": f"g_{i}"}
+        p(f"gq_v{w} = gq_v{w} + {k.load('g_v_seq_ptr', f'(t + {i}) * M64', w)}")
+    given = k.given(i, w, asked.initial, looped, f"_{i}")
+    given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names} | {"g_spikes": f"g_{i}{w}"}
     wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
-    g_x, *rest = p.evaluate(step, step.gradients(wrt), given, f"b{i}")
+    g_x, *rest = p.evaluate(step, step.gradients(wrt), given, f"b{i}{w}")
     if asked.into_x == "norm":
-        p(f"g_x = {g_x} - minus - (x_{i} - p_norm_mean) * slope")
+        p(f"g_x = {g_x} - minus - (x_{i}{w} - p_norm_mean) * slope")
         g_x = "g_x"
     if asked.into_x is not None:
-        k.store("g_x_ptr", f"(t + {i}) * N64", k.block(g_x))
+        k.store("g_x_ptr", f"(t + {i}) * M64", k.block(g_x), w)
     # All of a step's derivatives are computed from the state's old ones before any is replaced.
-    states = [f"gq_{n}" for n in step.names]
+    states = [f"gq_{n}{w}" for n in step.names]
     sums = [f"gp_{n}" for n in asked.wrt]
     for target, value in zip(states, rest, strict=False):
         p(f"{target}_{i} = {k.block(value)}")

@@ -7,8 +7,9 @@ import linecache
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,10 @@ from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_sou
 CHUNK, WHOLE = 8, 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WARPS = 8
+#: Layers and inputs whose arrangement is remembered.
+_CALLS = 4096
+#: Most states of a window's neurons in one chunk: those of 2 x 2 over 16 steps.
+_MOST_STATES = 4 * WHOLE
 
 
 def interpreted() -> bool:
@@ -46,7 +51,7 @@ def triton() -> Any:
 
 
 @cache
-def _compiled(source: str, name: str) -> Any:
+def compiled(source: str, name: str) -> Any:
     """The kernel of this source."""
     package = triton()
     import triton.language as tl
@@ -84,6 +89,14 @@ class Layout:
     def N(self) -> int:  # noqa: N802
         """Neurons."""
         return math.prod(self.shape[1:])
+
+    def windows(self, window: tuple[int, int]) -> Layout:
+        """The layout of what max pooling over windows [height, width] of x [T, ..., H, W] makes."""
+        if window == (1, 1):
+            return self
+        *outer, H, W = self.shape
+        shape = torch.Size((*outer, H // window[0], W // window[1]))
+        return Layout(shape, _dense(shape, self.order), self.order, None)
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor of x's shape."""
@@ -128,34 +141,49 @@ def allocate(
 
 def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     """x [T, ...] as the kernels read it, a copy only if nothing else will do, and its layout."""
-    order = sorted(
-        (d for d in range(1, x.dim()) if x.shape[d] > 1), key=lambda d: (-x.stride()[d], d)
-    )
-    strides, size = [1] * x.dim(), 1
-    for d in reversed(order):
-        strides[d] = size
-        size *= x.shape[d]
-    for d in range(1, x.dim()):
-        if x.shape[d] <= 1:
-            strides[d] = max(1, size if not order or d < min(order) else 1)
-    strides[0] = size
+    traced = any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride()))
+    lay = (_layout.__wrapped__ if traced else _layout)(x.shape, x.stride())
+    if lay is not None:
+        return x, lay
+    repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
+    return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
+
+
+@lru_cache(_CALLS)
+def _layout(shape: torch.Size, stride: tuple[int, ...]) -> Layout | None:
+    """The layout of such a tensor; None if a kernel cannot read it."""
+    order = sorted((d for d in range(1, len(shape)) if shape[d] > 1), key=lambda d: (-stride[d], d))
+    strides = _dense(shape, order)
+    size = strides[0]
     parts: list[list[int]] = []  # [size, stride] of x[t], outermost first, merged where they may be
     for d in order:
-        if parts and parts[-1][1] == x.stride(d) * x.shape[d]:
-            parts[-1] = [parts[-1][0] * x.shape[d], x.stride(d)]
+        if parts and parts[-1][1] == stride[d] * shape[d]:
+            parts[-1] = [parts[-1][0] * shape[d], stride[d]]
         else:
-            parts.append([x.shape[d], x.stride(d)])
+            parts.append([shape[d], stride[d]])
     dense = not parts or (len(parts) == 1 and parts[0][1] == 1)
-    apart = x.shape[0] > 1 and x.stride(0) != size
+    apart = shape[0] > 1 and stride[0] != size
     strided = None
     if dense and apart:
-        strided = (x.stride(0), max(size, 1), 0)
+        strided = (stride[0], max(size, 1), 0)
     elif not dense and len(parts) == 2 and parts[1][1] == 1:
-        strided = (x.stride(0), parts[1][0], parts[0][1])
+        strided = (stride[0], parts[1][0], parts[0][1])
     elif not dense:
-        repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
-        return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
-    return x, Layout(x.shape, tuple(strides), tuple(order), strided)
+        return None
+    return Layout(shape, strides, tuple(order), strided)
+
+
+def _dense(shape: torch.Size, order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense [T, ...] whose other dimensions lie in ``order``, outermost first."""
+    strides, size = [1] * len(shape), 1
+    for d in reversed(order):
+        strides[d] = size
+        size *= shape[d]
+    for d in range(1, len(shape)):
+        if shape[d] <= 1:
+            strides[d] = max(1, size if not order or d < min(order) else 1)
+    strides[0] = size
+    return tuple(strides)
 
 
 @dataclass(frozen=True)
@@ -187,53 +215,144 @@ def channel_tile(lay: Layout, block: int) -> Tile:
     C = lay.shape[2]
     inner = lay.strides[2] if C > 1 else math.prod(lay.shape[3:])
     if inner == 1:
-        columns = min(_power_of_two(C), 128)
+        columns = min(power_of_two(C), 128)
         rows, per = lay.N // C, max(block // columns, 1)
         grid = (-(-rows // per), -(-C // columns))
         return Tile("rows", grid, (rows, C, 1), (per, columns), bool(rows % per or C % columns))
-    columns = min(_power_of_two(inner), block)
+    columns = min(power_of_two(inner), block)
     rows, per = lay.N // (C * inner), max(block // columns, 1)
     grid = (-(-rows // per) * -(-inner // columns), C)
     masked = bool(rows % per or inner % columns)
     return Tile("planes", grid, (rows, C, inner), (per, columns), masked)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
 class Reads:
-    """How one parameter is read, see ``codegen.Spec``, and its tensor as it is read."""
+    """How one parameter is read, see ``codegen.Spec``.
+
+    Attributes:
+        kind: As there.
+        inner: As there.
+        size: As there.
+        kept: The dimensions of x[t] along which it varies, in the order in which the kernel takes them;
+            None if it is written out for every neuron.
+    """
 
     kind: Literal["scalar", "element", "channel"]
-    tensor: torch.Tensor
     inner: int = 0
     size: int = 0
+    kept: tuple[int, ...] | None = ()
+
+    def tensor(self, lay: Layout, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter as the kernel reads it."""
+        parameter = parameter.detach()
+        if self.kind == "scalar" or (parameter.dim() == 1 and parameter.is_contiguous()):
+            return parameter
+        wide = parameter.expand(lay.shape[1:])
+        if self.kept is None:
+            whole = allocate(wide.shape, wide, wide.dtype, lay.strides[1:])
+            return whole.copy_(wide)
+        index = tuple(slice(None) if d in self.kept else 0 for d in range(wide.dim()))
+        small = sorted(self.kept)
+        return wide[index].permute(*(small.index(d) for d in self.kept)).contiguous()
 
 
-def reads(lay: Layout, tile: Tile, tensor: torch.Tensor) -> Reads:
-    """How a parameter that broadcasts against x[t] is read."""
-    if tensor.numel() == 1:
-        return Reads("scalar", tensor.detach())
-    wide = tensor.detach().expand(lay.shape[1:])
-    varies = [d for d in lay.order if wide.stride(d - 1) != 0]
-    middle = (
-        lay.order[lay.order.index(varies[0]) : lay.order.index(varies[-1]) + 1] if varies else ()
+def pools(x: torch.Tensor, window: tuple[int, int], params: Sequence[torch.Tensor]) -> bool:
+    """Whether a max pooling after the neuron can be part of its kernels, for x [T, ..., H, W].
+
+    Windows must tile x[t], in whose memory W is right inside H, and share the neuron's parameters; the
+    states of a window's neurons over a chunk must find room in registers.
+    """
+    steps = x.shape[0] if x.shape[0] <= WHOLE else CHUNK
+    if x.dim() < 4 or 0 in x.shape or math.prod(window) * steps > _MOST_STATES:
+        return False
+    if x.shape[-2] % window[0] or x.shape[-1] % window[1]:
+        return False
+    order, H = layout(x)[1].order, x.dim() - 2
+    return (
+        H in order
+        and order[order.index(H) + 1 :][:1] == (H + 1,)
+        and all(p.numel() == 1 or (p.dim() >= 2 and p.shape[-2:] == (1, 1)) for p in params)
     )
-    inner = lay.strides[varies[-1]] if varies else 1
-    size = math.prod(lay.shape[d] for d in middle)
-    small = [d - 1 for d in middle]
-    if list(middle) == varies:
-        index = tuple(slice(None) if d in small else 0 for d in range(wide.dim()))
-        kept = wide[index].permute(*(sorted(small).index(d) for d in small)).contiguous()
-        if tile.kind != "flat" and (inner, size) == (tile.sizes[2], tile.sizes[1]):
-            return Reads("channel", kept)
-        return Reads("element", kept, inner, size)
-    whole = torch.empty_strided(
-        wide.shape, lay.strides[1:], dtype=wide.dtype, device=wide.device
-    ).copy_(wide)
-    return Reads("element", whole, 1, lay.N)
+
+
+def _reads(lay: Layout, tile: Tile, shape: tuple[int, ...]) -> Reads:
+    """How a parameter of a shape that broadcasts against x[t] is read."""
+    if math.prod(shape) == 1:
+        return Reads("scalar")
+    wide = (1,) * (len(lay.shape) - 1 - len(shape)) + shape
+    varies = [d for d in lay.order if wide[d - 1] > 1]
+    middle = lay.order[lay.order.index(varies[0]) : lay.order.index(varies[-1]) + 1]
+    if list(middle) != varies:
+        return Reads("element", 1, lay.N, None)
+    inner, size = lay.strides[varies[-1]], math.prod(lay.shape[d] for d in middle)
+    kept = tuple(d - 1 for d in middle)
+    if tile.kind != "flat" and (inner, size) == (lay.strides[2], lay.shape[2]):
+        return Reads("channel", kept=kept)
+    return Reads("element", inner, size, kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What does not depend on a call's values.
+
+    Attributes:
+        out: The layout of the spikes, which is x's unless a max pooling follows.
+        tile: The tile of the spikes.
+        spec: What the kernels' source is written from.
+        names: Names of the parameters.
+        reads: How they are read.
+    """
+
+    out: Layout
+    tile: Tile
+    spec: Spec
+    names: tuple[str, ...]
+    reads: tuple[Reads, ...]
+
+
+@lru_cache(_CALLS)
+def _plan(
+    lay: Layout,
+    norm: bool,
+    params: tuple[torch.Size, ...],
+    neuron: str,
+    surrogate: str,
+    detach_reset: bool,
+    window: tuple[int, int],
+) -> Plan:
+    out = lay.windows(window)
+    loop = lay.T > WHOLE
+    steps = CHUNK if loop else lay.T
+    members = math.prod(window)
+    block = 32 * _WARPS * _per_thread(steps, members)
+    tile = channel_tile(out, block) if norm else flat_tile(out, block)
+    channel = (lay.shape[2], *(1,) * (len(lay.shape) - 3)) if norm else ()
+    own = Neuron.from_json(neuron, [torch.empty(())] * len(params)).tensors()
+    shapes = dict.fromkeys(NORM, channel) if norm else {}
+    shapes |= dict(zip(own, params, strict=True))
+    reads = tuple(_reads(lay, tile, shape) for shape in shapes.values())
+    spec = Spec(
+        neuron,
+        tuple(zip(shapes, (r.kind for r in reads), strict=True)),
+        surrogate,
+        detach_reset,
+        steps,
+        lay.T % CHUNK if loop else 0,
+        loop,
+        tile.kind,
+        tile.masked,
+        lay.N + block * members >= 2**31,
+        lay.strided is not None,
+        norm,
+        window,
+    )
+    return Plan(out, tile, spec, tuple(shapes), reads)
 
 
 @dataclass(frozen=True)
@@ -243,18 +362,14 @@ class Call:
     Attributes:
         x: The input as it is read.
         lay: Its layout.
-        tile: Its tile.
-        spec: What its source is written from.
-        names: Names of the parameters.
-        params: How they are read.
+        plan: What its layout and the declaration decide.
+        params: The parameters as they are read.
     """
 
     x: torch.Tensor
     lay: Layout
-    tile: Tile
-    spec: Spec
-    names: tuple[str, ...]
-    params: tuple[Reads, ...]
+    plan: Plan
+    params: tuple[torch.Tensor, ...]
 
     @classmethod
     def of(
@@ -265,33 +380,24 @@ class Call:
         neuron: str,
         surrogate: str,
         detach_reset: bool,
+        window: tuple[int, int] = (1, 1),
     ) -> Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
-        loop = lay.T > WHOLE
-        steps = CHUNK if loop else lay.T
-        block = 32 * _WARPS * (4 if steps <= CHUNK else 2)
-        tile = channel_tile(lay, block) if norm else flat_tile(lay, block)
-        channel = (-1,) + (1,) * (x.dim() - 3)
-        tensors = {n: t.reshape(channel) for n, t in zip(NORM, norm, strict=bool(norm))}
-        own = [*Neuron.from_json(neuron, params).tensors()]
-        tensors |= dict(zip(own, params, strict=True))
-        read = tuple(reads(lay, tile, t) for t in tensors.values())
-        spec = Spec(
-            neuron,
-            tuple(zip(tensors, (r.kind for r in read), strict=True)),
-            surrogate,
-            detach_reset,
-            steps,
-            lay.T % CHUNK if loop else 0,
-            loop,
-            tile.kind,
-            tile.masked,
-            lay.N + block >= 2**31,
-            lay.strided is not None,
-            bool(norm),
-        )
-        return cls(x, lay, tile, spec, tuple(tensors), read)
+        shapes = tuple(p.shape for p in params)
+        plan = _plan(lay, bool(norm), shapes, neuron, surrogate, detach_reset, window)
+        tensors = zip(plan.reads, (*norm, *params), strict=True)
+        return cls(x, lay, plan, tuple(read.tensor(lay, tensor) for read, tensor in tensors))
+
+    @property
+    def out(self) -> Layout:
+        """The layout of the spikes."""
+        return self.plan.out
+
+    @property
+    def spec(self) -> Spec:
+        """What the source is written from."""
+        return self.plan.spec
 
     @property
     def chunks(self) -> int:
@@ -300,20 +406,26 @@ class Call:
 
     def launch(self, source: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Run a kernel of :mod:`.codegen` on its tensors."""
-        sizes: list[int] = [self.lay.N]
-        for r in self.params:
+        out, tile = self.out, self.plan.tile
+        sizes: list[int] = [out.N]
+        for r in self.plan.reads:
             sizes += [r.inner, r.size] if r.kind == "element" else []
         sizes += self.lay.strided or ()
-        arguments = [*tensors, *(r.tensor for r in self.params), *sizes, *self.tile.sizes]
-        kernel = _compiled(source, name)
-        # Products and sums are rounded one by one, as torch rounds them, so that spikes are the same.
-        kernel[self.tile.grid](
-            *arguments,
-            self.lay.T // CHUNK,
-            *self.tile.blocks,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,
-        )
+        sizes += tile.sizes
+        if self.spec.window != (1, 1):
+            sizes += [out.shape[-1], self.lay.strides[-1]]
+        arguments = [*tensors, *self.params, *sizes, self.lay.T // CHUNK, *tile.blocks]
+        elsewhere = self.x.is_cuda and self.x.device.index != torch.cuda.current_device()
+        with torch.cuda.device(self.x.device) if elsewhere else nullcontext():
+            # Products and sums are rounded one by one, as torch rounds them: spikes are the same.
+            compiled(source, name)[tile.grid](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
+
+
+def _per_thread(steps: int, members: int) -> int:
+    """Neurons, or windows of ``members`` neurons, of a thread; their states live in registers."""
+    if members > 1:
+        return 2 if steps * members <= WHOLE else 1
+    return 4 if steps <= CHUNK else 2
 
 
 def forward(call: Call, asked: Forward, tensors: Sequence[torch.Tensor]) -> None:

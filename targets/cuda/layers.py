@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...converters.errors import UsageError
+from .kernels import pools
 from .nodes import FusedNode, fused_is_possible
+from .statistics import mean_and_variance
 
 
 class SeqToANN(nn.Sequential):
@@ -31,30 +33,30 @@ class LayerByLayer(nn.Sequential):
 
     As long as every neuron's ``step_mode`` is "m", a call takes x_seq [T, N, ...] through one layer
     after another, stateless layers with time folded into the batch; a batch norm right before a fused
-    neuron becomes part of its kernel. :meth:`step_by_step` takes the same sequence through the network
-    one time step after another, with the same result in eval mode (in training mode a batch norm sees
-    one time step at a time).
+    neuron, and a max pooling right after it, become part of its kernels. :meth:`step_by_step` takes the
+    same sequence through the network one time step after another, with the same result in eval mode (in
+    training mode a batch norm sees one time step at a time).
     """
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """x_seq [T, N, ...] -> y_seq [T, N, ...]."""
-        x, layers = x_seq.flatten(0, 1), [*self]
-        i = 0
-        while i < len(layers):
-            layer = layers[i]
-            after = layers[i + 1] if i + 1 < len(layers) else None
-            if (
-                isinstance(layer, _BatchNorm)
-                and isinstance(after, FusedNode)
-                and fuses(layer, after, x)
-            ):
-                x = batch_norm_neuron(layer, after, _unfold(x, x_seq)).flatten(0, 1)
-                i += 1
-            elif isinstance(layer, FusedNode):
-                x = layer(_unfold(x, x_seq)).flatten(0, 1)
+        x, layers = x_seq.flatten(0, 1), [*self, None, None]
+        while layers[0] is not None:
+            norm = layers[0] if isinstance(layers[0], _BatchNorm) else None
+            node, after = layers[:2] if norm is None else layers[1:3]
+            if not isinstance(node, FusedNode) or (norm is not None and not fuses(norm, node, x)):
+                x = layers.pop(0)(x)
+                continue
+            x_seq = _unfold(x, x_seq)
+            window = pooling_window(node, after, x_seq)
+            if norm is not None:
+                spikes = batch_norm_neuron(norm, node, x_seq, window)
+            elif window != (1, 1):
+                spikes = node.fused(x_seq, [], window=window)[0]
             else:
-                x = layer(x)
-            i += 1
+                spikes = node(x_seq)
+            x = spikes.flatten(0, 1)
+            del layers[: 1 + (norm is not None) + (window != (1, 1))]
         return _unfold(x, x_seq)
 
     def step_by_step(self, x_seq: torch.Tensor) -> torch.Tensor:
@@ -79,23 +81,62 @@ class LayerByLayer(nn.Sequential):
 def fuses(norm: _BatchNorm, node: FusedNode, x: torch.Tensor) -> bool:
     """Whether a batch norm and the neuron after it run as one kernel on x [TN, C, ...]."""
     return (
+        _only_spikes(node, x)
+        and x.dim() >= 2
+        and not _hooked(norm)
+        and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    )
+
+
+def pooling_window(
+    node: FusedNode, after: nn.Module | None, x_seq: torch.Tensor
+) -> tuple[int, int]:
+    """The windows of the max pooling ``after`` if it and the neuron run as one kernel, else (1, 1)."""
+    no = (1, 1)
+    if type(after) is not nn.MaxPool2d or _hooked(after) or after.return_indices:
+        return no
+    window = _pair(after.kernel_size)
+    plain = _pair(after.stride) == window and _pair(after.padding) == (0, 0)
+    if not plain or _pair(after.dilation) != no or not _only_spikes(node, x_seq):
+        return no
+    return window if pools(x_seq, window, [*node.tensors().values()]) else no
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
+
+
+def _only_spikes(node: FusedNode, x: torch.Tensor) -> bool:
+    """Whether a call of a neuron on x [..., C, ...] gives spikes from a fused kernel and no more."""
+    return (
         node.backend != "torch"
         and type(node).forward is FusedNode.forward  # not so where a network is captured
         and fused_is_possible(x)
-        and x.dim() >= 2
         and x.numel() > 0
-        and not (norm._forward_hooks or norm._forward_pre_hooks or node._forward_hooks)
-        and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        and not _hooked(node)
         and not node.store_v_seq
         and not node.keep_state
         and node.step_mode == "m"
     )
 
 
-def batch_norm_neuron(norm: _BatchNorm, node: FusedNode, x_seq: torch.Tensor) -> torch.Tensor:
+def _hooked(module: nn.Module) -> bool:
+    return any(
+        (
+            *(module._forward_hooks, module._forward_pre_hooks),
+            *(module._backward_hooks, module._backward_pre_hooks),
+        )
+    )
+
+
+def batch_norm_neuron(
+    norm: _BatchNorm, node: FusedNode, x_seq: torch.Tensor, window: tuple[int, int] = (1, 1)
+) -> torch.Tensor:
     """``node(norm(x_seq))`` for x_seq [T, N, C, ...], neither the normalised x nor h being stored.
 
-    Running statistics are updated as torch does.
+    With a ``window`` the spikes go through max pooling, where :func:`pooling_window` allows it. Running
+    statistics are updated as torch does.
 
     Raises:
         UsageError: x has another number of channels than the norm.
@@ -116,24 +157,22 @@ def batch_norm_neuron(norm: _BatchNorm, node: FusedNode, x_seq: torch.Tensor) ->
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
     norms = [mean, rstd, weight, bias]
-    return node.fused(x_seq, norms, batch_statistics=batch_statistics)[0]
+    return node.fused(x_seq, norms, batch_statistics=batch_statistics, window=window)[0]
 
 
 @torch.no_grad()
 def _statistics(norm: _BatchNorm, x_seq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance [C] of a batch in float32; running ones are moved towards them."""
-    dims = [d for d in range(x_seq.dim()) if d != 2]
-    var, mean = torch.var_mean(x_seq.float() if not x_seq.is_cuda else x_seq, dims, correction=0)
-    mean, var = mean.float(), var.float()
+    mean, var = mean_and_variance(x_seq)
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
         count = x_seq.numel() / x_seq.shape[2]
-        momentum = norm.momentum
-        part = 1.0 / norm.num_batches_tracked if momentum is None else torch.tensor(momentum)
-        part = part.to(mean.device)
-        norm.running_mean.lerp_(mean.to(norm.running_mean), part.to(norm.running_mean))
         unbiased = var * (count / max(count - 1, 1))
-        norm.running_var.lerp_(unbiased.to(norm.running_var), part.to(norm.running_var))
+        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            if norm.momentum is None:
+                running.lerp_(new.to(running), (1.0 / norm.num_batches_tracked).to(running))
+            else:
+                running.lerp_(new.to(running), norm.momentum)
     return mean, var

@@ -24,7 +24,6 @@ from torch import nn
 from ...converters import neurons, sources
 from ...converters.errors import TargetUnavailableError, UsageError
 from ...converters.sources import Reading
-from . import ops
 from .codegen import Backward, Forward, backward_source, forward_source
 from .kernels import DTYPES, Call, interpreted
 
@@ -86,7 +85,7 @@ class FusedNode(neurons.Node):
 
     def _run(self, x: torch.Tensor, keep: bool) -> torch.Tensor:
         state = self.state if keep else None
-        if problems := _problems(self._tensors(), x, state):
+        if problems := _problems(self.tensors(), x, state):
             raise UsageError(f"{type(self).__name__}: " + "; ".join(problems))
         possible = fused_is_possible(x)
         if self.backend == "fused" and not possible:
@@ -112,12 +111,15 @@ class FusedNode(neurons.Node):
         batch_statistics: bool = False,
         final: bool = False,
         v_seq: bool = False,
+        window: tuple[int, int] = (1, 1),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The operator of :mod:`.ops` with this layer's parameters."""
-        params = [*self._tensors().values()]
+        from . import ops  # which a torch of before custom operators cannot import
+
+        params = [*self.tensors().values()]
         inputs = [x, *norm, *params, *([] if initial is None else [initial])]
         checkpoints = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        spikes, last, v, _ = ops.fused_neuron(
+        spikes, last, v, _ = ops.run(
             x,
             norm,
             params,
@@ -129,6 +131,7 @@ class FusedNode(neurons.Node):
             final,
             v_seq,
             checkpoints,
+            window,
         )
         return spikes, last, v
 
@@ -151,7 +154,8 @@ class FusedNode(neurons.Node):
             v_seq.append(state[0])
         return torch.stack(spikes_seq), state, torch.stack(v_seq)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters that are tensors, by name, in the kernels' order."""
         return {name: getattr(self, name) for name in self._names}
 
     def __getstate__(self) -> dict[str, Any]:

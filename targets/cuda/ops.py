@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, List  # noqa: UP035
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from ...converters.equations import named
 from .codegen import NORM, Backward, Forward
@@ -20,6 +23,7 @@ from .kernels import backward as run_backward
 from .kernels import forward as run_forward
 
 
+@cache
 def _states(neuron: str) -> int:
     return 1 + len(named(json.loads(neuron)["dynamics"]).states)
 
@@ -36,7 +40,6 @@ def _nothing(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0)
 
 
-@torch.library.custom_op("spikeport::fused_neuron", mutates_args=())
 def fused_neuron(
     x: torch.Tensor,
     norm: Sequence[torch.Tensor],
@@ -49,6 +52,7 @@ def fused_neuron(
     final: bool,
     v_seq: bool,
     checkpoints: bool,
+    window: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A layer of neurons over T steps.
 
@@ -65,14 +69,17 @@ def fused_neuron(
         final: Whether the last state is wanted.
         v_seq: Whether v after each step is wanted.
         checkpoints: Whether a backward pass will come.
+        window: Height and width of the windows of a max pooling that the spikes go through; (1, 1) for
+            none. ``kernels.pools`` says where that is possible.
 
     Returns:
         Spikes [T, N, ...] in the dtype of x; state [states, N, ...] in float32; v [T, N, ...] in the
         dtype of x; what the backward pass starts its chunks from. What was not asked for is empty.
     """
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
+    height, width = window
+    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, (height, width))
     lay, states = call.lay, _states(neuron)
-    spikes = lay.empty(x)
+    spikes = call.out.empty(x)
     v = lay.empty(x) if v_seq else _nothing(x)
     last = lay.state(x, states) if final else _nothing(x)
     keep = checkpoints and call.spec.loop
@@ -91,7 +98,10 @@ def fused_neuron(
     return spikes, last, v, kept
 
 
-@fused_neuron.register_fake
+_forward_op = torch.library.custom_op("spikeport::fused_neuron", mutates_args=())(fused_neuron)
+
+
+@_forward_op.register_fake
 def _(
     x: torch.Tensor,
     norm: Sequence[torch.Tensor],
@@ -104,10 +114,13 @@ def _(
     final: bool,
     v_seq: bool,
     checkpoints: bool,
+    window: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _, lay = layout(x)
     states = _states(neuron)
-    spikes = torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
+    height, width = window
+    out = lay.windows((height, width))
+    spikes = torch.empty_strided(out.shape, out.strides, dtype=x.dtype, device=x.device)
     shape = (states, *x.shape[1:])
     last = torch.empty_strided(
         shape, (lay.N, *lay.strides[1:]), dtype=torch.float32, device=x.device
@@ -117,12 +130,13 @@ def _(
     return (
         spikes,
         last if final else _nothing(x),
-        torch.empty_like(spikes) if v_seq else _nothing(x),
+        torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
+        if v_seq
+        else _nothing(x),
         kept if keep else x.new_empty(0, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op("spikeport::fused_neuron_backward", mutates_args=())
 def fused_neuron_backward(
     x: torch.Tensor,
     norm: Sequence[torch.Tensor],
@@ -136,6 +150,7 @@ def fused_neuron_backward(
     surrogate: str,
     detach_reset: bool,
     batch_statistics: bool,
+    window: Sequence[int],
     wrt: Sequence[bool],
 ) -> List[torch.Tensor]:  # noqa: UP006 -- torch 2.6 knows no other name of it
     """Derivatives of :func:`fused_neuron`.
@@ -143,16 +158,17 @@ def fused_neuron_backward(
     ``wrt`` says for each of ``params`` whether its gradient is wanted. Returns the gradients of x, of
     initial (empty without one), of the norm's weight and bias if there is one, and of those params.
     """
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset)
+    height, width = window
+    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, (height, width))
     lay = call.lay
     g_initial = lay.state(x, _states(neuron)) if initial is not None else _nothing(x)
     g_x = lay.empty(x)
-    own = call.names[len(NORM) if norm else 0 :]
+    own = call.plan.names[len(NORM) if norm else 0 :]
     wanted = [n for n, w in zip(own, wrt, strict=True) if w]
     if not x.numel():
         zeros = [torch.zeros_like(p) for p, w in zip(params, wrt, strict=True) if w]
         return [g_x, g_initial.zero_(), *(torch.zeros_like(n) for n in norm[2:]), *zeros]
-    given = [lay.align(g_spikes)]
+    given = [call.out.align(g_spikes)]
     given += [lay.align(g_v_seq)] if g_v_seq is not None else []
     given += [lay.align_state(g_final)] if g_final is not None else []
     given += [lay.align_state(initial)] if initial is not None and not call.spec.loop else []
@@ -186,19 +202,19 @@ def fused_neuron_backward(
 
 def _sums(call: Call, name: str) -> torch.Tensor:
     """Where the kernel leaves a parameter's gradient, see ``codegen._store_parameter``."""
-    kind, grid = dict(call.spec.reads)[name], call.tile.grid
+    kind, grid = dict(call.spec.reads)[name], call.plan.tile.grid
     if kind == "element":
-        return call.x.new_empty(call.lay.N, dtype=torch.float32)
+        return call.x.new_empty(call.out.N, dtype=torch.float32)
     if kind == "scalar":
         return call.x.new_empty(grid, dtype=torch.float32)
-    return call.x.new_empty((grid[0], call.tile.sizes[1]), dtype=torch.float32)
+    return call.x.new_empty((grid[0], call.plan.tile.sizes[1]), dtype=torch.float32)
 
 
 def _totals(
     call: Call, names: Sequence[str], sums: Sequence[torch.Tensor], params: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The parameters' gradients in their own shapes; of the norm's parameters, [C]."""
-    kinds, own = dict(call.spec.reads), call.names[-len(params) :] if params else ()
+    kinds, own = dict(call.spec.reads), call.plan.names[-len(params) :] if params else ()
     shapes = dict(zip(own, params, strict=True))
     totals = []
     for name, part in zip(names, sums, strict=True):
@@ -210,14 +226,19 @@ def _totals(
             total = part.sum().reshape(like.shape if like is not None else (1,))
         else:
             assert like is not None
-            total = part.as_strided(call.lay.shape[1:], call.lay.strides[1:]).sum_to_size(
+            total = part.as_strided(call.out.shape[1:], call.out.strides[1:]).sum_to_size(
                 like.shape
             )
         totals.append(total if like is None else total.to(like.dtype))
     return totals
 
 
-@fused_neuron_backward.register_fake
+_backward_op = torch.library.custom_op("spikeport::fused_neuron_backward", mutates_args=())(
+    fused_neuron_backward
+)
+
+
+@_backward_op.register_fake
 def _(
     x: torch.Tensor,
     norm: Sequence[torch.Tensor],
@@ -231,6 +252,7 @@ def _(
     surrogate: str,
     detach_reset: bool,
     batch_statistics: bool,
+    window: Sequence[int],
     wrt: Sequence[bool],
 ) -> list[torch.Tensor]:
     _, lay = layout(x)
@@ -246,29 +268,44 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, norm, params, initial, neuron, surrogate, detach_reset, batch_statistics, *asked = inputs
+    x, norm, params, initial, *options = inputs
+    _keep(ctx, x, norm, params, initial, options, output)
+    ctx.run = torch.ops.spikeport.fused_neuron_backward
+
+
+def _keep(
+    ctx: Any,
+    x: torch.Tensor,
+    norm: Sequence[torch.Tensor],
+    params: Sequence[torch.Tensor],
+    initial: torch.Tensor | None,
+    options: Sequence[Any],
+    output: tuple[torch.Tensor, ...],
+) -> None:
+    """What the backward pass needs."""
+    neuron, surrogate, detach_reset, batch_statistics, final, v_seq, _, window = options
     ctx.set_materialize_grads(False)
-    tensors = [x, output[3], *norm, *params]
-    ctx.save_for_backward(*tensors, *([] if initial is None else [initial]))
+    ctx.save_for_backward(x, output[3], *norm, *params, *([] if initial is None else [initial]))
     ctx.counts, ctx.initial = (len(norm), len(params)), initial is not None
-    ctx.options = (neuron, surrogate, detach_reset, batch_statistics)
+    ctx.options = (neuron, surrogate, detach_reset, batch_statistics, window)
     ctx.wrt = [p.requires_grad for p in params]
-    ctx.final, ctx.v_seq, _ = asked
+    ctx.final, ctx.v_seq, ctx.spikes = final, v_seq, output[0].shape
 
 
-def _backward(
+def _gradients(
     ctx: Any,
     g_spikes: torch.Tensor | None,
     g_final: torch.Tensor | None,
     g_v_seq: torch.Tensor | None,
-    _: Any,
-) -> tuple[Any, ...]:
+) -> tuple[torch.Tensor, list[Any], list[Any], torch.Tensor | None]:
+    """Of x, the norm's tensors, the parameters and the initial state."""
     x, checkpoints, *rest = ctx.saved_tensors
     a, b = ctx.counts
     norm, params = rest[:a], rest[a : a + b]
     initial = rest[-1] if ctx.initial else None
-    g_spikes = torch.zeros_like(x) if g_spikes is None else g_spikes
-    g_x, g_initial, *rest = torch.ops.spikeport.fused_neuron_backward(
+    if g_spikes is None:
+        g_spikes = x.new_zeros(ctx.spikes)
+    g_x, g_initial, *rest = ctx.run(
         x,
         norm,
         params,
@@ -283,7 +320,52 @@ def _backward(
     found = iter(rest)
     into_norm = [None, None, next(found), next(found)] if norm else []
     g_params = [next(found) if w else None for w in ctx.wrt]
-    return g_x, into_norm, g_params, g_initial if ctx.initial else None, *[None] * 7
+    return g_x, into_norm, g_params, g_initial if ctx.initial else None
 
 
-fused_neuron.register_autograd(_backward, setup_context=_setup)
+def _backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+    return *_gradients(ctx, *gradients[:3]), *[None] * 8
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator where nothing is traced: several times less work for Python than an operator's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: Sequence[Any], norms: int, x: Any, initial: Any, *tensors: Any
+    ) -> Any:
+        norm, params = tensors[:norms], tensors[norms:]
+        output = fused_neuron(x, norm, params, initial, *options)
+        _keep(ctx, x, norm, params, initial, options, output)
+        ctx.run = fused_neuron_backward
+        ctx.mark_non_differentiable(output[3])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        g_x, into_norm, g_params, g_initial = _gradients(ctx, *gradients[:3])
+        return None, None, g_x, g_initial, *into_norm, *g_params
+
+
+def run(
+    x: torch.Tensor,
+    norm: Sequence[torch.Tensor],
+    params: Sequence[torch.Tensor],
+    initial: torch.Tensor | None,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`fused_neuron` with its derivative: the operator where it is traced, else without one."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        traced: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+        traced = torch.ops.spikeport.fused_neuron(x, norm, params, initial, *options)
+        return traced
+    if not torch.is_grad_enabled():
+        return fused_neuron(x, norm, params, initial, *options)
+    eager: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    apply: Any = _Eager.apply
+    eager = apply(options, len(norm), x, initial, *norm, *params)
+    return eager

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
+from ...converters.ops import aten
 from ...converters.passes import (
     Pass,
     absorb_batch_norm,
@@ -35,6 +36,8 @@ from .codegen import Forward, Spec, forward_source
 _SETTINGS = "settings.json"
 #: Options that a user may set, with their defaults.
 _OPTIONS = {"graph": True}
+#: What max_pool2d's arguments after the first are by default.
+_POOLING = (None, (), (0, 0), (1, 1), False)
 #: Libraries choose their algorithms and set up their workspaces in the first runs.
 _WARM_UP = 3
 #: Part of a kernel's declaration, of no effect without a backward pass.
@@ -82,6 +85,23 @@ class Cuda:
             raise UsageError(f"the cuda target computes in float32 or float16, not in {dtype}")
         return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
 
+    def inspect(self, program: Program) -> Iterator[Finding]:
+        """The neurons for which no kernel can be written."""
+        for site in program.sites:
+            reads = tuple((name, _ANY_READ) for name in site.neuron.tensors())
+            spec = Spec(site.neuron.to_json(), reads, _SURROGATE, detach_reset=False, steps=1)
+            try:
+                forward_source(spec, Forward())
+            except UsageError as error:
+                yield Finding(
+                    rule="kernel",
+                    where=site.name,
+                    target=self.name,
+                    found=f"{site.neuron.describe()}: {error}",
+                    allowed="equations of plain arithmetic, exp, tanh and sigmoid",
+                    fix="write the equation with those, or use the target reference",
+                )
+
     def sdk(self) -> SDK:
         """PyTorch with its CUDA version; the device ids are those of torch."""
         if kernels.interpreted():
@@ -123,7 +143,6 @@ class Cuda:
         chosen = {**_OPTIONS, **options}
         if not isinstance(chosen["graph"], bool):
             raise UsageError(f"graph is {chosen['graph']!r}; allowed: True, False")
-        _check_kernels(program)
         settings = json.dumps({**chosen, "memory": memory(program)})
         (directory / _SETTINGS).write_text(settings, encoding="utf-8")
         return Compiled(chosen, (*graphs.write(program, directory), _SETTINGS))
@@ -147,24 +166,6 @@ class Cuda:
         return _Captured(module, on, settings["memory"], inputs)
 
 
-def _check_kernels(program: Program) -> None:
-    """Every neuron has a kernel.
-
-    Raises:
-        CompileError: Some have none; each is named with the reason.
-    """
-    wrong = []
-    for site in program.sites:
-        reads = tuple((name, _ANY_READ) for name in site.neuron.tensors())
-        spec = Spec(site.neuron.to_json(), reads, _SURROGATE, detach_reset=False, steps=1)
-        try:
-            forward_source(spec, Forward())
-        except UsageError as error:
-            wrong.append(f"{site.name} ({site.neuron.describe()}): {error}")
-    if wrong:
-        raise CompileError("no kernel can be written for " + "; ".join(wrong))
-
-
 def _device(number: int) -> torch.device:
     return torch.device("cpu") if kernels.interpreted() else torch.device("cuda", number)
 
@@ -182,12 +183,40 @@ class _Executor(graphs.ChannelsInnermost):
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         super().__init__(module.to(device))
+        for n in module.graph.find_nodes(op="call_function", target=aten.conv2d.default):
+            at = n.args[1]
+            if isinstance(at, fx.Node) and at.op == "get_attr":
+                weight = self.fetch_attr(str(at.target))
+                if weight.shape[1] == 1:
+                    weight.data = graphs.one_channel_innermost(weight)
         for n in module.graph.nodes:
             # What makes a tensor from nothing is told where.
             schema = getattr(n.target, "_schema", None)
             takes = {a.name for a in schema.arguments} if schema is not None else set()
             if "device" in takes and not n.all_input_nodes:
                 n.kwargs = {**n.kwargs, "device": device}
+
+        #: Neurons that only a max pooling reads, which their kernels may do as well, with its node.
+        self._pooled = {
+            n: next(iter(n.users))
+            for n in module.graph.find_nodes(op="call_function", target=NEURON)
+            if len(n.users) == 1 and _window(next(iter(n.users))) is not None
+        }
+        self._done: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, that of a neuron pooled where its kernel can do that."""
+        if n in self._done:
+            return self.env[n.args[0]]  # type: ignore[index]
+        pooling = self._pooled.get(n)
+        if pooling is None:
+            return super().run_node(n)
+        x, params, spec, layout, T = self.fetch_args_kwargs_from_env(n)[0]
+        x, window = steps(x, layout, T), _window(pooling)
+        if layout == "stepped" or window is None or not kernels.pools(x, window, params):
+            return super().run_node(n)
+        self._done.add(pooling)
+        return _neuron(x, params, None, spec, window=window)[0].flatten(0, 1)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The operator's value, a neuron's from its kernel."""
@@ -202,14 +231,25 @@ class _Executor(graphs.ChannelsInnermost):
         return super().call_function(target, args, kwargs)
 
 
+def _window(node: fx.Node) -> tuple[int, int] | None:
+    """The windows of a max pooling that a neuron's kernel may do; None for every other node."""
+    if node.target is not aten.max_pool2d.default or node.kwargs:
+        return None
+    given: tuple[Any, ...] = (*node.args[1:], *_POOLING[len(node.args) - 1 :])
+    (height, width), stride, padding, dilation = given[:4]
+    plain = tuple(stride) in ((), (height, width)) and not given[4]
+    return (height, width) if plain and not any(padding) and set(dilation) == {1} else None
+
+
 def _neuron(
     x: torch.Tensor,
     params: Sequence[torch.Tensor],
     initial: torch.Tensor | None,
     spec: str,
     final: bool = False,
+    window: tuple[int, int] = (1, 1),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spikes [T, N, ...] of x [T, N, ...], and the last state if ``final``."""
+    """Spikes [T, N, ...] of x [T, N, ...], pooled over windows, and the last state if ``final``."""
     spikes, last, _, _ = ops.fused_neuron(
         x,
         norm=[],
@@ -222,6 +262,7 @@ def _neuron(
         final=final,
         v_seq=False,
         checkpoints=False,
+        window=window,
     )
     return spikes, last
 

@@ -130,7 +130,7 @@ class Lynxi:
             raise UsageError(f"model_type is {kind!r}; allowed: Pytorch, ONNX")
         lyngor = self._import("lyngor")
         buffers = "float16" if program.dtype == torch.float16 else "float32"
-        shapes = {spec.name: list(spec.graph_shape) for spec in program.inputs}
+        shapes = {spec.name: list(spec.graph_shape) for spec in program.graph_inputs}
         try:
             model = lyngor.DLModel()
             with _importable(program, kind) as importable:

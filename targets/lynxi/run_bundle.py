@@ -8,6 +8,9 @@ Copied into every bundle as run.py. It needs the SDK (lyngor, lynpy), NumPy and 
 Exit code 0: the chip computes what was recorded; 1: it does not; 2: the bundle is damaged. The chip
 rounds to float16, so single values may differ; predictions must agree in nine of ten samples, and where
 outputs are no predictions [N, classes], values within a twentieth of the largest.
+
+The model of a stepped network computes one time step. It takes its states as further inputs and gives
+them as further outputs, which this script carries from step to step.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def build(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
         print(f"{out} holds this model already, built by lyngor {lyngor.version}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    shapes = {port["name"]: port["shape"] for port in manifest["inputs"]}
+    shapes = {port["name"]: port["shape"] for port in manifest["inputs"] + states(manifest)}
     model = lyngor.DLModel()
     model.load(
         str(folder / "model.onnx"),
@@ -77,6 +80,32 @@ def run(model: Any, device: int, inputs: list[Any], ports: list[Any]) -> list[An
         outputs.append(part.reshape(port["shape"]))
         at += size
     return outputs
+
+
+def states(manifest: dict[str, Any]) -> list[Any]:
+    """The states of a stepped network; none of another."""
+    return manifest["stepping"]["states"] if manifest["stepping"] else []
+
+
+def run_call(
+    model: Any, device: int, inputs: list[Any], manifest: dict[str, Any], state: list[Any]
+) -> list[Any]:
+    """The outputs of one call, step after step if the network is stepped."""
+    ports, stepping = manifest["outputs"] + states(manifest), manifest["stepping"]
+    if not stepping:
+        return run(model, device, inputs, ports)
+    times = stepping["inputs"]
+    counts = [inputs[i].shape[d] for i, d in enumerate(times) if d is not None]
+    found = []
+    for t in range(counts[0] if counts else stepping["steps"]):
+        now = [inputs[i] if d is None else inputs[i].take(t, d) for i, d in enumerate(times)]
+        results = run(model, device, now + state, ports)
+        found.append(results)
+        state = results[len(manifest["outputs"]) :]
+    return [
+        found[-1][i] if d is None else np.stack([results[i] for results in found], d)
+        for i, d in enumerate(stepping["outputs"])
+    ]
 
 
 def compare(call: int, name: str, expected: Any, found: Any) -> bool:
@@ -123,7 +152,8 @@ def main() -> int:
     verdicts = []
     for call in range(manifest["calls"]):
         inputs = [samples[f"{call}.input.{i}"] for i in range(len(manifest["inputs"]))]
-        found = run(model, args.device, inputs, manifest["outputs"])
+        state = [samples[f"state.{i}"] for i in range(len(states(manifest)))]
+        found = run_call(model, args.device, inputs, manifest, state)
         for i, port in enumerate(manifest["outputs"]):
             verdicts.append(compare(call, port["name"], samples[f"{call}.output.{i}"], found[i]))
     right = all(verdicts)

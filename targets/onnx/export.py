@@ -131,13 +131,13 @@ class Emitter:
         from .operators import OPERATORS
 
         program = self.program
-        ports = [spec.name for spec in (*program.inputs, *program.outputs)]
+        ports = [spec.name for spec in (*program.graph_inputs, *program.graph_outputs)]
         self._names.update(ports)
         inputs = [
             helper.make_tensor_value_info(s.name, _NUMBERS[n.meta["val"].dtype], shape(n))
-            for s, n in zip(program.inputs, program.nodes("placeholder"), strict=True)
+            for s, n in zip(program.graph_inputs, program.nodes("placeholder"), strict=True)
         ]
-        specs = iter(program.inputs)
+        specs = iter(program.graph_inputs)
         findings: dict[tuple[str, str], Finding] = {}
         for n in program.walk():
             self._node = n
@@ -159,7 +159,7 @@ class Emitter:
         if findings:
             raise UnsupportedError("ONNX cannot say this network:", findings.values())
         outputs = []
-        for spec, n in zip(program.outputs, program.results, strict=True):
+        for spec, n in zip(program.graph_outputs, program.results, strict=True):
             self._node = n
             self._publish(n, spec.name, ports)
             number = _NUMBERS[n.meta["val"].dtype]
@@ -221,8 +221,11 @@ def export(program: Program, file: Path, opset: int) -> tuple[Path, ...]:
         ir_version=helper.find_min_ir_version_for(imports),
         producer_name="spikeport",
     )
+    state = "each call starts from v_0"
+    if program.stepping is not None:
+        state = "each call is one time step; an output <name>.next goes into the input <name>"
     neurons = {f"neuron:{site.name}": site.neuron.describe() for site in program.sites}
-    helper.set_model_props(model, {**neurons, "state": "each call starts from v_0"})
+    helper.set_model_props(model, {**neurons, "state": state})
     files = [file]
     if emitter.bytes > EXTERNAL_ABOVE:
         files.append(file.with_name(f"{file.name}.data"))

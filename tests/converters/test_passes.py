@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
+from random_networks import RANDOM, rand, sequence, settled, stacks
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -46,10 +46,6 @@ class Net(nn.Module):
         return self.run(self, *inputs)
 
 
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
 def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
     with torch.no_grad():
         return copy.deepcopy(net).eval()(*inputs)
@@ -70,20 +66,6 @@ def rank(program: Program) -> int:
 
 def names(program: Program) -> list[str]:
     return [short(n.target) for n in program.nodes("call_function")]
-
-
-def settled(net: nn.Module, seed: int = 0) -> nn.Module:
-    """With batch norms that do something."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.uniform_(-1, 1, generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
-            if module.affine:
-                with torch.no_grad():
-                    module.weight.uniform_(0.5, 3, generator=generator)
-                    module.bias.uniform_(-0.5, 1, generator=generator)
-    return net.eval()
 
 
 def shapes_are_true(program: Program, inputs: tuple[torch.Tensor, ...]) -> bool:
@@ -115,10 +97,6 @@ def each_pass_keeps(net: nn.Module, *inputs: torch.Tensor) -> Program:
     again = tuple(x.flip(-1) for x in inputs)
     assert equal(chained(*again), reference(net, *again))
     return chained
-
-
-def sequence(x: torch.Tensor, steps: int) -> torch.Tensor:
-    return x.unsqueeze(0).repeat(steps, *[1] * x.dim())
 
 
 # Hoisting
@@ -643,103 +621,6 @@ def test_the_cast_keeps_integers() -> None:
 # Random networks
 
 
-@st.composite
-def stacks(draw: st.DrawFn) -> tuple[nn.Module, tuple[torch.Tensor, ...], bool]:
-    """A small network of layers, neurons, residuals and concatenations, and its input."""
-    steps, batch = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    static = draw(st.booleans())
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    channels, size, parts, norms = 2, 8, [], False
-    for _ in range(draw(st.integers(1, 5))):
-        kind = draw(
-            st.sampled_from(
-                [
-                    "conv",
-                    "conv+norm",
-                    "norm",
-                    "pool",
-                    "average",
-                    "neuron",
-                    "residual",
-                    "cat",
-                    "relu",
-                ]
-            )
-        )
-        out = channels
-        if kind.startswith("conv"):
-            out = draw(st.integers(1, 4))
-            part: nn.Module = nn.Conv2d(channels, out, 3, padding=1, bias=draw(st.booleans()))
-            if kind == "conv+norm":
-                part, norms = nn.Sequential(part, nn.BatchNorm2d(out)), True
-        elif kind == "norm":
-            part = nn.BatchNorm2d(channels)
-        elif kind in ("pool", "average"):
-            if size < 4:
-                continue
-            part = (nn.MaxPool2d if kind == "pool" else nn.AvgPool2d)(2)
-            size //= 2
-        elif kind == "neuron":
-            part = draw(neurons())
-        elif kind == "relu":
-            part = nn.ReLU()
-        else:
-            part = nn.Conv2d(channels, channels, 1)
-            out = 2 * channels if kind == "cat" else channels
-        parts.append((kind, part))
-        channels = out
-    parts.append(("neuron", draw(neurons())))
-    if draw(st.booleans()):
-        parts += [("flatten", nn.Linear(channels * size * size, 3)), ("neuron", draw(neurons()))]
-    shape = (batch, 2, 8, 8) if static else (steps, batch, 2, 8, 8)
-    ending = draw(st.sampled_from(["sequence", "mean", "both"]))
-    return settled(Stack(parts, steps if static else 0, ending)), (rand(*shape),), norms
-
-
-@st.composite
-def neurons(draw: st.DrawFn) -> nn.Module:
-    arguments = {
-        "v_reset": draw(st.sampled_from([0.0, None, -0.25, 0.1])),
-        "fires": draw(st.sampled_from([">=", ">"])),
-        "reset_at": draw(st.sampled_from(["now", "next"])),
-        "v_threshold": draw(st.sampled_from([1.0, 0.5])),
-    }
-    kind = draw(st.sampled_from([IFNode, LIFNode, ParametricLIFNode]))
-    if kind is not IFNode:
-        arguments["decay_input"] = draw(st.booleans())
-    return kind(**arguments)
-
-
-class Stack(nn.Module):
-    def __init__(self, parts: list[tuple[str, nn.Module]], repeat: int, ending: str) -> None:
-        super().__init__()
-        self.kinds = [kind for kind, _ in parts]
-        self.layers = nn.ModuleList(part for _, part in parts)
-        self.repeat, self.ending = repeat, ending
-
-    def forward(self, x: torch.Tensor) -> Any:
-        if self.repeat:
-            x = sequence(x, self.repeat)
-        for kind, part in zip(self.kinds, self.layers, strict=True):
-            if kind == "neuron":
-                x = part(x)
-            elif kind == "flatten":
-                x = part(x.flatten(2))
-            else:
-                y = part(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-                x = x + y if kind == "residual" else torch.cat([x, y], 2) if kind == "cat" else y
-        if self.ending == "both":
-            return {"spikes": x, "rate": x.mean(0)}
-        return x.mean(0) if self.ending == "mean" else x
-
-
-RANDOM = settings(
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-
 def check_stack(net: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     program = each_pass_keeps(net, *inputs)
     assert rank(program) <= 4
@@ -774,13 +655,11 @@ def observed(
 @settings(RANDOM, max_examples=8)
 @given(stacks())
 def test_random_networks(stack: Any) -> None:
-    net, inputs, _ = stack
-    check_stack(net, inputs)
+    check_stack(*stack)
 
 
 @pytest.mark.slow
 @settings(RANDOM, max_examples=150)
 @given(stacks())
 def test_many_random_networks(stack: Any) -> None:
-    net, inputs, _ = stack
-    check_stack(net, inputs)
+    check_stack(*stack)

@@ -309,7 +309,9 @@ class Stepwise(nn.Module):
 @pytest.mark.parametrize(
     ("name", "given"),
     [(name, given) for name, all_given in OTHERS.items() for given in all_given],
-    ids=lambda v: v if isinstance(v, str) else "-".join(str(x) for x in v.values()),
+    ids=lambda v: (
+        v if isinstance(v, str) else "-".join(getattr(x, "__name__", str(x)) for x in v.values())
+    ),
 )
 def test_neurons_of_other_dynamics(name: str, given: dict, v_reset: float | None) -> None:
     if name in ONE_RESET and v_reset != 0.0:

@@ -579,7 +579,7 @@ def test_an_edited_manifest_is_found(made):
 
 def test_an_artifact_of_a_newer_version_is_refused_with_both_versions(made):
     edit(made.path, schema_version=7)
-    with pytest.raises(deploy.ArtifactVersionError, match=r"format 7.*up to format 1.*update"):
+    with pytest.raises(deploy.ArtifactVersionError, match=r"format 7.*up to format 2.*update"):
         deploy.load(made.path)
 
 

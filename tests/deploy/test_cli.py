@@ -405,9 +405,11 @@ def test_ctrl_c_ends_a_real_process_without_a_trace(folder, tmp_path):
     """The interrupt comes while the compiler writes, as soon as the directory is there."""
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "from spikeport.deploy import cli\n"
         "from spikeport.targets.lynxi.adapter import Lynxi\n"
+        # A shell's background job ignores the signal, and its children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def compile(self, program, directory, options):\n"
         "    (directory / 'half').write_text('half')\n"
         "    time.sleep(60)\n"

@@ -160,6 +160,19 @@ def test_training_learns(make, tmp_path, folder):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_half_moves_float32_copies(make, tmp_path):
+    """Steps that are smaller than float16 resolves add up."""
+    latest = tmp_path / "out" / "checkpoint_latest.pth"
+    [*make(net="fc", arguments=("T=2",), half=True, lr=1e-4, epochs=1).epochs()]
+    checkpoint = load(latest)
+    rounded = {
+        n: p.half() for n, p in zip(checkpoint["net"], checkpoint["float32"].values(), strict=True)
+    }
+    assert_same(rounded, dict(checkpoint["net"]))
+    lost = [(p != p.half().float()).float().mean().item() for p in checkpoint["float32"].values()]
+    assert min(lost) > 0.1
+
+
 def test_half_and_amp_precisions(make, tmp_path):
     for option, dtype in (("half", torch.half), ("amp", torch.float)):
         next(make(option, net="fc", arguments=(), **{option: True}).epochs())
@@ -289,7 +302,7 @@ def test_sync_batch_norm_needs_gpus():
 
 
 def test_divergence_is_noticed(make):
-    with pytest.raises(SpikeportError, match=r"diverged in epoch 0: conv_fc.* finite; lower --l"):
+    with pytest.raises(SpikeportError, match=r"diverged in epoch .: conv_fc.* finite; lower --l"):
         list(make(half=True, momentum=1e4).epochs())
 
 
@@ -377,11 +390,57 @@ def test_backends(make):
         TorchTrainer(nn.Linear(2, 2), Options(backend="torch"), Ranks(), 2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [{}, {"half": True}, {"amp": True}])
+def test_a_graph_takes_the_same_steps(make, tmp_path, precision):
+    """Captured anew in each epoch, with that epoch's learning rate."""
+    more = {"device": "cuda", "epochs": 3, "limit": 640, **precision}
+    plain = [*make("plain", "fc", ("T=4",), **more).epochs()]
+    graph = [*make("graph", "fc", ("T=4",), graph=True, **more).epochs()]
+    assert results(plain) == results(graph)
+    a, b = (load(tmp_path / run / "checkpoint_latest.pth") for run in ("plain", "graph"))
+    assert_same(a["net"], b["net"])
+    assert_same(a["optimizer"]["state"], b["optimizer"]["state"])
+
+
+@pytest.mark.gpu
+def test_a_first_step_that_is_skipped_leaves_no_trace(make):
+    training = make(device="cuda", half=True, graph=True, limit=640)
+    training._trainer._scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    for epoch in training.epochs():
+        assert epoch.train_loss < 1
+
+
+class Asking(nn.Module):
+    """Looks at a value while it runs, which a graph cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(28 * 28, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x.flatten(1))
+        return y if y.sum().item() > 0 else -y
+
+
+@pytest.mark.gpu
+def test_a_step_that_no_graph_can_hold(folder, tmp_path):
+    options = Options(
+        device="cuda", graph=True, data=str(folder), out_dir=tmp_path, tensorboard=False
+    )
+    with pytest.raises(
+        UsageError, match="cannot be captured as a CUDA graph: .* Leave --graph out"
+    ):
+        next(Training(Asking, options).epochs())
+
+
 def test_options_say_all_that_is_wrong_with_them():
     with pytest.raises(
         UsageError, match=r"epochs must .* 1; lr must be above 0; backend is .x.; .*; half and amp"
     ):
         Options(epochs=0, lr=0, backend="x", half=True, amp=True)
+    with pytest.raises(UsageError, match="graph is a CUDA graph, and the device is cpu"):
+        Options(graph=True)
     with pytest.raises(UsageError, match="device is 'gpu'; allowed: cpu, cuda"):
         Options(device="gpu")
     with pytest.raises(DeviceError, match="there is no device cuda:99"):

@@ -34,6 +34,15 @@ def _net() -> nn.Module:
     return net
 
 
+def test_layers_share_a_tensor(tmp_path) -> None:
+    threshold = torch.tensor([0.5, 1.0, 0.25])
+    net = nn.Sequential(IFNode(v_threshold=threshold), LIFNode(v_threshold=threshold[:1]))
+    x = torch.rand(4, 2, 3)
+    program = deploy.convert(net, (x,), target="reference")
+    deploy.compile(program, tmp_path / "artifact", cache=False)
+    assert torch.equal(deploy.load(tmp_path / "artifact")(x), net(x))
+
+
 def test_it_computes_what_the_network_computes(tmp_path) -> None:
     net, x = _net(), torch.rand(6, 1, 8, 8)
     program = deploy.convert(net, (x,), target="reference")

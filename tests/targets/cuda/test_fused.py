@@ -16,7 +16,7 @@ from spikeport.converters import neurons, sources, surrogates
 from spikeport.converters.errors import DeviceError, TargetUnavailableError, UsageError
 from spikeport.converters.neurons import Neuron
 from spikeport.targets import cuda
-from spikeport.targets.cuda import kernels, ops
+from spikeport.targets.cuda import kernels
 
 
 @neurons.dynamics(states={"w": 0.0, "s": 0.0})
@@ -362,7 +362,9 @@ class TestTorch:
             initial = torch.zeros(3, 2, 9, device=device) if states else None
             surrogate = surrogates.ATan().to_json()
             args = (x, [], [tau], initial, neuron.to_json(), surrogate, False, False)
-            torch.library.opcheck(ops.fused_neuron, (*args, states, states, True))
+            torch.library.opcheck(
+                torch.ops.spikeport.fused_neuron.default, (*args, states, states, True, (1, 1))
+            )
 
     def test_compile_whole_graph(self, device: str) -> None:
         torch.manual_seed(0)

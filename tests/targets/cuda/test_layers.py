@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spikeport.converters.errors import UsageError
@@ -115,6 +118,86 @@ def network(backend: Any = "fused") -> cuda.LayerByLayer:
     nn.init.uniform_(net[1].bias, 0.5, 1.0)
     nn.init.uniform_(net[5].weight, 0.0, 0.5)
     return net
+
+
+class TestPooling:
+    @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "a slice of columns"])
+    @pytest.mark.parametrize(
+        ("T", "window", "norm"), [(4, (2, 2), True), (18, (1, 3), False), (3, (3, 2), False)]
+    )
+    def test_equal_to_a_layer_of_its_own(
+        self, layout: str, T: int, window: tuple[int, int], norm: bool, device: str
+    ) -> None:
+        C, H, W = 5, 6, 12
+        x = LAYOUTS[layout](drive(T, 2, C, H, W, device=device))
+        tau = (torch.rand(C, 1, 1, generator=torch.Generator().manual_seed(0)) + 2).to(device)
+        a, b = x.detach().requires_grad_(), x.detach().requires_grad_()
+        v_0 = nn.Parameter(torch.tensor(0.25, device=device))
+        nodes = [
+            cuda.LIFNode(tau=nn.Parameter(tau.clone()), v_0=copy.deepcopy(v_0), backend=backend)
+            for backend in ("torch", "fused")
+        ]
+        first = [normalised(C, device) if norm else nn.Identity() for _ in nodes]
+        expected = F.max_pool2d(apart(first[0], nodes[0], a).flatten(0, 1), window)
+        net = cuda.LayerByLayer(first[1], nodes[1], nn.MaxPool2d(window))
+        with calls_of(nn.MaxPool2d) as pooled:
+            spikes = net(b).flatten(0, 1)
+        assert not pooled
+        assert 0.02 < expected.mean() < 0.98
+        assert torch.equal(spikes, expected)
+        g = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        expected.backward(g)
+        spikes.backward(g)
+        assert relative(b.grad, a.grad) < 2e-6
+        for p, q in zip(
+            [*nodes[0].parameters(), *first[0].parameters()],
+            [*nodes[1].parameters(), *first[1].parameters()],
+            strict=True,
+        ):
+            assert relative(q.grad, p.grad) < 4e-6
+
+    @pytest.mark.parametrize(
+        "pool",
+        [
+            nn.MaxPool2d(2, 1),
+            nn.MaxPool2d(3, 3, padding=1),
+            nn.MaxPool2d(2, dilation=2),
+            nn.MaxPool2d(4),
+            nn.MaxPool2d(5),
+            nn.AvgPool2d(2),
+        ],
+        ids=str,
+    )
+    def test_other_poolings_stay_layers(self, pool: nn.Module, device: str) -> None:
+        x = drive(8, 2, 3, 6, 6, device=device)
+        net = cuda.LayerByLayer(cuda.IFNode(backend="fused"), pool)
+        alone = cuda.IFNode(backend="torch")(x).flatten(0, 1)
+        with calls_of(type(pool)) as pooled:
+            y = net(x)
+        assert pooled
+        assert torch.equal(y.flatten(0, 1), pool(alone))
+
+    def test_a_parameter_of_each_place_keeps_it_a_layer(self, device: str) -> None:
+        tau = nn.Parameter(torch.rand(3, 6, 6, device=device) + 2)
+        node = cuda.LIFNode(tau=tau, backend="fused")
+        x = drive(4, 2, 3, 6, 6, device=device)
+        y = cuda.LayerByLayer(node, nn.MaxPool2d(2))(x)
+        assert torch.equal(y.flatten(0, 1), F.max_pool2d(node(x).flatten(0, 1), 2))
+
+
+@contextmanager
+def calls_of(kind: type[nn.Module]) -> Iterator[list[nn.Module]]:
+    """The layers of this kind that are called."""
+    calls: list[nn.Module] = []
+    forward = kind.forward
+
+    def counted(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", counted)
+        yield calls
 
 
 class TestLayerByLayer:

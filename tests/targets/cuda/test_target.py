@@ -12,13 +12,14 @@ from torch import nn
 
 from spikeport import deploy
 from spikeport.converters.errors import (
-    CompileError,
     DeviceError,
     TargetUnavailableError,
+    UnsupportedError,
     UsageError,
 )
 from spikeport.converters.neurons import IFNode, LIFNode, Node, dynamics
-from spikeport.targets import cuda, get
+from spikeport.converters.ops import aten
+from spikeport.targets import cuda, get, graphs
 from spikeport.targets.cuda import kernels
 
 T, N = 5, 4
@@ -201,7 +202,7 @@ def test_a_device_that_is_not_there(artifact) -> None:
         deploy.load(artifact, device=99)
 
 
-def test_a_neuron_without_a_kernel_is_named(tmp_path) -> None:
+def test_a_neuron_without_a_kernel_is_named() -> None:
     @dynamics
     def Cubed(v: Any, x: Any) -> Any:  # noqa: N802
         return v + (x * x + 1.0) ** 1.5
@@ -214,9 +215,13 @@ def test_a_neuron_without_a_kernel_is_named(tmp_path) -> None:
         def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
             return self.second(self.first(x_seq))
 
-    program = deploy.convert(Odd(), (torch.rand(T, N, 3),), target="cuda", verify=False)
-    with pytest.raises(CompileError, match=r"(?s)first \(Cubed.*powers.*second \(Cubed"):
-        deploy.compile(program, tmp_path / "a", cache=False)
+    x = torch.rand(T, N, 3)
+    found = deploy.check(Odd(), (x,), ["cuda"])
+    assert [f.where for f in found.errors] == ["first", "second"]
+    assert "Cubed" in found.errors[0].found
+    assert "powers" in found.errors[0].found
+    with pytest.raises(UnsupportedError, match=r"(?s)first.*Cubed.*powers.*second.*Cubed"):
+        deploy.convert(Odd(), (x,), target="cuda")
 
 
 def test_no_gpu(artifact, monkeypatch) -> None:
@@ -232,6 +237,21 @@ def test_the_interpreter_is_named() -> None:
     sdk = get("cuda").sdk()
     assert sdk.simulated
     assert sdk.settings["kernels"] == "interpreted on the CPU, no CUDA graphs"
+
+
+def test_a_pooling_of_spikes_is_part_of_the_neurons_kernel(artifact, monkeypatch) -> None:
+    targets: list[Any] = []
+    call = graphs.ChannelsInnermost.call_function
+
+    def spy(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        targets.append(target)
+        return call(self, target, args, kwargs)
+
+    monkeypatch.setattr(graphs.ChannelsInnermost, "call_function", spy)
+    with deploy.load(artifact) as model, torch.no_grad():
+        assert torch.equal(model(_image(8)), _on_a_grid(Net())(_image(8)))
+    assert aten.conv2d.default in targets
+    assert aten.max_pool2d.default not in targets
 
 
 # On a GPU

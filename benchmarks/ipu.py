@@ -1,0 +1,530 @@
+"""Training on the IPU: networks rewritten for it against the torch path.
+
+    python benchmarks/ipu.py                  all of it, into benchmarks/ipu.txt and benchmarks/ipu.svg
+    python benchmarks/ipu.py surrogates       one of: surrogates, replication, speed, training,
+                                              deployment
+
+Needs snnTorch, SpikingJelly, matplotlib, and Fashion-MNIST's training set. Runs on the simulated SDK;
+speeds are the simulator's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikeport import deploy
+from spikeport.converters import neurons, surrogates
+from spikeport.deploy import data
+from spikeport.deploy.cli import main as spikeport
+from spikeport.deploy.network import build
+from spikeport.targets import ipu
+
+HERE = Path(__file__).parent
+T, N, F = 8, 6, 12
+RECIPE = ["--loss", "ce_count", "--optimizer", "adam", "--lr", "0.001", "--no-tensorboard"]
+
+
+# Equality
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two layers of one kind of neuron, as a source makes them.
+
+    Attributes:
+        source: The framework.
+        neuron: The kind.
+        reset: Its reset.
+        surrogate: Its surrogate gradient.
+        make: Makes a layer.
+    """
+
+    source: str
+    neuron: str
+    reset: str
+    surrogate: str
+    make: Callable[[], nn.Module]
+
+
+class Layers(nn.Module):
+    """x [T, N, F] -> spikes [T, N, F]; single-step neurons in a loop, their state handed on."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.fc = nn.ModuleList(nn.Linear(F, F) for _ in range(2))
+        self.neurons = nn.ModuleList(make() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first: Any = self.neurons[0]
+        if not (hasattr(first, "reset_mem") or getattr(first, "step_mode", "m") == "s"):
+            for fc, neuron in zip(self.fc, self.neurons, strict=True):
+                x = neuron(fc(x))
+            return x
+        states = [
+            neuron.reset_mem() if hasattr(neuron, "reset_mem") else () for neuron in self.neurons
+        ]
+        states = [s if isinstance(s, tuple) else (s,) for s in states]
+        steps = []
+        for step in x:
+            for i, (fc, neuron) in enumerate(zip(self.fc, self.neurons, strict=True)):
+                out = neuron(fc(step), *states[i])
+                step, *states[i] = out if isinstance(out, tuple) else (out,)
+            steps.append(step)
+        return torch.stack(steps)
+
+
+def cases() -> Iterator[Case]:
+    """Every source, neuron, reset and surrogate."""
+    yield from _spikingjelly()
+    yield from _snntorch()
+    yield from _native()
+
+
+def _spikingjelly() -> Iterator[Case]:
+    from spikingjelly.activation_based import neuron
+    from spikingjelly.activation_based import surrogate as theirs
+
+    kinds = {
+        "IF": (neuron.IFNode, {}),
+        "LIF": (neuron.LIFNode, {}),
+        "LIF, decay_input=False": (neuron.LIFNode, {"decay_input": False}),
+        "ParametricLIF": (neuron.ParametricLIFNode, {}),
+        "ParametricLIF, decay_input=False": (neuron.ParametricLIFNode, {"decay_input": False}),
+    }
+    names = (
+        *("ATan", "Sigmoid", "SoftSign", "SuperSpike", "PiecewiseQuadratic", "PiecewiseExp"),
+        *("NonzeroSignLogAbs", "Erf", "PiecewiseLeakyReLU", "S2NN", "QPseudoSpike", "LeakyKReLU"),
+        *("LogTailedReLU", "DeterministicPass", "Rect"),
+    )
+    resets = {"hard": 0.0, "hard, v_reset = -0.2": -0.2, "soft": None}
+    for (name, (kind, given)), (reset, v_reset), detach, mode, surrogate in itertools.product(
+        kinds.items(), resets.items(), (False, True), "sm", names
+    ):
+
+        def make(
+            kind: Any = kind,
+            given: Any = given,
+            v_reset: Any = v_reset,
+            detach: bool = detach,
+            mode: str = mode,
+            surrogate: str = surrogate,
+        ) -> nn.Module:
+            function = getattr(theirs, surrogate)()
+            made: nn.Module = kind(
+                v_reset=v_reset,
+                detach_reset=detach,
+                step_mode=mode,
+                surrogate_function=function,
+                **given,
+            )
+            return made
+
+        yield Case("SpikingJelly", name, reset + ", detached" * detach, surrogate, make)
+
+
+def _snntorch() -> Iterator[Case]:
+    import snntorch as snn
+    from snntorch import surrogate as theirs
+
+    kinds: dict[str, tuple[Any, dict[str, Any], tuple[bool, ...]]] = {
+        "Leaky": (snn.Leaky, {"beta": 0.9, "learn_beta": True}, (True, False)),
+        "Synaptic": (
+            snn.Synaptic,
+            {"alpha": 0.6, "beta": 0.8, "learn_alpha": True, "learn_threshold": True},
+            (True, False),
+        ),
+        "Alpha": (snn.Alpha, {"alpha": 0.7, "beta": 0.5}, ()),
+        "Lapicque": (snn.Lapicque, {"beta": 0.8, "threshold": 0.3}, ()),
+    }
+    names = (
+        *("atan", "sigmoid", "fast_sigmoid", "straight_through_estimator", "heaviside"),
+        *("triangular", "spike_rate_escape", "SFS"),
+    )
+    for name, (kind, given, delays) in kinds.items():
+        choices = itertools.product(("subtract", "zero", "none"), delays or (None,), names)
+        for reset, delay, surrogate in choices:
+            # snnTorch's sigmoid overflows, and gives NaN, where slope u < -88.
+            slope = [2] if surrogate == "sigmoid" else []
+
+            def make(
+                kind: Any = kind,
+                given: Any = given,
+                slope: Any = slope,
+                reset: str = reset,
+                delay: bool | None = delay,
+                surrogate: str = surrogate,
+            ) -> nn.Module:
+                more = {} if delay is None else {"reset_delay": delay}
+                made: nn.Module = kind(
+                    **given,
+                    **more,
+                    reset_mechanism=reset,
+                    spike_grad=getattr(theirs, surrogate)(*slope),
+                )
+                return made
+
+            late = "" if delay is not False else ", reset_delay=False"
+            yield Case("snnTorch", name, reset + late, surrogate, make)
+
+
+def _native() -> Iterator[Case]:
+    kinds: dict[str, tuple[neurons.Dynamics, dict[str, Any]]] = {
+        "IF": (neurons.IF, {}),
+        "LIF": (neurons.LIF, {"tau": 2.0, "v_rest": 0.0}),
+        "LIF, decay_input=False": (neurons.LIF, {"tau": 2.0, "v_rest": 0.0, "decay_input": False}),
+        "ParametricLIF": (neurons.ParametricLIF, {"v_rest": 0.0, "w": 0.3}),
+        "Leaky": (neurons.Leaky, {"beta": 0.9}),
+        "Synaptic": (neurons.Synaptic, {"alpha": 0.6, "beta": 0.8}),
+        "Alpha": (neurons.Alpha, {"alpha": 0.7, "beta": 0.5, "tau": 2.1, "zero": True}),
+        "Lapicque": (neurons.Lapicque, {"R": 5.0, "C": 1.0, "dt": 1.0}),
+        "Adaptive": (adaptive(), {"tau": 2.0, "tau_w": 20.0, "a": 0.1, "b": 0.2}),
+    }
+    resets = {
+        "hard": {"v_reset": 0.0},
+        "hard, v_reset = -0.2": {"v_reset": -0.2},
+        "soft": {"v_reset": None},
+        "hard, next step": {"v_reset": 0.0, "reset_at": "next"},
+        "soft, next step": {"v_reset": None, "reset_at": "next", "fires": ">"},
+        "hard, before": {"v_reset": 0.0, "reset_at": "before"},
+        "soft, ahead": {"v_reset": None, "reset_at": "ahead"},
+    }
+    for (name, (kind, given)), (reset, more), detach, surrogate in itertools.product(
+        kinds.items(), resets.items(), (False, True), surrogates.KINDS.values()
+    ):
+
+        def make(
+            kind: Any = kind,
+            given: Any = given,
+            more: Any = more,
+            detach: bool = detach,
+            surrogate: Any = surrogate,
+        ) -> nn.Module:
+            learned = {
+                n: nn.Parameter(torch.tensor(v)) if n in ("w", "beta", "tau_w") else v
+                for n, v in given.items()
+            }
+            return neurons.Node(kind, **learned, **more, detach_reset=detach, surrogate=surrogate())
+
+        yield Case("spikeport", name, reset + ", detached" * detach, surrogate.name, make)
+
+
+def adaptive() -> neurons.Dynamics:
+    """A neuron of one's own, with an adaptation current that follows v and jumps at a spike."""
+
+    @neurons.dynamics(states={"w": 0.0, "s": 0.0})
+    def Adaptive(v: Any, w: Any, s: Any, x: Any, *, tau: Any, tau_w: Any, a: Any, b: Any) -> Any:  # noqa: N802
+        w = w + (a * v - w) / tau_w + b * s
+        return v + (x - w - v) / tau, w
+
+    return Adaptive
+
+
+def difference(case: Case) -> tuple[int, int, float]:
+    """Spikes that differ, spikes in all, and the largest relative error of a weight's gradient."""
+    torch.manual_seed(0)
+    net = Layers(case.make)
+    for fc in net.fc:
+        nn.init.normal_(fc.weight, std=0.6)  # so that both layers fire
+    model = ipu.training_module(net, loss=lambda spikes, label: (spikes * weights).sum())
+    x = torch.randn(T, N, F) * 1.5 + 0.5
+    weights = torch.randn(T, N, F)
+    spikes = net(x)
+    (spikes * weights).sum().backward()
+    ours = model.net(x)
+    for module in model.net.modules():
+        if hasattr(module, "reset") and callable(module.reset):
+            module.reset()
+    loss: torch.Tensor = (ours * weights).sum()
+    loss.backward()
+    error = 0.0
+    theirs = dict(net.named_parameters())
+    for name, p in model.net.named_parameters():
+        wanted = theirs[name].grad
+        if wanted is None or p.grad is None:
+            assert wanted is None or not wanted.any(), (case, name)
+            continue
+        assert wanted.isfinite().all(), (case, name)
+        scale = float(wanted.norm())
+        error = max(
+            error, float((p.grad - wanted).norm()) / scale if scale else float(p.grad.norm())
+        )
+    return int((ours != spikes).sum()), spikes.numel(), error
+
+
+def surrogate_table() -> str:
+    """Spikes and weight gradients of rewritten networks against their source's own autograd."""
+    rows: dict[tuple[str, str, str], list[Any]] = {}
+    for case in cases():
+        differing, count, error = difference(case)
+        row = rows.setdefault((case.source, case.neuron, case.reset), [0, 0, 0, 0.0, ""])
+        row[0] += 1
+        row[1] += differing
+        row[2] += count
+        if error >= row[3]:
+            row[3], row[4] = error, case.surrogate
+    head = ("source", "neuron", "reset", "cells", "spikes", "differ", "gradient error", "worst")
+    lines = [
+        (*key, str(cells), str(count), str(differing), f"{error:.1e}", worst)
+        for key, (cells, differing, count, error, worst) in rows.items()
+    ]
+    cells = sum(r[0] for r in rows.values())
+    total = (
+        f"{cells} cells of two layers, T = {T}: {sum(r[1] for r in rows.values())} of "
+        f"{sum(r[2] for r in rows.values())} spikes differ; largest relative error of a weight's "
+        f"gradient {max(r[3] for r in rows.values()):.1e}"
+    )
+    return f"{_aligned([head, *lines])}\n\n{total}"
+
+
+# Replication and accumulation
+
+
+class Spiking(nn.Module):
+    """784-100-10 leaky neurons over 5 steps, with the loss inside."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.fc = nn.ModuleList((nn.Linear(784, 100), nn.Linear(100, 10)))
+        self.reduction = reduction
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        mem = [torch.zeros(len(x), fc.out_features) for fc in self.fc]
+        count = torch.zeros(len(x), 10)
+        for _ in range(5):
+            spk = x.flatten(1)
+            for i, fc in enumerate(self.fc):
+                mem[i] = 0.9 * mem[i] + fc(spk)
+                smooth = torch.sigmoid(4 * (mem[i] - 1))
+                spk = (mem[i] >= 1).float() + (smooth - smooth.detach())
+                mem[i] = mem[i] - spk.detach()
+            count = count + spk
+        return nn.functional.cross_entropy(count, y, reduction=self.reduction)
+
+
+def replication(steps: int = 20, batch: int = 4) -> str:
+    """Weights after training with D x G x R against one plain torch run of the combined batches."""
+    rows = [
+        (reduction, *dgr, *_replicated(reduction, *dgr, steps, batch))
+        for reduction, *dgr in itertools.product(("mean", "sum"), *[(1, 2, 4)] * 3)
+    ]
+    head = ("reduction", "D", "G", "R", "difference", "trained by")
+    shown = [(*map(str, row[:4]), f"{row[4]:.1e}", f"{row[5]:.1e}") for row in rows]
+    return (
+        f"{_aligned([head, *shown])}\n\nlargest difference of a weight after {steps} optimizer steps on "
+        f"Fashion-MNIST, micro-batches of {batch}: {max(row[4] for row in rows):.1e}; training moved a "
+        f"weight by up to {max(row[5] for row in rows):.1e}"
+    )
+
+
+def _replicated(
+    reduction: str, d: int, g: int, r: int, steps: int, batch: int
+) -> tuple[float, float]:
+    """Largest difference of a weight from the plain run's, and from where the plain run began."""
+    from spikeport.targets.ipu.simulator import poptorch
+
+    mean = reduction == "mean"
+    options = poptorch.Options().deviceIterations(d).replicationFactor(r)
+    options.Training.gradientAccumulation(g)
+    options.Training.accumulationAndReplicationReductionType(
+        poptorch.ReductionType.Mean if mean else poptorch.ReductionType.Sum
+    )
+    torch.manual_seed(0)
+    net = Spiking(reduction)
+    plain, start = copy.deepcopy(net), copy.deepcopy(net)
+    hyper = {"lr": 0.005 if mean else 0.005 / (batch * g * r), "momentum": 0.9}
+    optimizer = poptorch.optim.SGD(net.parameters(), **hyper)
+    model = poptorch.trainingModel(net, options, optimizer)
+    torch_optimizer = torch.optim.SGD(plain.parameters(), **hyper)
+    images = data.load("fashion-mnist", limit=steps * batch * g * r)
+    for x, y in images.loader(batch * d * g * r):
+        model(x, y)
+    for x, y in images.loader(batch * g * r):
+        torch_optimizer.zero_grad()
+        plain(x, y).backward()
+        torch_optimizer.step()
+    return _distance(net, plain), _distance(start, plain)
+
+
+def _distance(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p.detach() - q.detach()).abs().max()) for p, q in pairs)
+
+
+# Speed
+
+
+def speed(steps: int = 8, turns: int = 5) -> str:
+    """Seconds of a training step, the plain torch loop and the simulator taking turns."""
+    images = data.load("fashion-mnist", split="train", limit=128 * steps)
+    torch.manual_seed(0)
+    net = build("leaky")
+    torch_net = copy.deepcopy(net).train()
+    optimizer = torch.optim.Adam(torch_net.parameters(), lr=1e-3)
+    from snntorch import functional
+
+    loss_function = functional.ce_count_loss()
+    trainer = ipu.trainer(ipu.training_module(net), lr=1e-3, betas=(0.9, 0.999), simulator=True)
+    batches = [(x.flatten(1).reshape(-1, 1, 28, 28), y) for x, y in images.loader(128)]
+
+    def plain() -> None:
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss_function(torch_net(x), y).backward()
+            optimizer.step()
+
+    def simulated() -> None:
+        for x, y in batches:
+            trainer.step(x, y)
+
+    times: dict[str, list[float]] = {"plain torch loop": [], "ipu-sim": []}
+    simulated()  # compiles
+    plain()
+    for _ in range(turns):
+        for name, run in zip(times, (plain, simulated), strict=True):
+            start = time.process_time(), time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start[1]) / steps)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    ratio = medians["ipu-sim"] / medians["plain torch loop"]
+    lines = [f"{name}: {1e3 * t:.0f} ms a step of 128 images" for name, t in medians.items()]
+    return "\n".join([*lines, f"ratio: {ratio:.2f} ({torch.get_num_threads()} threads)"])
+
+
+# Training
+
+
+def training(epochs: int, folder: Path) -> str:
+    """The same network, seed and recipe by the torch path and on the simulator, and their curves."""
+    curves: dict[str, list[dict[str, float]]] = {}
+    for name, more in (("torch", []), ("ipu-sim", ["--target", "ipu-sim"])):
+        log = folder / f"{name}.json"
+        if not log.exists():
+            _train(name, [*more, "--epochs", str(epochs), "--out-dir", str(folder / name)], log)
+        curves[name] = json.loads(log.read_text(encoding="utf-8"))["epochs"]
+    _plot(curves, HERE / "ipu.svg")
+    head = ("epoch", *(f"{n} {what}" for what in ("loss", "test acc.") for n in curves))
+    rows = [
+        (
+            str(e),
+            *(f"{c[e]['train_loss']:.4f}" for c in curves.values()),
+            *(f"{c[e]['test_acc']:.2%}" for c in curves.values()),
+        )
+        for e in range(len(curves["torch"]))
+    ]
+    a, b = (c[-1]["test_acc"] for c in curves.values())
+    return f"{_aligned([head, *rows])}\n\nfinal difference: {100 * (b - a):+.2f} points"
+
+
+def _train(name: str, options: list[str], log: Path) -> None:
+    from contextlib import redirect_stdout
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    partial = log.with_suffix(".part")
+    with partial.open("w", encoding="utf-8") as file, redirect_stdout(file):
+        code = spikeport(["train", "leaky", *RECIPE, "--json", *options])
+    if code:
+        raise SystemExit(f"the training {name} failed: exit code {code}")
+    partial.replace(log)
+
+
+def _plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "spikeport"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    styles = {"torch": {"lw": 4, "alpha": 0.4}, "ipu-sim": {"lw": 1.4, "color": "black"}}
+    for name, epochs in curves.items():
+        x = [int(e["epoch"]) + 1 for e in epochs]
+        axes[0].plot(x, [e["train_loss"] for e in epochs], label=name, **styles[name])
+        axes[1].plot(x, [100 * e["test_acc"] for e in epochs], label=name, **styles[name])
+    for axis, title in zip(axes, ("training loss", "test accuracy, %"), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.legend()
+    figure.suptitle("784-1000-10 Leaky, T = 25, Fashion-MNIST")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def deployment(folder: Path) -> str:
+    """What the simulator trained, converted for other targets and compared with the source."""
+    net = build("leaky")
+    checkpoint = folder / "ipu-sim" / "checkpoint_latest.pth"
+    net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["net"])
+    test = data.load("fashion-mnist")
+    x = test.x[:100]
+    lines = []
+    for target in ("lynxi-sim", "onnx", "ipu-sim", "reference"):
+        with tempfile.TemporaryDirectory() as built:
+            program = deploy.convert(net, (x,), target=target)
+            deploy.compile(program, Path(built) / target)
+            with deploy.load(Path(built) / target) as model:
+                report = deploy.compare(net, model, test.loader(100), layers=100)
+        lines.append(
+            f"{target}: source {report.source_accuracy:.2%}, {target} "
+            f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}, differences "
+            f"explained by rounding: {report.explained}"
+        )
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def main() -> None:
+    """Run what was asked for, and write it where all of it is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts: dict[str, Callable[[argparse.Namespace], str]] = {
+        "surrogates": lambda args: surrogate_table(),
+        "replication": lambda args: replication(),
+        "speed": lambda args: speed(),
+        "training": lambda args: training(args.epochs, args.folder),
+        "deployment": lambda args: deployment(args.folder),
+    }
+    parser.add_argument("part", nargs="?", choices=[*parts], help="default: all")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("build/ipu"), help="for checkpoints")
+    args = parser.parse_args()
+    path = HERE / "ipu.txt"
+    for name in [args.part] if args.part else parts:
+        start = time.perf_counter()
+        text = parts[name](args)
+        machine = f"Python {platform.python_version()}, torch {torch.__version__}"
+        section = f"## {name}\n{machine}, {time.perf_counter() - start:.0f} s\n\n{text}\n"
+        print(section)
+        _put(path, name, section)
+
+
+def _put(path: Path, name: str, section: str) -> None:
+    """Replace a section of the file."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    kept = [f"## {s}" for s in old.split("## ")[1:] if not s.startswith(f"{name}\n")]
+    path.write_text(
+        "\n".join(sorted([*(s.rstrip() + "\n" for s in kept), section])), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

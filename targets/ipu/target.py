@@ -1,0 +1,130 @@
+"""The IPU as a target of conversion: a program through ``poptorch.inferenceModel``.
+
+The SDK and its simulation go through one code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...converters.errors import CompileError, DeviceError, UsageError
+from ...converters.passes import (
+    Pass,
+    absorb_batch_norm,
+    cast_float16,
+    flatten_time,
+    fold_batch_norm,
+    fold_constants,
+    hoist_time_invariant,
+    lower_neurons,
+    reroll_time,
+)
+from ...converters.program import Program
+from .. import graphs
+from ..base import SDK, Capabilities, Compiled, Loaded
+from . import sdk as poplar
+
+_EXECUTABLE = "model.poptorch"
+_CAPABILITIES = Capabilities(
+    ops=None,
+    dtypes=frozenset({torch.float16, torch.float32, torch.bool, torch.int32, torch.int64}),
+    notes=(
+        "shapes are static, the batch of the example input is compiled in",
+        "operators that poptorch lacks are found when it compiles",
+        "int64 is int32 on the device",
+    ),
+)
+
+
+class Ipu:
+    """One IPU.
+
+    Args:
+        simulated: Whether the simulated SDK stands in for the vendor's.
+    """
+
+    def __init__(self, simulated: bool) -> None:
+        self.simulated = simulated
+        self.name = "ipu-sim" if simulated else "ipu"
+        self.capabilities: Capabilities = _CAPABILITIES
+
+    def default_dtype(self) -> torch.dtype:
+        """float32."""
+        return torch.float32
+
+    def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
+        """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
+        layout: tuple[Pass, ...] = (
+            fold_constants,
+            reroll_time,
+            hoist_time_invariant,
+            flatten_time,
+        )
+        if dtype == torch.float16:
+            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
+            return (*layout, *absorb, lower_neurons, cast_float16)
+        return (*layout, fold_batch_norm, lower_neurons)
+
+    def sdk(self) -> SDK:
+        """poptorch's version."""
+        poptorch = poplar.load(self.simulated)
+        available = self.simulated or poptorch.ipuHardwareIsAvailable()
+        devices = (0,) if available else ()
+        return SDK("poptorch", poplar.version(poptorch), self.simulated, devices)
+
+    def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
+        """Compile with poptorch, and write the executable beside the graph and its weights."""
+        if options:
+            raise UsageError(f"{self.name} has no options; got {', '.join(options)}")
+        poptorch = poplar.load(self.simulated)
+        files = graphs.write(program, directory)
+        inputs = [
+            torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype)
+            for n in program.graph.nodes
+            if n.op == "placeholder"
+        ]
+        model = poptorch.inferenceModel(graphs.read(directory), poptorch.Options())
+        with poplar.errors(poptorch, CompileError, "refused the program"):
+            model.compileAndExport(str(directory / _EXECUTABLE), *inputs, export_model=False)
+        model.destroy()
+        return Compiled({}, (*files, _EXECUTABLE))
+
+    def load(
+        self,
+        directory: Path,
+        inputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        device: int,
+    ) -> Loaded:
+        """Load the executable."""
+        poptorch = poplar.load(self.simulated)
+        if device != 0:
+            raise DeviceError(
+                f"no device {device}; poptorch chooses the IPU, which is device 0 here"
+            )
+        return _Model(poptorch, directory, [dtype for _, dtype in outputs])
+
+
+class _Model:
+    """An executor between torch tensors."""
+
+    def __init__(self, poptorch: Any, directory: Path, dtypes: Sequence[torch.dtype]) -> None:
+        self._poptorch, self._dtypes = poptorch, dtypes
+        self._model = poptorch.inferenceModel(graphs.read(directory), poptorch.Options())
+        with poplar.errors(poptorch, DeviceError, "refused the executable"):
+            self._model.loadExecutable(str(directory / _EXECUTABLE))
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The graph's outputs."""
+        with poplar.errors(self._poptorch, DeviceError, "failed"):
+            outputs = self._model(*(x.cpu() for x in inputs))
+        flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        return [y.to(dtype) for y, dtype in zip(flat, self._dtypes, strict=True)]
+
+    def close(self) -> None:
+        """Free the device."""
+        self._model.destroy()

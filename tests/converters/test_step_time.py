@@ -1,0 +1,426 @@
+"""One step after another computes what all steps at once do, or there is a reason why not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from spikeport import targets
+from spikeport.converters.capture import capture
+from spikeport.converters.errors import UnsupportedError, UsageError
+from spikeport.converters.neurons import (
+    IF,
+    LIF,
+    Alpha,
+    Dynamics,
+    IFNode,
+    Lapicque,
+    Leaky,
+    LIFNode,
+    Neuron,
+    Node,
+    ParametricLIF,
+    Synaptic,
+)
+from spikeport.converters.passes import cast_float16, lower_neurons, step_time, stepped
+from spikeport.converters.probes import probe_inputs
+from spikeport.converters.program import (
+    NEURON,
+    NEURON_STEP,
+    Builder,
+    PassReport,
+    Program,
+    TensorSpec,
+    short,
+)
+from spikeport.converters.stepping import Stepping
+
+T, N = 4, 3
+
+
+class Net(nn.Module):
+    """A network whose forward is a function of it and its inputs."""
+
+    def __init__(self, run: Callable[..., Any], **children: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(self, *inputs)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def layer(inputs: int, outputs: int, seed: int = 0) -> nn.Linear:
+    made = nn.Linear(inputs, outputs)
+    made.weight.data, made.bias.data = (
+        rand(outputs, inputs, seed=seed),
+        rand(outputs, seed=seed + 1),
+    )
+    return made
+
+
+def rewritten(net: nn.Module, *x: torch.Tensor, target: str = "onnx") -> Program:
+    """The network of one step, for a target that takes neurons apart, or for one that does not."""
+    program = capture(net, x)
+    for rewrite in stepped(targets.get(target).passes(torch.float32)):
+        program = rewrite(program)
+    return program
+
+
+def findings(net: nn.Module, *x: torch.Tensor) -> list[tuple[str, str]]:
+    with pytest.raises(UnsupportedError) as caught:
+        rewritten(net, *x)
+    assert all(f.found and f.allowed and f.fix for f in caught.value.findings)
+    return [(f.rule, f.node) for f in caught.value.findings]
+
+
+def assert_steps_equal_the_call(net: nn.Module, *x: torch.Tensor) -> Program:
+    """All steps against the network's own call, neurons taken apart and not."""
+    net.eval()
+    with torch.no_grad():
+        expected = pytree.tree_leaves(net(*x))
+    for target in ("onnx", "reference"):
+        program = rewritten(net, *x, target=target)
+        found = pytree.tree_leaves(program(*x))
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape
+            assert (
+                torch.equal(a, b) if not b.is_floating_point() else torch.allclose(a, b, atol=1e-5)
+            )
+            if set(b.unique().tolist()) <= {0.0, 1.0}:
+                assert torch.equal(a, b)
+    return program
+
+
+def names(program: Program) -> list[str]:
+    assert program.stepping is not None
+    return [state.name for state in program.stepping.states]
+
+
+# Neurons
+
+KINDS: list[tuple[Dynamics, dict[str, Any]]] = [
+    (IF, {}),
+    (LIF, {"tau": 2.0, "v_rest": 0.1}),
+    (LIF, {"tau": 3.0, "v_rest": 0.0, "decay_input": False}),
+    (ParametricLIF, {"w": torch.tensor(0.3), "v_rest": 0.0}),
+    (Leaky, {"beta": torch.tensor([0.9, 0.5, 0.8, 0.7, 0.99])}),
+    (Lapicque, {"R": 5.0, "C": 0.5, "dt": 0.1}),
+    (Synaptic, {"alpha": 0.9, "beta": 0.8}),
+    (Alpha, {"alpha": 0.9, "beta": 0.8, "tau": 1.5}),
+    (Alpha, {"alpha": 0.9, "beta": 0.8, "tau": 1.5, "subtract": True, "jump": 1.0}),
+]
+RESETS = [
+    {"reset": reset, "reset_at": at}
+    for reset, at in itertools.product(("hard", "soft", "none"), ("now", "next", "before", "ahead"))
+    if (reset, at) != ("hard", "ahead") and (reset, at) != ("none", "ahead")
+]
+
+
+def alone(neuron: Neuron, x: torch.Tensor) -> Program:
+    """A program of nothing but one layer of neurons, x [T, N, ...] to spikes."""
+    port = TensorSpec("x", tuple(x.shape), x.dtype)
+    structure = pytree.tree_structure(0)
+    empty = Program(fx.GraphModule({}, fx.Graph()), (port,), (port,), structure, dtype=x.dtype)
+    build = Builder(empty)
+    node = build.graph.placeholder("x")
+    node.meta = {"val": x.to("meta"), "path": ""}
+    tensors = [build.constant(name, t) for name, t in neuron.tensors().items()]
+    spikes = build.call(NEURON, node, tensors, neuron.to_json(), "stepped", len(x), path="node")
+    return build.finish([spikes], PassReport("alone"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"), KINDS, ids=lambda v: v.name if isinstance(v, Dynamics) else ""
+)
+def test_every_neuron_and_reset_gives_the_same_spikes_step_by_step(kind, params):
+    for reset in RESETS:
+        for fires, v_0 in ((">=", 0.0), (">", -0.2)):
+            neuron = Neuron(kind, params, v_reset=-0.3, v_0=v_0, fires=fires, **reset)
+            x = probe_inputs(neuron, 8, (5,)).expand(8, N, 5)
+            expected = neuron.multi_step(x)
+            program = step_time(alone(neuron, x))
+            assert torch.equal(program(x), expected), neuron.describe()
+            assert torch.equal(lower_neurons(program)(x), expected), neuron.describe()
+            assert names(program) == [f"node.{s}" for s in ("v", *kind.states)]
+
+
+def test_a_late_reset_from_the_threshold_is_refused():
+    neuron = Neuron(IF, v_0=1.0, reset="soft", reset_at="next")
+    with pytest.raises(UnsupportedError, match="node .node neuron.: v_0 lies at the threshold"):
+        step_time(alone(neuron, rand(T, N, 5)))
+
+
+def test_states_start_from_v_0():
+    neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}, v_0=torch.tensor([0.5, -0.5]))
+    program = step_time(alone(neuron, rand(T, N, 2)))
+    assert torch.equal(program.initial_state()[0], torch.tensor([[0.5, -0.5]] * N))
+
+
+# What a step is
+
+
+def feed_forward() -> Net:
+    return Net(lambda n, x: n.lif(n.fc(x)), fc=layer(6, 5), lif=LIFNode())
+
+
+def test_one_step_has_no_time_and_every_state_as_input_and_output():
+    program = rewritten(feed_forward(), rand(T, N, 6))
+    assert [(str(s)) for s in program.graph_inputs] == [
+        "inputs_0 float32[3, 6]",
+        "lif.v float32[3, 5]",
+    ]
+    assert [s.name for s in program.graph_outputs] == ["output", "lif.v.next"]
+    assert all(T not in tuple(n.meta["val"].shape) for n in program.nodes("call_function"))
+    assert program.time == "stepped"
+    assert program.stepping == Stepping(T, (0,), (0,), program.stepping.states)
+
+
+def test_a_stream_has_as_many_steps_as_it_likes():
+    net, x = feed_forward(), rand(9, N, 6)
+    program = rewritten(net, x[:2])
+    with torch.no_grad():
+        assert torch.equal(program(x), net(x))
+        assert torch.equal(program(x[:1]), net(x[:1]))
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_number_of_steps_in_the_example_does_not_matter(recurrent):
+    net = Loop(recurrent=recurrent)
+    a, b = (rewritten(net, rand(steps, N, 6)) for steps in (3, 8))
+    assert str(a.graph) == str(b.graph)
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(v, b.tensors[name]) for name, v in a.tensors.items())
+    x = rand(8, N, 6, seed=1)
+    for p, q in zip(pytree.tree_leaves(a(x)), pytree.tree_leaves(b(x)), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_an_image_is_given_to_every_step_even_where_batch_and_time_are_as_many():
+    conv, bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+    bn.running_var.fill_(2.0)
+    net = Net(
+        lambda n, x: n.lif(n.bn(n.conv(x)).unsqueeze(0).repeat(T, 1, 1, 1, 1)).mean(0),
+        conv=conv,
+        bn=bn,
+        lif=IFNode(),
+    )
+    program = assert_steps_equal_the_call(net, rand(T, 1, 8, 8))
+    assert program.stepping.inputs == (None,)
+    assert program.stepping.outputs == (None,)
+
+
+@pytest.mark.parametrize("batch", [1, N, T])
+def test_events_go_through_layers_that_fold_time_into_the_batch(batch):
+    net = Net(
+        lambda n, x: n.lif(n.pool(n.conv(x.flatten(0, 1))).unflatten(0, (T, -1))).flatten(2),
+        conv=nn.Conv2d(2, 4, 3),
+        pool=nn.AvgPool2d(2),
+        lif=LIFNode(),
+    )
+    program = assert_steps_equal_the_call(net, rand(T, batch, 2, 8, 8))
+    assert program.inputs[0].shape == (batch, 2, 8, 8)
+
+
+def test_batch_may_come_before_time():
+    net = Net(
+        lambda n, x: n.lif(n.fc(x.transpose(0, 1))).transpose(0, 1), fc=layer(6, 5), lif=IFNode()
+    )
+    program = assert_steps_equal_the_call(net, rand(N, T, 6))
+    assert (program.stepping.inputs, program.stepping.outputs) == ((1,), (1,))
+
+
+def test_two_inputs_one_of_them_without_time():
+    net = Net(lambda n, x, bias: n.lif(n.fc(x) + bias), fc=layer(6, 5), lif=LIFNode())
+    program = assert_steps_equal_the_call(net, rand(T, N, 6), rand(N, 5))
+    assert program.stepping.inputs == (0, None)
+
+
+def test_attention_and_what_else_acts_on_each_step_alone():
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = n.qkv(x).reshape(T, N, 4, 3, 8).permute(3, 0, 1, 2, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        pooled = torch.cat([mixed, n.norm(mixed)], dim=-1)
+        return n.lif(pooled.mean(2)) + x.sum(2).clamp(max=1.0)
+
+    net = Net(run, qkv=layer(16, 24), norm=nn.LayerNorm(8), lif=LIFNode())
+    assert_steps_equal_the_call(net, rand(T, N, 4, 16) / 8)
+
+
+# Over time
+
+
+@pytest.mark.parametrize(
+    ("reduce", "states"),
+    [
+        (lambda s: s.mean(0), ["forward.mean", "steps"]),
+        (lambda s: s.sum(0), ["forward.sum", "steps"]),
+        (lambda s: s.sum(0) / T, ["forward.sum", "steps"]),
+        (lambda s: s.sum(0) * (1 / T), ["forward.sum", "steps"]),
+        (lambda s: s.amax(0), ["forward.amax"]),
+        (lambda s: s.mean((0, 2)), ["forward.mean", "steps"]),
+        (lambda s: s.mean(0, keepdim=True).softmax(-1), ["forward.mean", "steps"]),
+        (lambda s: s[-1], []),
+    ],
+)
+def test_what_is_taken_over_time_is_taken_over_the_steps_so_far(reduce, states):
+    net = Net(lambda n, x: reduce(n.lif(n.fc(x))), fc=layer(6, 5), lif=LIFNode())
+    x = rand(T, N, 6)
+    program = assert_steps_equal_the_call(net, x)
+    assert names(program) == ["lif.v", *states]
+
+
+def test_a_mean_after_k_steps_is_the_mean_of_k():
+    mean = Net(lambda n, x: n.lif(n.fc(x)).mean(0), fc=layer(6, 5), lif=LIFNode())
+    total = Net(lambda n, x: n.lif(n.fc(x)).sum(0) / T, fc=layer(6, 5), lif=LIFNode())
+    x = rand(T, N, 6)
+    for net in (mean, total):
+        program = rewritten(net, x)
+        for k in range(1, T + 1):
+            with torch.no_grad():
+                assert torch.equal(program(x[:k]), mean(x[:k]))
+
+
+def test_a_delay_is_a_state():
+    net = Net(lambda n, x: n.lif(torch.cat([torch.zeros(1, N, 5), x[:-1]]) + x), lif=LIFNode())
+    program = assert_steps_equal_the_call(net, rand(T, N, 5))
+    assert len(names(program)) == 2
+
+
+# Loops
+
+
+class Loop(nn.Module):
+    """Written step by step, with a recurrent layer, a trace, and everything that loops return."""
+
+    def __init__(self, recurrent: bool = True) -> None:
+        super().__init__()
+        self.fc, self.rec, self.out = layer(6, 5), layer(5, 5, 2), layer(5, 2, 4)
+        self.lif, self.lif2 = LIFNode(), Node(Leaky, beta=0.8, v_reset=None)
+        self.recurrent = recurrent
+
+    def forward(self, x: torch.Tensor) -> Any:
+        spikes = self.lif(self.fc(x))
+        trace, first, count = torch.zeros(x.shape[1], 5), None, 0.0
+        back, seen = torch.zeros(x.shape[1], 5), []
+        for t in range(x.shape[0]):
+            now = spikes[t] + (self.rec(back) if self.recurrent else 0.0)
+            trace = trace * 0.5 + now
+            back = (trace > 1).to(x.dtype)
+            first = back if first is None else first + back
+            count = count + back
+            seen.append(trace)
+        out = self.lif2(self.out(torch.stack(seen)))
+        return out, trace, first, count / x.shape[0], torch.stack(seen), back
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_loop_becomes_its_body(recurrent):
+    program = assert_steps_equal_the_call(Loop(recurrent), rand(T, N, 6))
+    assert sum(short(n.target) == "aten.linear" for n in program.nodes("call_function")) == (
+        3 if recurrent else 2
+    )
+    assert program.stepping.outputs == (0, None, None, None, 0, None)
+
+
+def test_two_steps_do_not_tell_a_sum_from_a_sum_of_neighbours():
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        spikes, total = n.lif(x), None
+        for t in range(x.shape[0]):
+            total = spikes[t] if total is None else total + spikes[t]
+        return total
+
+    net = Net(run, lif=LIFNode())
+    assert findings(net, rand(2, N, 5)) == [("time-steps", "add")]
+    assert_steps_equal_the_call(net, rand(3, N, 5))
+
+
+# What has no steps
+
+
+def test_everything_that_no_step_can_compute_is_told_at_once():
+    def run(n: Any, x: torch.Tensor) -> Any:
+        seen = n.lif(n.fc(x))
+        centred = n.lif2(seen - seen.mean(0))  # needs steps that are still to come
+        weighted = n.lif3(seen * torch.arange(1.0, T + 1).reshape(T, 1, 1))
+        return centred, weighted, seen.flip(0), seen[1]
+
+    net = Net(run, fc=layer(6, 5), lif=LIFNode(), lif2=LIFNode(), lif3=LIFNode())
+    found = findings(net, rand(T, N, 6))
+    assert [rule for rule, _ in found] == ["mixes-time", "time-varying", "mixes-time", "output"]
+
+
+def test_control_flow_that_depends_on_time_is_named_with_the_step():
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        spikes, back, seen = n.lif(x), torch.zeros(N, 5), []
+        for t in range(x.shape[0]):
+            back = back * 0.5 + spikes[t] if t != 2 else back - spikes[t]
+            seen.append(back)
+        return torch.stack(seen)
+
+    net = Net(run, lif=LIFNode())
+    with pytest.raises(UnsupportedError, match="step 2 computes something else") as caught:
+        rewritten(net, rand(T, N, 5))
+    assert [f.rule for f in caught.value.findings] == ["steps-differ"]
+
+
+def test_a_state_that_starts_from_the_input_is_refused():
+    def run(n: Any, x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        spikes, back, seen = n.lif(x), start, []
+        for t in range(x.shape[0]):
+            back = back * 0.5 + spikes[t]
+            seen.append(back)
+        return torch.stack(seen)
+
+    found = findings(Net(run, lif=LIFNode()), rand(T, N, 5), rand(N, 5))
+    assert found[0][0] == "state-init"
+
+
+@pytest.mark.parametrize(
+    ("run", "x", "said"),
+    [
+        (lambda n, x: n.lif(x), rand(1, N, 5), "1 time steps"),
+        (lambda n, x: x * 2, rand(T, N, 5), "no neuron"),
+        (lambda n, x: n.lif(n.lif(x)[::2]), rand(T, N, 5), "2 and 4 time steps"),
+    ],
+)
+def test_programs_without_steps_in_common_are_refused(run, x, said):
+    with pytest.raises(UnsupportedError, match=said):
+        rewritten(Net(run, lif=LIFNode()), x)
+
+
+def test_inputs_with_other_numbers_of_steps_are_refused():
+    net = Net(lambda n, x, y: n.lif(x + y), lif=LIFNode())
+    program = rewritten(net, rand(T, N, 5), rand(T, N, 5))
+    with pytest.raises(UsageError, match="2 and 4 time steps"):
+        program(rand(4, N, 5), rand(2, N, 5))
+    with pytest.raises(UsageError, match="1 inputs given, 2 wanted"):
+        program(rand(4, N, 5))
+
+
+def test_neurons_that_stay_operators_keep_their_states_in_float32():
+    program = capture(feed_forward(), (rand(T, N, 6),))
+    for rewrite in stepped((*targets.get("reference").passes(torch.float32), cast_float16)):
+        program = rewrite(program)
+    assert any(n.target is NEURON_STEP for n in program.nodes("call_function"))
+    assert [s.dtype for s in program.graph_inputs] == [torch.float32, torch.float32]
+    assert program.dtype == torch.float16
+    lowered = rewritten(feed_forward(), rand(T, N, 6))
+    assert cast_float16(lowered).graph_inputs[1].dtype == torch.float16
+
+
+def test_the_pass_stands_before_neurons_are_taken_apart():
+    assert stepped((lower_neurons, cast_float16)) == (step_time, lower_neurons, cast_float16)
+    assert stepped((cast_float16,)) == (step_time, cast_float16)
+    assert stepped(()) == (step_time,)

@@ -1,0 +1,394 @@
+"""NIR as a target: what a file says alone, what its metadata add, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import nir
+import numpy as np
+import pytest
+import torch
+from nir_equations import interpret
+from torch import nn
+
+from spikeport import deploy
+from spikeport.converters import neurons
+from spikeport.converters.errors import (
+    CaptureError,
+    CompileError,
+    TargetUnavailableError,
+    UnsupportedError,
+    UsageError,
+)
+from spikeport.converters.neurons import IFNode, LIFNode, Neuron, Node, Readout
+from spikeport.converters.sources.nir import NirNetwork
+from spikeport.converters.sources.nir.neurons import continuous, metadata
+from spikeport.deploy.cli import main
+
+DT = 0.25
+T, N = 12, 3
+GENERATOR = torch.Generator().manual_seed(0)
+#: On a grid that hits thresholds, with negative stretches and silence.
+GRID = torch.randint(-6, 9, (T, N, 5), generator=GENERATOR) / 8
+TENSOR = torch.tensor([0.5, 1.0, 0.25, 0.75, 1.5])
+
+
+class Net(nn.Module):
+    """A forward over layers."""
+
+    def __init__(self, run: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.run(self, *inputs)
+
+
+def exact() -> nn.Linear:
+    """A layer that changes nothing."""
+    layer = nn.Linear(5, 5, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(5))
+    return layer
+
+
+def compiled(net: nn.Module, inputs: Any, path: Path, **options: Any) -> Path:
+    program = deploy.convert(net, inputs, target="nir")
+    return deploy.compile(program, path / "nir", cache=False, **options).path
+
+
+def file(artifact: Path) -> Path:
+    return artifact / "device" / "model.nir"
+
+
+# Every declared neuron
+
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "if": (neurons.IF, {}),
+    "lif": (neurons.LIF, {"tau": 2.0, "v_rest": 0.0}),
+    "lif-input": (neurons.LIF, {"tau": 4.0, "v_rest": -0.25, "decay_input": False}),
+    "lif-factored": (
+        neurons.LIF,
+        {"tau": 3.0, "v_rest": 0.0, "decay_input": False, "factored": True},
+    ),
+    "lif-tensor": (neurons.LIF, {"tau": 4 * TENSOR, "v_rest": 0.25}),
+    "plif": (neurons.ParametricLIF, {"w": torch.tensor(0.3), "v_rest": 0.0}),
+    "plif-zero": (neurons.ParametricLIF, {"w": torch.tensor(0.0), "v_rest": 0.0}),
+    "leaky": (neurons.Leaky, {"beta": 0.9}),
+    "leaky-1": (neurons.Leaky, {"beta": 1.0}),
+    "leaky-tensor": (neurons.Leaky, {"beta": TENSOR / 2}),
+    "lapicque": (neurons.Lapicque, {"R": 2.0, "C": 4.0, "dt": 1.0}),
+    "synaptic": (neurons.Synaptic, {"alpha": 0.5, "beta": 0.75}),
+    "cuba": (neurons.CubaLIF, {"tau_syn": 2.0, "tau_mem": 4.0, "r": 2.0, "v_rest": 0.25}),
+    "heaviside": (neurons.Heaviside, {}),
+}
+#: Those whose arithmetic is exact on the grid in either order, so that the fields alone say them.
+_DYADIC = (
+    "if",
+    "lif",
+    "lif-input",
+    "lif-tensor",
+    "plif-zero",
+    "leaky-1",
+    "synaptic",
+    "cuba",
+    "heaviside",
+)
+
+
+def declared() -> list[tuple[str, Neuron]]:
+    found = []
+    resets = itertools.product(("hard", "soft", "none"), ("now", "next", "before", "ahead"))
+    for (name, (kind, params)), (reset, at), fires in itertools.product(
+        KINDS.items(), resets, (">=", ">")
+    ):
+        if (at == "ahead" and reset == "hard") or (reset == "none" and at != "now"):
+            continue
+        if kind is neurons.Heaviside and reset != "none":
+            continue
+        given: dict[str, Any] = {"v_threshold": 0.5, "reset": reset, "reset_at": at, "fires": fires}
+        if name == "lif":
+            given |= {"v_threshold": TENSOR, "v_reset": -0.25, "v_0": 0.125 * (fires == ">")}
+        if name in ("if", "leaky-1"):
+            given |= {"v_reset": torch.tensor(-0.125)}
+        found.append((name, Neuron(kind, params, **given)))
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_declared_neuron_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    """By its metadata; and by the file's plain fields, where these say it all, in NumPy too."""
+    for neuron in (neuron for kind, neuron in declared() if kind == name):
+        node = continuous(neuron, (5,), DT)
+        written = getattr(nir, node.kind)(**node.fields, metadata=metadata(neuron, node.unsaid))
+        nir.write(tmp_path / "n.nir", nir.NIRGraph.from_list(written))
+        expected = neuron.multi_step(GRID)
+        assert expected.any()
+        assert torch.equal(NirNetwork(tmp_path / "n.nir", DT)(GRID), expected)
+        hard = neuron.reset == "hard" or name == "heaviside"
+        says_all = hard and neuron.reset_at == "now" and neuron.v_0 == 0
+        assert (node.unsaid == ()) == says_all
+        if says_all and name in _DYADIC:
+            graph = nir.read(tmp_path / "n.nir")
+            assert np.array_equal(interpret(graph, DT, GRID.numpy())[0], expected.numpy())
+            graph.nodes[node.kind.lower()].metadata.clear()
+            assert torch.equal(NirNetwork(graph, DT)(GRID), expected)
+
+
+def test_neurons_of_all_kinds_in_a_network(tmp_path: Path) -> None:
+    firsts = {f"{name}_": Node.of(neuron) for name, neuron in reversed(declared())}
+    net = Net(lambda s, x: tuple(s.get_submodule(n)(x) for n in firsts), **firsts)
+    path = compiled(net, (GRID,), tmp_path, dt=DT)
+    for found, y in zip(deploy.load(path)(GRID), net(GRID), strict=True):
+        assert torch.equal(found, y)
+
+
+#: Few enough steps for their potentials to be exact in float32.
+SHORT = GRID[:6]
+
+
+def test_readouts_come_back(tmp_path: Path) -> None:
+    kinds = {
+        "li": Readout(neurons.LIF, tau=2.0, v_rest=0.25),
+        "i": Readout(neurons.IF),
+        "cuba": Readout(neurons.CubaLIF, tau_syn=2.0, tau_mem=4.0, r=2.0, v_rest=0.0),
+    }
+    net = Net(lambda s, x: tuple(s.get_submodule(n)(x) for n in kinds), **kinds)
+    path = compiled(net, (SHORT,), tmp_path, dt=DT)
+    graph = nir.read(file(path))
+    assert {type(graph.nodes[n]).__name__ for n in kinds} == {"LI", "I", "CubaLI"}
+    by_fields = interpret(graph, DT, SHORT.numpy())
+    ports = sorted(graph.outputs)
+    for i, (found, y) in enumerate(zip(deploy.load(path)(SHORT), net(SHORT), strict=True)):
+        z = by_fields[ports.index(f"output_{i}")]
+        assert torch.equal(found, y)
+        assert np.array_equal(z.astype(np.float32), y.numpy())
+
+
+def test_what_only_metadata_say_is_told_and_strict_refuses_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Sequential(
+        exact(),
+        Node.of(Neuron(neurons.IF, reset="soft")),
+        Node.of(Neuron(neurons.Leaky, {"beta": 0.5}, reset_at="next", v_0=0.5)),
+    )
+    findings = deploy.check(net, (GRID,), ["nir"])
+    assert not findings.errors
+    assert [(f.where, f.found) for f in findings] == [
+        ("1", "reset is soft; NIR's is to v_reset; the node's metadata say it"),
+        ("2", "reset_at is next; NIR's is now; the node's metadata say it"),
+        ("2", "v_0 is not 0; NIR does not say where v starts; the node's metadata say it"),
+    ]
+    program = deploy.convert(net, (GRID,), target="nir")
+    with pytest.raises(UnsupportedError) as caught:
+        deploy.compile(program, tmp_path / "strict", cache=False, strict=True)
+    assert len(caught.value.findings) == 3
+    with caplog.at_level(logging.WARNING):
+        deploy.compile(program, tmp_path / "nir", cache=False)
+    assert "reset is soft" in caplog.text
+
+
+def test_neurons_that_nir_does_not_have_are_refused() -> None:
+    @neurons.dynamics
+    def Cubic(v: Any, x: Any, *, a: Any) -> Any:  # noqa: N802
+        return v + x - a * v**3
+
+    alpha = {"alpha": 0.5, "beta": 0.25, "tau": 1.5}
+    net = nn.Sequential(
+        Node(Cubic, a=0.1),
+        Node.of(Neuron(neurons.Alpha, alpha, reset="none")),
+        Node.of(Neuron(neurons.LIF, {"tau": 0.5, "v_rest": 0.0})),
+        Node.of(Neuron(neurons.Leaky, {"beta": 1.5})),
+    )
+    found = {f.where: f.found for f in deploy.check(net, (GRID,), ["nir"]).errors}
+    # Each depends on the one before, which is refused: they are found one by one.
+    assert list(found) == ["0"]
+    assert "NIR has no node of the dynamics Cubic" in found["0"]
+    layers = {f"n{i}": layer for i, layer in enumerate(net)}
+    beside = Net(lambda s, x: tuple(s.get_submodule(n)(x) for n in layers), **layers)
+    with pytest.raises(UnsupportedError) as caught:
+        deploy.convert(beside, (GRID,), target="nir")
+    found = {f.where: f.found for f in caught.value.findings}
+    assert list(found) == ["n0", "n1", "n2", "n3"]
+    assert "tau is 0.5 time steps" in found["n2"]
+    assert "a decay rate of 1.5" in found["n3"]
+
+
+# Networks
+
+
+class Events(nn.Module):
+    """Convolutions, batch norm, both poolings, sums, gates, several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.group = nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=2, bias=False)
+        self.a, self.b, self.c = IFNode(v_threshold=0.5), LIFNode(v_threshold=0.25), LIFNode()
+        self.fc, self.out = nn.Linear(64, 5), IFNode(v_reset=None, v_threshold=0.5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        def over(layer: Any, seq: torch.Tensor) -> torch.Tensor:
+            return layer(seq.flatten(0, 1)).unflatten(0, seq.shape[:2])
+
+        a = self.a(over(lambda y: self.norm(self.conv(y)), x))
+        b = self.b(over(self.group, a) * 1.5 - 0.25 * a)
+        gate = a * b
+        pooled = over(lambda y: nn.functional.max_pool2d(y, 2), gate)
+        mean = over(lambda y: nn.functional.avg_pool2d(y, 2), a + b + a)
+        c = self.c(pooled + mean)
+        out = self.out(self.fc(c.flatten(2)))
+        return {"rate": out.mean(0), "out": out, "last": out[-1], "sum": c.sum(0)}
+
+
+EVENTS = torch.rand(4, 3, 2, 8, 8, generator=GENERATOR).round()
+
+
+def test_a_network_of_all_that_nir_can_say(tmp_path: Path) -> None:
+    net = Events().eval()
+    path = compiled(net, (EVENTS,), tmp_path)
+    graph = nir.read(file(path), type_check=False)  # nir infers no shapes through groups
+    kinds = {type(node).__name__ for node in graph.nodes.values()}
+    assert {"SumPool2d", "AvgPool2d", "Threshold", "Scale", "Flatten", "Affine"} <= kinds
+    with torch.no_grad():
+        expected = net(EVENTS)
+    with deploy.load(path) as model:
+        found = model(EVENTS)
+        report = deploy.Artifact.open(path).verify()
+    assert expected["rate"].any()
+    assert all(torch.equal(found[name], y) for name, y in expected.items())
+    assert report.ok
+    assert report.equal
+
+
+def test_an_image_is_the_same_at_every_step(tmp_path: Path) -> None:
+    layers = {"fc": nn.Linear(5, 4), "spike": LIFNode(v_threshold=0.1)}
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return s.spike(s.fc(x).unsqueeze(0).repeat(4, 1, 1)).mean(0)
+
+    net, image = Net(run, **layers), torch.rand(N, 5, generator=GENERATOR)
+    path = compiled(net, (image,), tmp_path)
+    (port,) = nir.read(file(path)).inputs.values()
+    assert port.metadata["over_time"] == "same"
+    assert torch.equal(deploy.load(path)(image), net(image))
+
+
+def test_the_file_alone_is_the_network(tmp_path: Path) -> None:
+    net = nn.Sequential(exact(), LIFNode(tau=2.0, v_threshold=0.5), exact(), IFNode())
+    artifact = compiled(net, (GRID,), tmp_path, dt=1e-3)
+    again = deploy.convert(str(file(artifact)), (GRID,), target="reference")
+    assert torch.equal(again(GRID), net(GRID))
+    metadata = nir.read(file(artifact)).metadata
+    assert (float(metadata["dt"]), int(metadata["T"])) == (1e-3, T)
+
+
+def test_all_that_nir_cannot_say_is_found_at_once() -> None:
+    def run(s: Any, x: torch.Tensor, image: torch.Tensor) -> Any:
+        a = s.a(x)
+        return (
+            a.mean(0) * 2,
+            torch.cat([a, a], 2),
+            s.b(a.unflatten(2, (1, 5)).transpose(2, 3)),
+            s.pool(image.flatten(0, 1)),
+            a / 3,
+            x * a,
+            a[2],
+            torch.relu(x),
+        )
+
+    net = Net(run, a=IFNode(), b=IFNode(), pool=nn.MaxPool2d(1))
+    found = deploy.check(net, (GRID, torch.rand(T, N, 2, 4, 4)), ["nir"])
+    assert {f.target for f in found} == {"nir"}
+    text = str(found)
+    for part in (
+        "after the mean over time, NIR has no step to compute it at",
+        "aten.cat",
+        "max pooling of values other than spikes of 0 and 1",
+        "a division by 3",
+        "a product of two signals that are not both spikes",
+        "elements 6 to 9 of dimension 0",
+        "aten.relu",
+        "aten.transpose",
+    ):
+        assert part in text, text
+
+
+def test_a_loop_is_refused_by_name() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spike, self.back = IFNode(), exact()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            s = self.spike(x[:1])
+            return self.spike(x[1:] + self.back(s))
+
+    assert deploy.check(Loop(), (GRID[:2],), ["nir"]).errors
+
+
+# Bad input
+
+
+def test_options_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(exact(), IFNode())
+    program = deploy.convert(net, (GRID,), target="nir")
+    for wrong in ({"dt": 0}, {"dt": "1"}, {"strict": 1}, {"step": 1}):
+        with pytest.raises(UsageError, match=r"allowed|has no option"):
+            deploy.compile(program, tmp_path / "a", cache=False, **wrong)
+    with pytest.raises(UsageError, match="leave dtype out"):
+        deploy.convert(net, (GRID,), target="nir", dtype="float16")
+    monkeypatch.setitem(sys.modules, "nir", None)
+    with pytest.raises(TargetUnavailableError, match=r"pip install 'spikeport\[nir\]'"):
+        deploy.compile(program, tmp_path / "a", cache=False)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UsageError, match=r"pip install 'spikeport\[nir\]'"):
+        NirNetwork(__file__)
+
+
+def test_metadata_that_contradict_the_parameters(tmp_path: Path) -> None:
+    path = file(compiled(nn.Sequential(exact(), LIFNode()), (GRID,), tmp_path))
+    graph = nir.read(path)
+    graph.nodes["1"].tau *= 2
+    with pytest.raises(CaptureError, match="metadata declare another neuron") as caught:
+        NirNetwork(graph)
+    assert [f.where for f in caught.value.findings] == ["1"]
+    graph.nodes["1"].metadata["spikeport"]["declaration"] = "{}"
+    with pytest.raises(CaptureError, match="metadata are no declaration"):
+        NirNetwork(graph)
+
+
+def test_a_file_that_reads_as_other_neurons_is_no_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = deploy.convert(nn.Sequential(exact(), IFNode()), (GRID,), target="nir")
+    monkeypatch.setattr("spikeport.targets.nir.export.metadata", lambda *_: {})
+    with pytest.raises(CompileError, match="declares other neurons"):
+        deploy.compile(program, tmp_path / "a", cache=False)
+
+
+def test_the_command_line_takes_and_gives_nir(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = tmp_path / "net.nir"
+    ports = {"input": nir.Input(np.array([5])), "output": nir.Output(np.array([5]))}
+    spike = nir.IF(np.full(5, 1 / DT), np.full(5, 0.5), np.zeros(5))
+    edges = [("input", "spike"), ("spike", "output")]
+    nir.write(net, nir.NIRGraph({**ports, "spike": spike}, edges))
+    arguments = [str(net), "--input", "4,2,5", "--target", "nir", "--arg"]
+    out = ["-o", str(tmp_path / "out"), "--option", "dt=0.5"]
+    assert main(["compile", *arguments, f"dt={DT}", *out]) == 0
+    assert float(nir.read(file(tmp_path / "out")).metadata["dt"]) == 0.5
+    assert main(["check", *arguments, "dt=-1"]) == 2
+    assert "allowed: a time above 0" in capsys.readouterr().err
+    net.write_bytes(net.read_bytes()[:200])
+    assert main(["check", *arguments, "dt=1"]) == 1
+    assert "no whole HDF5 file" in "".join(capsys.readouterr())

@@ -1,0 +1,49 @@
+"""A sample of the conformance matrix, and that it sees what it is there for."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from conformance import SOURCES, Variant, cells, table, variants
+from torch import nn
+
+from spikeport.converters import neurons
+from spikeport.converters.neurons import Neuron
+from spikeport.converters.sources import Reading, register
+
+THERE = [name for name, (package, _) in SOURCES.items() if importlib.util.find_spec(package)]
+TARGETS = ("reference", "lynxi-sim", "onnx", "nir")
+
+
+@pytest.mark.spikingjelly
+@pytest.mark.snntorch
+def test_a_sample_of_the_matrix() -> None:
+    """Neurons of every source, in few steps, side by side in one network."""
+    everything = variants(THERE)
+    assert len(everything) > 350
+    sample = [replace(v, steps=8) for v in everything[:: len(everything) // 16]]
+    found = cells(sample, TARGETS, "unrolled")
+    assert {c.verdict for c in found} <= {"equal", "refused"}, table(found)
+    assert {c.target for c in found if c.refused} <= {"nir"}, table(found)
+    assert all(c.fired for c in found if c.neuron not in ("Alpha", "Lapicque"))
+    assert sum(c.verdict == "equal" for c in found) > 50
+
+
+class Early(nn.Module):
+    """Fires at the threshold; declared as if it fired above it."""
+
+    neuron = Neuron(neurons.IF, fires=">")
+
+    def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        return Neuron(neurons.IF).multi_step(x_seq)
+
+
+def test_the_matrix_sees_a_wrong_comparison() -> None:
+    register(Early, lambda m: Reading(m.neuron))
+    (cell,) = cells([Variant("test", "Early", "hard", "", Early, 8)], ["reference"], "unrolled")
+    assert cell.verdict == "WRONG"
+    assert "MismatchError" in cell.failed
+    assert table([cell]).startswith("1 cells: 1 WRONG")
