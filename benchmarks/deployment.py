@@ -179,7 +179,7 @@ def speed() -> dict[str, Any]:
                 "converted float32 (reference)": lambda m=models["reference"], x=x: m(x),
                 "lynxi-sim": lambda m=models["lynxi-sim"], x=x: m(x),
             }
-            seconds = turns(contenders)
+            seconds = _turns(contenders)
         first = seconds["SpikingJelly float32"]
         flops = 2 * _products(channels) * batch
         found[f"{channels} channels, batch {batch}"] = {
@@ -216,7 +216,7 @@ def _once(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def turns(contenders: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
+def _turns(contenders: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
     """Median seconds of each, taking turns, so that a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():

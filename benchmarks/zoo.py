@@ -2,6 +2,7 @@
 
     python benchmarks/zoo.py                              every builder; prints the table
     python benchmarks/zoo.py sew_resnet18 spikformer_ti   these alone
+    python benchmarks/zoo.py --rewrite                    rewritten and checked for each target, not run
 
 Float32. Each network is converted, which verifies it layer by layer (s: seconds, nodes: operators of
 the result), compiled, loaded, and compared with the source layer by layer on another batch than the
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ import torch
 from torch import nn
 
 from spikeport import deploy
+from spikeport import targets as registry
+from spikeport.converters.capture import capture
+from spikeport.deploy.pipeline import rewrite_for
 from spikeport.targets.lynxi.simulator import options
 
 TARGETS = ("reference", "onnx", "lynxi-sim")
@@ -232,11 +236,12 @@ class Row:
 
     nodes: int = 0
     seconds: float = 0.0
-    rate: float = 0.0
+    rate: float | None = None
     verdict: str = ""
 
     def __str__(self) -> str:
-        return f"{self.nodes:5} {self.seconds:6.1f} {self.rate:6.3f}  {self.verdict}"
+        rate = "-" if self.rate is None else f"{self.rate:.3f}"
+        return f"{self.nodes:5} {self.seconds:6.1f} {rate:>6}  {self.verdict}"
 
 
 def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target: str) -> Row:
@@ -250,7 +255,10 @@ def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target
     seconds = time.perf_counter() - start
     nodes = sum(1 for _ in program.nodes("call_function"))
     with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
-        deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
+        try:
+            deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
+        except deploy.CompileError as error:
+            return Row(nodes, seconds, verdict=f"REFUSED by the compiler: {error}")
         with deploy.load(f"{folder}/artifact") as model:
             x = batch(n)
             _, spikes = model.probe(x)
@@ -263,10 +271,33 @@ def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target
     return Row(nodes, seconds, rate, verdict)
 
 
+def rewrite(net: nn.Module, x: torch.Tensor, targets: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Rewrite for each target and check its rules; nothing is run."""
+    start = time.perf_counter()
+    try:
+        captured = capture(net, (x,))
+    except deploy.FindingsError as error:
+        yield from ((target, Row(verdict=f"REFUSED: {error.findings[0]}")) for target in targets)
+        return
+    capturing = time.perf_counter() - start
+    for target in targets:
+        start = time.perf_counter()
+        program = rewrite_for(captured, target, torch.float32)
+        seconds = capturing + time.perf_counter() - start
+        found = registry.check(program, registry.get(target)).errors
+        verdict = f"REFUSED ({len(found)}): {found[0]}" if found else "converts"
+        calls = list(program.nodes("call_function"))
+        ranks = [value.dim() for n in calls if hasattr(value := n.meta["val"], "dim")]
+        yield target, Row(len(calls), seconds, verdict=f"{verdict}, rank {max(ranks)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="BUILDER", help="all unless given")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated")
+    parser.add_argument(
+        "--target", action="append", choices=(*TARGETS, "cuda"), help="may be repeated"
+    )
+    parser.add_argument("--rewrite", action="store_true", help="rewrite and check, do not run")
     args = parser.parse_args()
     targets = args.target or TARGETS
     threads = f"{torch.get_num_threads()} threads"
@@ -274,8 +305,11 @@ def main() -> None:
     print(f"{'builder':27} {'target':10} {'nodes':>5} {'s':>6} {'rate':>6}  verdict")
     for name in args.names or ZOO:
         net, batch = build(name)
-        for target in targets:
-            row = convert(net, batch, 1, target)
+        if args.rewrite:
+            rows = rewrite(net, batch(1), targets)
+        else:
+            rows = ((target, convert(net, batch, 1, target)) for target in targets)
+        for target, row in rows:
             print(f"{name:27} {target:10} {row}", flush=True)
 
 

@@ -79,6 +79,8 @@ __all__ = [
     "Node",
     "ParametricLIF",
     "ParametricLIFNode",
+    "RLeaky",
+    "RSynaptic",
     "Readout",
     "RescaledKLIF",
     "Synaptic",
@@ -149,6 +151,28 @@ def Lapicque(v: Any, x: Any, *, R: Any, C: Any, dt: Any) -> Any:  # noqa: N802
 def Synaptic(v: Any, syn: Any, x: Any, *, alpha: Any, beta: Any) -> Any:  # noqa: N802
     """Leaky with a synaptic current that decays at rate alpha: syn = alpha syn + x, h = beta v + syn."""
     syn = alpha * syn + x
+    return beta * v + syn, syn
+
+
+@dynamics(states={"s": 0.0})
+def RLeaky(v: Any, s: Any, x: Any, *, beta: Any, V: Any) -> Any:  # noqa: N802
+    """Leaky that hears its own last spike, V times; in snnTorch's order of rounding."""
+    return beta * v + x + s * V
+
+
+@dynamics(states={"syn": 0.0, "s": 0.0})
+def RSynaptic(  # noqa: N802
+    v: Any,
+    syn: Any,
+    s: Any,
+    x: Any,
+    *,
+    alpha: Any,
+    beta: Any,
+    V: Any,
+) -> Any:
+    """Synaptic whose current hears the neuron's own last spike, V times."""
+    syn = alpha * syn + x + s * V
     return beta * v + syn, syn
 
 

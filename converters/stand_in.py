@@ -111,13 +111,18 @@ class StandIn(nn.Module):
             # Whether it is the first step shows in the graph, by where the state comes from.
             state, t = torch.stack(parts), 1
         spikes, state = NEURON_STEP(x, state, params, self._spec, t)
-        returned = {name: state[i] for name, i in places.items()}
+        # Where the last spikes are a state, they are what the caller hands back.
+        last = {name: i for i, name in enumerate(neuron.dynamics.states, 1)}.get(SPIKES)
+        returned = {name: spikes if i == last else state[i] for name, i in places.items()}
         self._steps.v[self._path] = (state, t + 1, returned)
         if readout is not None:
             return readout(state[self._reading.state])
         if self._reading.gain is not None:
             spikes = spikes * self.gain
-        return (spikes, *returned.values()) if self._reading.returns_state else spikes
+        if not self._reading.returns_state:
+            return spikes
+        first = () if last in places.values() else (spikes,)
+        return (*first, *returned.values())
 
     def restart(self) -> Any:
         """As the methods of the original that return the state to start from."""

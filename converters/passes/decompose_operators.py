@@ -6,6 +6,7 @@
     pool2d of [1, 1, rest, K]      of amax over K values
     (x - m) / sqrt(var + eps)      of layer and group norm, m and var being means
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
+    x W, along H and along W       of adaptive average pooling whose windows differ
 
 A transposed convolution is a convolution of its input with s - 1 zeros after each row and column, s
 being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:1603.07285, section 4).
@@ -52,10 +53,13 @@ class _Decompose(Builder):
             elif n.op == "call_function":
                 rule = _RULES.get(n.target)
                 self.path = where(n)
-                missing = rule is not None and short(n.target) not in self.available
-                made = rule(self, n) if rule is not None and missing else None
-                if missing:
-                    (skipped if made is None else done).append(f"{n.name} ({self.path})")
+                missing = short(n.target) not in self.available
+                tried = rule is not None and (missing or n.target in _IN_PART)
+                made = rule(self, n) if rule is not None and tried else None
+                if made is not None:
+                    done.append(f"{n.name} ({self.path})")
+                elif tried and missing:
+                    skipped.append(f"{n.name} ({self.path})")
                 self.env[n] = self.copy(n, self.env) if made is None else made
         report = PassReport("decompose_operators", tuple(done), tuple(skipped))
         return self.finish([self.env[r] for r in self.program.results], report)
@@ -139,6 +143,18 @@ class _Decompose(Builder):
         weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
         return self.affine(self.reshape(y, N, C, *image), weight, bias)
 
+    def adaptive_average(self, n: Node) -> Node | None:
+        x, wanted = self.given(n)
+        sizes = shape(x)[-2:]
+        if not any(have % want for have, want in zip(sizes, wanted, strict=True)):
+            return None
+        for have, want in zip(reversed(sizes), reversed(wanted), strict=True):
+            name = f"adaptive_average_{have}_{want}"
+            windows = self.constant(name, _windows(have, want).to(x.meta["val"].dtype))
+            x = self.emit(aten.matmul.default, x, windows)
+            x = self.emit(aten.transpose.int, x, -2, -1)
+        return x
+
     def pool1d(self, n: Node) -> Node:
         x, *windows = self.given(n)
         target, *neutral = _ROWS[n.target]
@@ -215,11 +231,23 @@ class _Decompose(Builder):
         return self.reshape(wide, N, C, H * (s if at == 2 else 1), W * (s if at == 3 else 1))
 
 
+def _windows(have: int, want: int) -> torch.Tensor:
+    """Adaptive average pooling along one dimension as a matrix [have, want]."""
+    matrix = torch.zeros(have, want)
+    for i in range(want):
+        start, end = i * have // want, -(-(i + 1) * have // want)
+        matrix[start:end, i] = 1.0 / (end - start)
+    return matrix
+
+
 #: Pooling over [N, C, L]: what it is over [N, C, 1, L], and what its windows have in the first place.
 _ROWS: dict[Any, tuple[Any, ...]] = {
     aten.max_pool1d.default: (aten.max_pool2d.default, 1, 1, 0, 1),
     aten.adaptive_avg_pool1d.default: (aten.adaptive_avg_pool2d.default, 1),
 }
+
+#: Operators that a target has, but not for all sizes: a pooling whose windows differ.
+_IN_PART = frozenset({aten.adaptive_avg_pool2d.default})
 
 _RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
     aten.addmm.default: _Decompose.addmm,
@@ -227,6 +255,7 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
     aten.rsub.Tensor: _Decompose.rsub,
     aten.abs.default: _Decompose.abs,
     aten.amax.default: _Decompose.amax,
+    aten.adaptive_avg_pool2d.default: _Decompose.adaptive_average,
     aten.layer_norm.default: _Decompose.layer_norm,
     aten.group_norm.default: _Decompose.group_norm,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,

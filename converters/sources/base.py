@@ -22,7 +22,7 @@ class Reading:
         neuron: Its declaration.
         step_mode: ``"m"`` if a call takes x_seq [T, N, ...], ``"s"`` if it takes x [N, ...].
         states: Names of the arguments by which a caller may hand its state back, in their order, with
-            their places in the declared state (v, ...).
+            their places in the declared state (v, ...); its last spikes may be one of them.
         returns_state: Whether a call returns these after the spikes.
         gain: What its spikes are multiplied by, or None for spikes of 0 and 1.
         restart: Names of its methods that return what to start from.

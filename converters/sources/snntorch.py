@@ -31,7 +31,8 @@ from .base import (
 )
 
 _Value = Callable[[torch.Tensor], Any]
-_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha")
+_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic")
+_RECURRENT = ("RLeaky", "RSynaptic")
 #: What a neuron's state function, chosen when it was made, does at a reset.
 _RESETS: dict[str, tuple[int, Literal["hard", "soft", "none"]]] = {
     "_base_sub": (0, "soft"),
@@ -60,7 +61,7 @@ def _is_neuron(kind: type) -> bool:
 
 
 class SnnTorch:
-    """Reads Leaky, Lapicque, Synaptic and Alpha; refuses every other neuron by name."""
+    """Reads the neurons of ``_KNOWN``; refuses every other neuron by name."""
 
     name = "snntorch"
 
@@ -91,6 +92,8 @@ class SnnTorch:
         self, module: Any, path: str, surrogate: Surrogate | None = None
     ) -> Learning | list[Finding]:
         """By backpropagation through time; what an earlier spike resets passes no gradient."""
+        if _kind(module) in _RECURRENT:
+            return [_recurrent_gradient(module, path)]
         chosen = surrogate or _surrogate(module.spike_grad)
         if chosen is None:
             return [unknown_surrogate(module.spike_grad, path)]
@@ -121,6 +124,16 @@ def isolated(net: nn.Module) -> Iterator[None]:
     finally:
         for root, instances in kept:
             root.instances = instances  # type: ignore[attr-defined]
+
+
+def _recurrent_gradient(module: Any, path: str) -> Finding:
+    return Finding(
+        rule="recurrent-gradient",
+        where=path,
+        found=f"{_kind(module)}, which learns through its own last spike",
+        allowed="neurons whose last spikes pass no gradient",
+        fix="use Leaky or Synaptic, and add its last spikes to its input in the network's forward",
+    )
 
 
 def _lists_instances(kind: type) -> bool:
@@ -196,6 +209,8 @@ def _surrogate(function: Any) -> Surrogate | None:
 _STATES = {
     "Synaptic": {"syn": 1, "mem": 0},
     "Alpha": {"syn_exc": 1, "syn_inh": 2, "mem": 0},
+    "RLeaky": {"spk": 1, "mem": 0},
+    "RSynaptic": {"spk": 2, "syn": 1, "mem": 0},
 }
 
 
@@ -225,7 +240,22 @@ def _alpha(module: Any, value: _Value) -> dict[str, Any]:
     }
 
 
-_PARAMETERS = {"Leaky": _leaky, "Lapicque": _lapicque, "Synaptic": _synaptic, "Alpha": _alpha}
+def _rleaky(module: Any, value: _Value) -> dict[str, Any]:
+    return {**_leaky(module, value), "V": value(module.recurrent.V)}
+
+
+def _rsynaptic(module: Any, value: _Value) -> dict[str, Any]:
+    return {**_synaptic(module, value), "V": value(module.recurrent.V)}
+
+
+_PARAMETERS = {
+    "Leaky": _leaky,
+    "Lapicque": _lapicque,
+    "Synaptic": _synaptic,
+    "Alpha": _alpha,
+    "RLeaky": _rleaky,
+    "RSynaptic": _rsynaptic,
+}
 
 
 def _value(tensor: torch.Tensor) -> Any:
@@ -244,6 +274,14 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             "inhibition=True, where one neuron's spike depends on all others' membranes",
             "inhibition=False",
             "compute the winner in the network's forward, from the spikes",
+        )
+    if getattr(module, "all_to_all", False):
+        yield finding(
+            "all-to-all",
+            "all_to_all=True, where each neuron hears the spikes of all",
+            "all_to_all=False, a neuron that hears its own",
+            "use Leaky or Synaptic, and add a layer of its last spikes to its input in the network's "
+            "forward",
         )
     if module.state_quant:
         yield finding(

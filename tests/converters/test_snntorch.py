@@ -90,7 +90,7 @@ class Loop(nn.Module):
             for t in range(x.shape[0]):
                 out = neuron(x[t], *state)
                 if not neuron.init_hidden:
-                    state = out[1:]
+                    state = out[0 if isinstance(neuron, (snn.RLeaky, snn.RSynaptic)) else 1 :]
                 steps.append(out if isinstance(out, tuple) else (out,))
             results += [torch.stack(part) for part in zip(*steps, strict=True)]
         return results
@@ -161,7 +161,23 @@ def alpha() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("made", [leaky, lapicque, synaptic, alpha])
+def recurrent() -> list[Any]:
+    alone = {"all_to_all": False, "threshold": 0.8}
+    made = itertools.product(RESETS, (1.0, -0.3))
+    return [
+        *(snn.RLeaky(beta=0.8, V=v, reset_mechanism=reset, **alone) for reset, v in made),
+        snn.RLeaky(beta=0.8, reset_delay=False, **alone),
+        snn.RLeaky(beta=beta(F), V=beta(F) - 0.5, learn_beta=True, all_to_all=False),
+        snn.RLeaky(beta=0.5, init_hidden=True, output=True, **alone),
+        *(snn.RSynaptic(alpha=0.5, beta=0.6, reset_mechanism=reset, **alone) for reset in RESETS),
+        snn.RSynaptic(
+            alpha=beta(F), beta=beta(F), V=beta(F) - 0.8, threshold=beta(F) + 0.2, all_to_all=False
+        ),
+        snn.RSynaptic(alpha=0.5, beta=0.5, init_hidden=True, **alone),
+    ]
+
+
+@pytest.mark.parametrize("made", [leaky, lapicque, synaptic, alpha, recurrent])
 def test_zero_differing_values(made: Callable[[], list[Any]]) -> None:
     """Spikes and states, bit for bit, as captured, re-rolled and lowered."""
     net = Loop(*made())
@@ -332,8 +348,8 @@ class Look(snn.Leaky):  # type: ignore[misc, name-defined]
         (lambda: snn.Leaky(beta=0.9, graded_spikes_factor=0.0), "graded-spikes"),
         (lambda: snn.Leaky(beta=beta(F).double()), "parameter-dtype"),
         (lambda: Look(beta=0.9), "look-alike-neuron"),
-        (lambda: snn.RLeaky(beta=0.9, all_to_all=False), "unknown-neuron"),
-        (lambda: snn.RSynaptic(alpha=0.9, beta=0.9, linear_features=F), "unknown-neuron"),
+        (lambda: snn.RLeaky(beta=0.9, linear_features=F), "all-to-all"),
+        (lambda: snn.RSynaptic(alpha=0.9, beta=0.9, linear_features=F), "all-to-all"),
         (lambda: snn.SLSTM(F, F), "unknown-neuron"),
     ],
 )
