@@ -282,7 +282,7 @@ def rewrite(net: nn.Module, x: torch.Tensor, targets: Sequence[str]) -> Iterator
     capturing = time.perf_counter() - start
     for target in targets:
         start = time.perf_counter()
-        program = rewrite_for(captured, target, torch.float32)
+        program = rewrite_for(captured, target, torch.float32, "unrolled")
         seconds = capturing + time.perf_counter() - start
         found = registry.check(program, registry.get(target)).errors
         verdict = f"REFUSED ({len(found)}): {found[0]}" if found else "converts"

@@ -330,7 +330,7 @@ def test_neurons_of_other_dynamics(name: str, given: dict, v_reset: float | None
     converted(nn.Sequential(nn.Identity(), node), x)
     node.step_mode = "s"
     program = converted(Stepwise(node), x)
-    assert verify._probe_neurons(program, Stepwise(node))
+    assert verify._probe_neurons(program, Stepwise(node), "unrolled")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_neurons_that_are_a_linear_map_over_time(name: str, given: dict) -> None
     net = nn.Sequential(nn.Linear(5, 5), getattr(neuron, name)(**given))
     program = converted(net, rand(T, N, 5))
     assert [site.path for site in program.sites] == ["1.surrogate_function"]
-    assert verify._probe_neurons(program, net)
+    assert verify._probe_neurons(program, net, "unrolled")
 
 
 def test_a_linear_map_over_time_takes_all_steps() -> None:

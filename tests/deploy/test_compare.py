@@ -91,6 +91,10 @@ class Tampered:
         return dtype
 
     @property
+    def time(self) -> str:
+        return str(self.model.time)
+
+    @property
     def batch_dim(self) -> int:
         return int(self.model.batch_dim)
 

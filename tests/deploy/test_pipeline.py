@@ -188,11 +188,11 @@ def test_the_history_says_what_each_pass_did() -> None:
     program = convert(Net(), (X,), "lynxi-sim")
     assert [r.name for r in program.history] == [
         "capture", "fold_constants", "reroll_time", "hoist_time_invariant", "flatten_time",
-        "absorb_batch_norm", "fold_batch_norm", "lower_neurons", "cast_float16",
+        "absorb_batch_norm", "fold_batch_norm", "decompose_operators", "lower_neurons", "cast_float16",
     ]  # fmt: skip
     captured = convert(Net(), (X,), "lynxi-sim").captured
     assert captured is not None
-    again = rewrite_for(captured, "lynxi-sim", torch.float16)
+    again = rewrite_for(captured, "lynxi-sim", torch.float16, "unrolled")
     assert torch.equal(again(X), program(X))
 
 
