@@ -252,7 +252,7 @@ def difference(case: Case) -> tuple[int, int, float, float]:
     (spikes * weights).sum().backward()
     (ours * weights).sum().backward()
     theirs = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-    whole = torch.cat([g.flatten() for g in theirs.values()]).norm()
+    whole = torch.cat([g.flatten().double() for g in theirs.values()]).norm()
     assert whole.isfinite(), case
     errors = {"fc": 0.0, "neurons": 0.0}
     for name, p in model.net.named_parameters():
@@ -260,8 +260,8 @@ def difference(case: Case) -> tuple[int, int, float, float]:
         if wanted is None or p.grad is None:
             assert wanted is None or not wanted.any(), (case, name)
             continue
-        norm = wanted.norm() if kind == "fc" else whole
-        error = float((p.grad - wanted).norm())
+        norm = wanted.double().norm() if kind == "fc" else whole
+        error = float((p.grad - wanted).double().norm())
         errors[kind] = max(errors[kind], error / float(norm) if error else 0.0)
     return int((ours != spikes).sum()), spikes.numel(), errors["fc"], errors["neurons"]
 
