@@ -46,14 +46,14 @@ from spikeport.converters import neurons, sources
 from spikeport.converters.capture import capture
 from spikeport.converters.neurons import Neuron, Node
 from spikeport.converters.probes import probe_inputs
-from spikeport.converters.program import Program
+from spikeport.converters.program import Program, Time
 from spikeport.converters.sources import Reading
 from spikeport.converters.sources.nir import NirNetwork
 from spikeport.deploy.pipeline import rewrite_for
 from spikeport.targets.lynxi.simulator import options
 
-TARGETS = ("reference", "lynxi-sim", "onnx", "nir", "cuda")
-TIMES = ("unrolled",)
+TARGETS = ("reference", "lynxi-sim", "onnx", "nir", "cuda", "ipu-sim")
+TIMES: tuple[Time, ...] = ("unrolled", "stepped")
 STEPS, CHANNELS = 16, 12
 #: Steps of the cells that look for what adds up over time.
 LONG = 96
@@ -384,7 +384,7 @@ def expected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def cells(group: Sequence[Variant], targets: Sequence[str], mode: str) -> list[Cell]:
+def cells(group: Sequence[Variant], targets: Sequence[str], mode: Time) -> list[Cell]:
     """Convert variants of as many steps as one network, and compare their spikes."""
     layers = [v.make().eval() for v in group]
     inputs = [drive(layer, v.steps) for layer, v in zip(layers, group, strict=True)]
@@ -409,7 +409,7 @@ class Work:
     cells: dict[str, Cell]
 
 
-def _fill(work: list[Work], targets: Sequence[str], mode: str) -> None:
+def _fill(work: list[Work], targets: Sequence[str], mode: Time) -> None:
     """Set what is refused and what differs; what is refused drops out, and the others go on."""
     if not work:
         return
@@ -458,12 +458,11 @@ def _places(error: Exception) -> dict[int, str]:
 
 
 def run(
-    captured: Program, inputs: Sequence[torch.Tensor], target: str, mode: str
+    captured: Program, inputs: Sequence[torch.Tensor], target: str, mode: Time
 ) -> tuple[torch.Tensor, ...]:
     """Rewrite, compile, load, run; not verified, so that nothing but the comparison here judges."""
-    assert mode == "unrolled"
     with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
-        program = rewrite_for(captured, target, torch.float32)
+        program = rewrite_for(captured, target, torch.float32, mode)
         if errors := registry.check(program, registry.get(target)).errors:
             raise deploy.UnsupportedError(f"{target} refuses:", errors)
         deploy.compile(program, f"{folder}/artifact", cache=False, probe=False)
@@ -473,7 +472,7 @@ def run(
 
 
 def matrix(
-    chosen: Iterable[Variant], targets: Sequence[str], times: Sequence[str]
+    chosen: Iterable[Variant], targets: Sequence[str], times: Sequence[Time]
 ) -> Iterator[list[Cell]]:
     """The cells, some at a time."""
     groups = collections.defaultdict(list)
@@ -553,6 +552,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", choices=SOURCES, help="default: all importable")
     parser.add_argument("--target", nargs="+", default=list(TARGETS), help="default: all")
+    parser.add_argument(
+        "--time", nargs="+", choices=TIMES, default=list(TIMES), help="default: all"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th neuron alone")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="cells of all runs, as JSON")
     args = parser.parse_args()
@@ -563,9 +565,9 @@ def main() -> int:
     kept = []
     if args.keep and args.keep.is_file():
         kept = [Cell(**c) for c in json.loads(args.keep.read_text(encoding="utf-8"))]
-    anew = set(itertools.product({v.source for v in chosen}, targets, TIMES))
+    anew = set(itertools.product({v.source for v in chosen}, targets, args.time))
     kept = [c for c in kept if (c.source, c.target, c.time) not in anew]
-    for some in matrix(chosen, targets, TIMES):
+    for some in matrix(chosen, targets, args.time):
         found += some
         if args.keep:
             cells_so_far = json.dumps([asdict(c) for c in kept + found])

@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,59 +236,61 @@ def adaptive() -> neurons.Dynamics:
     return Adaptive
 
 
-def difference(case: Case) -> tuple[int, int, float]:
-    """Spikes that differ, spikes in all, and the largest relative error of a weight's gradient."""
+def difference(case: Case) -> tuple[int, int, float, float]:
+    """Spikes that differ, spikes in all, and the largest errors of gradients.
+
+    Those of the layers' weights relative to each one's norm; those of the neurons' own parameters, single
+    numbers that are sums of terms which cancel, relative to the norm of the whole gradient.
+    """
     torch.manual_seed(0)
     net = Layers(case.make)
     for fc in net.fc:
         nn.init.normal_(fc.weight, std=0.6)  # so that both layers fire
+    x, weights = torch.randn(T, N, F) * 1.5 + 0.5, torch.randn(T, N, F)
     model = ipu.training_module(net, loss=lambda spikes, label: (spikes * weights).sum())
-    x = torch.randn(T, N, F) * 1.5 + 0.5
-    weights = torch.randn(T, N, F)
-    spikes = net(x)
+    spikes, ours = net(x), model.net(x)
     (spikes * weights).sum().backward()
-    ours = model.net(x)
-    for module in model.net.modules():
-        if hasattr(module, "reset") and callable(module.reset):
-            module.reset()
-    loss: torch.Tensor = (ours * weights).sum()
-    loss.backward()
-    error = 0.0
-    theirs = dict(net.named_parameters())
+    (ours * weights).sum().backward()
+    theirs = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    whole = torch.cat([g.flatten() for g in theirs.values()]).norm()
+    assert whole.isfinite(), case
+    errors = {"fc": 0.0, "neurons": 0.0}
     for name, p in model.net.named_parameters():
-        wanted = theirs[name].grad
+        wanted, kind = theirs.get(name), name.split(".")[0]
         if wanted is None or p.grad is None:
             assert wanted is None or not wanted.any(), (case, name)
             continue
-        assert wanted.isfinite().all(), (case, name)
-        scale = float(wanted.norm())
-        error = max(
-            error, float((p.grad - wanted).norm()) / scale if scale else float(p.grad.norm())
-        )
-    return int((ours != spikes).sum()), spikes.numel(), error
+        norm = wanted.norm() if kind == "fc" else whole
+        error = float((p.grad - wanted).norm())
+        errors[kind] = max(errors[kind], error / float(norm) if error else 0.0)
+    return int((ours != spikes).sum()), spikes.numel(), errors["fc"], errors["neurons"]
 
 
 def surrogate_table() -> str:
     """Spikes and weight gradients of rewritten networks against their source's own autograd."""
     rows: dict[tuple[str, str, str], list[Any]] = {}
     for case in cases():
-        differing, count, error = difference(case)
-        row = rows.setdefault((case.source, case.neuron, case.reset), [0, 0, 0, 0.0, ""])
+        differing, count, weights, parameters = difference(case)
+        row = rows.setdefault((case.source, case.neuron, case.reset), [0, 0, 0, 0.0, 0.0, ""])
         row[0] += 1
         row[1] += differing
         row[2] += count
-        if error >= row[3]:
-            row[3], row[4] = error, case.surrogate
-    head = ("source", "neuron", "reset", "cells", "spikes", "differ", "gradient error", "worst")
+        if weights >= row[3]:
+            row[3], row[5] = weights, case.surrogate
+        row[4] = max(row[4], parameters)
+    head = (
+        *("source", "neuron", "reset", "cells", "spikes", "differ", "error of weights'"),
+        *("of neurons' gradients", "worst surrogate"),
+    )
     lines = [
-        (*key, str(cells), str(count), str(differing), f"{error:.1e}", worst)
-        for key, (cells, differing, count, error, worst) in rows.items()
+        (*key, str(cells), str(count), str(differing), f"{weights:.1e}", f"{parameters:.1e}", worst)
+        for key, (cells, differing, count, weights, parameters, worst) in rows.items()
     ]
-    cells = sum(r[0] for r in rows.values())
     total = (
-        f"{cells} cells of two layers, T = {T}: {sum(r[1] for r in rows.values())} of "
-        f"{sum(r[2] for r in rows.values())} spikes differ; largest relative error of a weight's "
-        f"gradient {max(r[3] for r in rows.values()):.1e}"
+        f"{sum(r[0] for r in rows.values())} cells of two layers, T = {T}: "
+        f"{sum(r[1] for r in rows.values())} of {sum(r[2] for r in rows.values())} spikes differ; "
+        f"largest error of a weight's gradient {max(r[3] for r in rows.values()):.1e}, of a neuron's "
+        f"own parameters' {max(r[4] for r in rows.values()):.1e}"
     )
     return f"{_aligned([head, *lines])}\n\n{total}"
 
@@ -367,78 +372,93 @@ def _distance(a: nn.Module, b: nn.Module) -> float:
 # Speed
 
 
-def speed(steps: int = 8, turns: int = 5) -> str:
+def speed(steps: int = 4, turns: int = 7) -> str:
     """Seconds of a training step, the plain torch loop and the simulator taking turns."""
+    from snntorch import functional
+
     images = data.load("fashion-mnist", split="train", limit=128 * steps)
     torch.manual_seed(0)
     net = build("leaky")
-    torch_net = copy.deepcopy(net).train()
-    optimizer = torch.optim.Adam(torch_net.parameters(), lr=1e-3)
-    from snntorch import functional
+    plain = copy.deepcopy(net).train()
+    optimizer, loss = torch.optim.Adam(plain.parameters(), lr=1e-3), functional.ce_count_loss()
+    trainer = ipu.trainer(ipu.training_module(net), lr=1e-3, simulator=True)
+    batches = [*images.loader(128)]
 
-    loss_function = functional.ce_count_loss()
-    trainer = ipu.trainer(ipu.training_module(net), lr=1e-3, betas=(0.9, 0.999), simulator=True)
-    batches = [(x.flatten(1).reshape(-1, 1, 28, 28), y) for x, y in images.loader(128)]
-
-    def plain() -> None:
+    def torch_loop() -> None:
         for x, y in batches:
             optimizer.zero_grad()
-            loss_function(torch_net(x), y).backward()
+            loss(plain(x), y).backward()
             optimizer.step()
 
     def simulated() -> None:
         for x, y in batches:
             trainer.step(x, y)
 
-    times: dict[str, list[float]] = {"plain torch loop": [], "ipu-sim": []}
-    simulated()  # compiles
-    plain()
-    for _ in range(turns):
-        for name, run in zip(times, (plain, simulated), strict=True):
-            start = time.process_time(), time.perf_counter()
+    clocks = {"of the clock": time.perf_counter, "of all cores": time.process_time}
+    runs = {"plain torch loop": torch_loop, "ipu-sim": simulated}
+    times: dict[tuple[str, str], list[float]] = {}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            start = {clock: read() for clock, read in clocks.items()}
             run()
-            times[name].append((time.perf_counter() - start[1]) / steps)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    ratio = medians["ipu-sim"] / medians["plain torch loop"]
-    lines = [f"{name}: {1e3 * t:.0f} ms a step of 128 images" for name, t in medians.items()]
-    return "\n".join([*lines, f"ratio: {ratio:.2f} ({torch.get_num_threads()} threads)"])
+            for clock, read in clocks.items():
+                times.setdefault((name, clock), []).append((read() - start[clock]) / steps)
+        if not turn:
+            times.clear()  # it compiled
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rows = [("seconds a step of 128 images", *runs, "ratio")]
+    for clock in clocks:
+        a, b = (medians[name, clock] for name in runs)
+        rows.append((clock, f"{a:.3f}", f"{b:.3f}", f"{b / a:.2f}"))
+    threads = torch.get_num_threads()
+    return f"{_aligned(rows)}\n\nmedians of {turns} turns of {steps} steps, {threads} threads"
 
 
 # Training
 
 
 def training(epochs: int, folder: Path) -> str:
-    """The same network, seed and recipe by the torch path and on the simulator, and their curves."""
+    """The same network, seed and recipe by the torch path and on the simulator, and their curves.
+
+    A log of ``spikeport train`` that lies in the folder is taken for its run.
+    """
     curves: dict[str, list[dict[str, float]]] = {}
     for name, more in (("torch", []), ("ipu-sim", ["--target", "ipu-sim"])):
-        log = folder / f"{name}.json"
+        log = folder / f"{name}.log"
         if not log.exists():
-            _train(name, [*more, "--epochs", str(epochs), "--out-dir", str(folder / name)], log)
-        curves[name] = json.loads(log.read_text(encoding="utf-8"))["epochs"]
+            _train([*more, "--epochs", str(epochs), "--out-dir", str(folder / name)], log)
+        curves[name] = _epochs(log)
+    done = min(map(len, curves.values()))
+    curves = {name: epochs[:done] for name, epochs in curves.items()}
     _plot(curves, HERE / "ipu.svg")
     head = ("epoch", *(f"{n} {what}" for what in ("loss", "test acc.") for n in curves))
     rows = [
         (
-            str(e),
+            str(e + 1),
             *(f"{c[e]['train_loss']:.4f}" for c in curves.values()),
             *(f"{c[e]['test_acc']:.2%}" for c in curves.values()),
         )
-        for e in range(len(curves["torch"]))
+        for e in range(done)
     ]
     a, b = (c[-1]["test_acc"] for c in curves.values())
-    return f"{_aligned([head, *rows])}\n\nfinal difference: {100 * (b - a):+.2f} points"
+    last = f"after {done} of {epochs} epochs: {100 * (b - a):+.2f} points"
+    return f"{_aligned([head, *rows])}\n\n{last}"
 
 
-def _train(name: str, options: list[str], log: Path) -> None:
-    from contextlib import redirect_stdout
-
+def _train(options: list[str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     partial = log.with_suffix(".part")
     with partial.open("w", encoding="utf-8") as file, redirect_stdout(file):
-        code = spikeport(["train", "leaky", *RECIPE, "--json", *options])
-    if code:
-        raise SystemExit(f"the training {name} failed: exit code {code}")
+        if code := spikeport(["train", "leaky", *RECIPE, *options]):
+            raise SystemExit(f"the training failed: exit code {code}")
     partial.replace(log)
+
+
+def _epochs(log: Path) -> list[dict[str, float]]:
+    """What a log of ``spikeport train`` says of each epoch."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    found = (dict(re.findall(r"(\w+) = ([\d.]+)", x)) for x in lines if x.startswith("epoch = "))
+    return [{name: float(value) for name, value in epoch.items()} for epoch in found]
 
 
 def _plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -463,12 +483,12 @@ def _plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def deployment(folder: Path) -> str:
+def deployment(folder: Path, limit: int | None) -> str:
     """What the simulator trained, converted for other targets and compared with the source."""
     net = build("leaky")
     checkpoint = folder / "ipu-sim" / "checkpoint_latest.pth"
     net.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["net"])
-    test = data.load("fashion-mnist")
+    test = data.load("fashion-mnist", limit=limit)
     x = test.x[:100]
     lines = []
     for target in ("lynxi-sim", "onnx", "ipu-sim", "reference"):
@@ -482,7 +502,19 @@ def deployment(folder: Path) -> str:
             f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}, differences "
             f"explained by rounding: {report.explained}"
         )
-    return "\n".join(lines)
+    return "\n".join([f"{test.name}, {len(test)} images", *lines])
+
+
+def environment() -> str:
+    """The tests of rewriting, training and the simulator, in this Python and torch.
+
+    Run it with those that the SDK is built for: Python 3.10 and torch 2.0.1.
+    """
+    folder = HERE.parent / "tests" / "targets" / "ipu"
+    tests = [folder / "test_lowering.py", folder / "test_training.py", folder / "simulator"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *map(str, tests)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
+    return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -501,10 +533,12 @@ def main() -> None:
         "replication": lambda args: replication(),
         "speed": lambda args: speed(),
         "training": lambda args: training(args.epochs, args.folder),
-        "deployment": lambda args: deployment(args.folder),
+        "environment": lambda args: environment(),
+        "deployment": lambda args: deployment(args.folder, args.limit),
     }
     parser.add_argument("part", nargs="?", choices=[*parts], help="default: all")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--limit", type=int, help="of deployment's test images; default: all")
     parser.add_argument("--folder", type=Path, default=Path("build/ipu"), help="for checkpoints")
     args = parser.parse_args()
     path = HERE / "ipu.txt"

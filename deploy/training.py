@@ -209,15 +209,21 @@ def _resume(path: Path, trainer: Trainer, plain: dict[str, Any]) -> tuple[int, f
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     present = checkpoint if isinstance(checkpoint, dict) else {}
-    if "args" in present and (differ := differences(present["args"], plain)):
-        lines = "".join(f"\n  {line}" for line in differ)
-        raise UsageError(f"{path} was trained with other options; give the same:{lines}")
+    theirs, ours = present.get("args", {}).get("target"), plain["target"]
+    if "args" in present and theirs != ours:  # whose optimizers keep another state
+        raise UsageError(
+            f"{path} was trained on {theirs or 'torch'}, and this is {ours or 'torch'}; give the same "
+            "--target"
+        )
     needed = (*trainer.state(), "epoch", "max_test_acc", "args")
     if missing := [n for n in needed if n not in present]:
         raise CheckpointError(
             f"{path} has no {', '.join(missing)}; resume from a checkpoint_latest.pth that spikeport "
             "train wrote"
         )
+    if differ := differences(checkpoint["args"], plain):
+        lines = "".join(f"\n  {line}" for line in differ)
+        raise UsageError(f"{path} was trained with other options; give the same:{lines}")
     if checkpoint["epoch"] + 1 >= plain["epochs"]:
         raise UsageError(
             f"{path} has all of its {plain['epochs']} epochs; nothing is left to train"

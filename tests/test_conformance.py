@@ -24,12 +24,12 @@ def test_a_sample_of_the_matrix() -> None:
     """Neurons of every source, in few steps, side by side in one network."""
     everything = variants(THERE)
     assert len(everything) > 350
-    sample = [replace(v, steps=8) for v in everything[:: len(everything) // 16]]
+    sample = [replace(v, steps=8) for v in everything[:: len(everything) // 12]]
     found = cells(sample, TARGETS, "unrolled")
     assert {c.verdict for c in found} <= {"equal", "refused"}, table(found)
     assert {c.target for c in found if c.refused} <= {"nir"}, table(found)
     assert all(c.fired for c in found if c.neuron not in ("Alpha", "Lapicque"))
-    assert sum(c.verdict == "equal" for c in found) > 50
+    assert sum(c.verdict == "equal" for c in found) > 40
 
 
 class Early(nn.Module):

@@ -45,13 +45,14 @@ class Nir:
 
     name = "nir"
     capabilities = Capabilities(
-        ops=frozenset(short(target) for target in OPERATORS),
+        ops=None,  # its own inspection says more of an operator than that it is missing
         dtypes=None,
         in_place=False,
-        times=frozenset({"unrolled"}),  # a graph of NIR has no steps: its tools take them
+        times=frozenset({"unrolled"}),  # a graph in continuous time serves both
         notes=(
             f"time constants for dt = {DEFAULT_DT} unless the option dt says another",
             "what NIR does not say stands in metadata; the option strict refuses it",
+            f"operators: {', '.join(sorted({short(target) for target in OPERATORS}))}",
         ),
     )
 

@@ -92,6 +92,17 @@ class Exporter:
 
     def run(self) -> Exported:
         """The graph, whole if there is no finding that is an error."""
+        for n in self.program.nodes("call_function"):
+            if n.target is NEURON_STEP:
+                self._node = n
+                self._tell(
+                    "recurrence",
+                    "neurons whose input depends on their own earlier output, unrolled over time",
+                    "networks that compute a layer's steps at once",
+                    "write the cycle with the nir package itself, or convert for another target",
+                )
+        if self.done.findings:
+            return self.done  # all else of an unrolled network would only repeat it
         if self.steps == 0:
             self._tell(
                 "steps",
@@ -105,11 +116,10 @@ class Exporter:
             self.signals[n] = self._input(n, next(specs).name, i)
         for n in self.program.nodes("call_function"):
             self._node = n
-            # What depends on something refused, or is refused as an operator, is no finding itself.
-            known = all(a.op == "get_attr" or a in self.signals for a in n.all_input_nodes)
-            if known and n.target in OPERATORS:
+            # What depends on something refused is no finding itself.
+            if all(a.op == "get_attr" or a in self.signals for a in n.all_input_nodes):
                 try:
-                    self.signals[n] = OPERATORS[n.target](self, n)
+                    self.signals[n] = OPERATORS.get(n.target, _unknown)(self, n)
                 except NotInNir as error:
                     found = f"{short(n.target)}: {error}"
                     self._tell("operator", found, "what a node of NIR computes", error.fix)
@@ -134,11 +144,15 @@ class Exporter:
         self.done.edges += [(source, name) for source in x.sources]
         return replace(x, sources=(name,), shape=tuple(shape), binary=False)
 
-    def signal(self, n: Any) -> Signal:
-        """The signal of an argument."""
+    def given(self, n: Any) -> Signal:
+        """The signal of an argument, whether or not time is gone from it."""
         if not isinstance(n, fx.Node) or n not in self.signals:
             raise NotInNir("a constant where a signal is wanted")
-        signal = self.signals[n]
+        return self.signals[n]
+
+    def signal(self, n: Any) -> Signal:
+        """The signal of an argument, over time."""
+        signal = self.given(n)
         if signal.over_time != "steps":
             raise NotInNir(
                 f"after the {signal.over_time} over time, NIR has no step to compute it at",
@@ -196,6 +210,7 @@ class Exporter:
         self.done.edges += [(source, name) for source in signal.sources]
 
     def _unique(self, name: str) -> str:
+        name = name.replace("/", "_")  # which would be a group inside a group of the file
         k, unique = 1, name
         while unique in self.done.units:
             k, unique = k + 1, f"{name}_{k + 1}"
@@ -279,11 +294,8 @@ def _population(export: Exporter, x: Signal, neuron: Neuron, fires: bool) -> Sig
     return export.add_unit(unit, x, x.shape)
 
 
-def _step(export: Exporter, n: Node) -> Signal:
-    raise NotInNir(
-        "a layer whose input depends on its own earlier output, unrolled over time",
-        "write the recurrence with nir itself; spikeport writes networks without",
-    )
+def _unknown(export: Exporter, n: Node) -> Signal:
+    raise NotInNir("no node computes it")
 
 
 def _conv(export: Exporter, n: Node) -> Signal:
@@ -380,8 +392,7 @@ def _above(export: Exporter, x: Signal, threshold: float) -> Signal:
 
 
 def _reshape(export: Exporter, n: Node) -> Signal:
-    size = shape(n)
-    x = export.signals[n.args[0]]
+    x, size = export.given(n.args[0]), shape(n)
     whole = (export.batch, *x.shape)
     if x.layout == "reduced" and size in (whole, (math.prod(whole),)):
         return x
@@ -545,7 +556,6 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal]] = {
     NEURON: _neuron,
     STATE: _readout,
-    NEURON_STEP: _step,
     RESHAPE: _reshape,
     aten.conv1d.default: _conv,
     aten.conv2d.default: _conv,

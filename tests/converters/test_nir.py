@@ -348,6 +348,31 @@ def test_cycles_of_delays_of_no_time_and_islands() -> None:
     assert found == {("nir-dangling", n) for n in ("a", "w", "input", "output")}
 
 
+def test_graphs_that_are_malformed(tmp_path: Path) -> None:
+    file = saved(CHAINS["affine"](), tmp_path)
+    with h5py.File(file, "r+") as content:
+        del content["node/edges"]
+        content["node/edges"] = np.ones((2, 3))
+    assert [f.rule for f in findings(file)] == ["nir-graph"]
+    with h5py.File(file, "r+") as content:
+        del content["node/edges"], content["node/nodes/n0"]
+        content["node/nodes/n0"] = 1.0
+    assert [f.rule for f in findings(file)] == ["nir-graph"]
+    g = self_loop()
+    inner = graph(g.edges, **{n: node for n, node in g.nodes.items() if n != "input"})
+    ports = {n: g.nodes[n] for n in ("input", "output")}
+    nested = graph("input rnn output", rnn=inner, **ports)
+    (wrong, *_) = findings(nested)
+    assert (wrong.rule, wrong.where) == ("nir-edge", "rnn.input -> rnn.a")
+    assert ("nir-subgraph", "rnn") in {(f.rule, f.where) for f in findings(nested)}
+    twice = graph(
+        "input rnn.a rnn output", rnn=graph(g.edges, **g.nodes), **ports, **{"rnn.a": lif(3)}
+    )
+    assert "nir-name" in {f.rule for f in findings(twice)}
+    back = graph([*g.edges, ("a", "input")], **g.nodes)
+    assert [(f.rule, f.where) for f in findings(back)] == [("nir-edge", "input")]
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     file = saved(CHAINS["conv2d"](), tmp_path)
     whole = file.read_bytes()

@@ -22,12 +22,7 @@ from spikeport.targets.lynxi.simulator import options
 
 TARGETS = ("reference", "lynxi-sim", "onnx", "nir")
 #: What a target may refuse; everything else in a random network it must run.
-REFUSES = {
-    "nir": {
-        *("aten.cat", "aten.relu", "metadata", "spikeport.neuron_step", "aten.mul", "aten.add"),
-        *("aten.max_pool2d", "aten.batch_norm", "aten.stack", "aten.reshape"),
-    }
-}
+REFUSES = {"nir": {"operator", "recurrence"}}
 
 
 def check(net: nn.Module, inputs: tuple[torch.Tensor, ...], folder: Path) -> dict[str, str]:
@@ -55,8 +50,7 @@ def convert(net: nn.Module, inputs: tuple[torch.Tensor, ...], target: str) -> An
     try:
         return deploy.convert(net, inputs, target, dtype="float32")
     except deploy.UnsupportedError as error:
-        reasons = {f.found.partition(":")[0] for f in error.findings}
-        if not reasons <= REFUSES.get(target, set()):
+        if not {f.rule for f in error.findings} <= REFUSES.get(target, set()):
             raise
         return None
 

@@ -474,7 +474,7 @@ def test_command_line(folder, tmp_path, capsys):
     ("argv", "code", "said"),
     [
         (["conv", "-T", "0"], 2, "T is 0"),
-        (["con"], 2, "conv or fc"),
+        (["con"], 2, "conv, fc or leaky"),
         (["fc", "--channels", "4"], 2, "unexpected keyword argument 'channels'"),
         (["conv", "-T", "2", "--arg", "T=3"], 2, "T is given twice"),
         (["fc", "--half", "--amp"], 2, "not allowed with"),

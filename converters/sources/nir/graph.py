@@ -6,13 +6,14 @@ The file is read with h5py alone, so that everything wrong with it is found, not
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -44,6 +45,8 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CubaLIF": (("tau_syn", "tau_mem", "r", "v_leak", "v_threshold"), ("v_reset", "w_in")),
 }
 NEURONS = frozenset({"I", "IF", "LI", "LIF", "CubaLI", "CubaLIF"})
+#: Other nodes that compute each element alone, with the parameter that has the signal's shape.
+_ELEMENTWISE = {"Scale": "scale", "Delay": "delay", "Threshold": "threshold"}
 _SPACE = ("kernel_size", "stride", "padding", "dilation", "groups", "start_dim", "end_dim")
 
 
@@ -66,9 +69,8 @@ class Unit:
         """The shape of its signal at one step, for nodes that say it."""
         if self.kind in ("Input", "Output"):
             return tuple(int(n) for n in np.atleast_1d(self.fields["shape"]))
-        if self.kind in NEURONS:
-            return tuple(np.shape(self.fields["r"]))
-        return None
+        own = "r" if self.kind in NEURONS else _ELEMENTWISE.get(self.kind)
+        return None if own is None else tuple(np.shape(self.fields[own]))
 
     @property
     def holds_back(self) -> bool:
@@ -100,9 +102,16 @@ class Graph:
         """The nodes whose outputs a node sums."""
         return [a for a, b in self.edges if b == name]
 
+    @functools.cached_property
+    def _after(self) -> dict[str, list[str]]:
+        after: dict[str, list[str]] = {}
+        for a, b in self.edges:
+            after.setdefault(a, []).append(b)
+        return after
+
     def after(self, name: str) -> list[str]:
         """The nodes that take a node's output."""
-        return [b for a, b in self.edges if a == name]
+        return self._after.get(name, [])
 
     def reached_from(self, names: Iterable[str], through: Container[str] | None = None) -> set[str]:
         """The nodes that a signal from these reaches; beyond the first only by way of ``through``."""
@@ -132,8 +141,10 @@ def read(source: Any) -> Graph:
     units: dict[str, Unit] = {}
     edges: list[tuple[str, str]] = []
     _flatten(content, "", units, edges, findings)
+    if findings and not units:
+        raise CaptureError(HEADLINE, findings)
     inputs, outputs = (
-        tuple(sorted(_named(content.get("nodes", {}), kind))) for kind in ("Input", "Output")
+        tuple(sorted(_named(content["nodes"], kind))) for kind in ("Input", "Output")
     )
     metadata = _plain(content.get("metadata", {}))
     graph = Graph(units, tuple(edges), inputs, outputs, metadata)
@@ -229,65 +240,76 @@ def _flatten(
     findings: list[Finding],
 ) -> None:
     """Add a graph's nodes and edges, those of its subgraphs under their names."""
-    nodes: Mapping[str, Any] = content.get("nodes", {})
+    nodes, pairs = content.get("nodes"), _pairs(content.get("edges"))
+    if not _groups(nodes) or pairs is None:
+        findings.append(
+            finding(
+                "graph",
+                prefix.rstrip("."),
+                "a graph whose nodes are no groups or whose edges are no pairs",
+                "nodes by name, and edges of two names each",
+                "write it with nir.write",
+            )
+        )
+        return
     for name, node in nodes.items():
         path, kind = f"{prefix}{name}", str(node.get("type"))
         if kind == "NIRGraph":
             _flatten(node, f"{path}.", units, edges, findings)
             findings += _ports(path, node)
             continue
-        if path in units:
-            findings.append(
-                finding(
-                    "name",
-                    path,
-                    "two nodes of this name, one of them in a subgraph",
-                    "names that differ, a subgraph's nodes being called subgraph.node",
-                    "rename one",
-                )
-            )
-        if kind not in _FIELDS:
-            findings.append(
-                finding(
-                    "unknown-node",
-                    path,
-                    f"a node of type {kind}",
-                    ", ".join([*_FIELDS, "NIRGraph"]),
-                    "write the network with these",
-                )
-            )
-            units[path] = Unit("", {})
-        else:
-            findings += _fields(path, kind, node)
-            wanted = (*_FIELDS[kind][0], *_FIELDS[kind][1])
-            given = {n: node[n] for n in wanted if node.get(n) is not None}
-            units[path] = Unit(kind, given, node.get("metadata", {}))
-    for edge in content.get("edges", ()):
-        a, b = (str(end) for end in _plain(edge))
-        inner = [_port(nodes, end, kind) for end, kind in ((a, "Output"), (b, "Input"))]
-        ends = [f"{prefix}{end}{port}" for end, port in zip((a, b), inner, strict=True)]
-        if missing := [end for end in (a, b) if end not in nodes]:
-            findings.append(
-                finding(
-                    "edge",
-                    f"{prefix}{a} -> {prefix}{b}",
-                    f"an edge of {', '.join(missing)}, which is no node",
-                    "edges between nodes of the same graph",
-                    "add the node or remove the edge",
-                )
-            )
-        elif (ends[0], ends[1]) in edges:
-            findings.append(
-                finding(
-                    "edge",
-                    f"{prefix}{a} -> {prefix}{b}",
-                    "the same edge twice",
-                    "one edge between two nodes",
-                    "remove one, or scale the signal with a Scale node",
-                )
-            )
-        else:
-            edges.append((ends[0], ends[1]))
+        findings += _named_twice(path, units)
+        findings += _fields(path, kind, node)
+        given = {
+            n: node[n]
+            for n in (n for part in _FIELDS.get(kind, ()) for n in part)
+            if node.get(n) is not None
+        }
+        units[path] = Unit(kind, given, node.get("metadata", {}))
+    for a, b in pairs:
+        findings += _edge(prefix, a, b, nodes, edges)
+
+
+def _edge(
+    prefix: str, a: str, b: str, nodes: Mapping[str, Any], edges: list[tuple[str, str]]
+) -> Iterator[Finding]:
+    """Add an edge, or say what is wrong with it."""
+    missing = [end for end in (a, b) if end not in nodes]
+    ends = (
+        f"{prefix}{a}{_port(nodes, a, 'Output')}",
+        f"{prefix}{b}{_port(nodes, b, 'Input')}",
+    )
+    if missing:
+        yield finding(
+            "edge",
+            f"{prefix}{a} -> {prefix}{b}",
+            f"an edge of {', '.join(missing)}, which is no node",
+            "edges between nodes of the same graph",
+            "add the node or remove the edge",
+        )
+    elif ends in edges:
+        yield finding(
+            "edge",
+            f"{prefix}{a} -> {prefix}{b}",
+            "the same edge twice",
+            "one edge between two nodes",
+            "remove one, or scale the signal with a Scale node",
+        )
+    else:
+        edges.append(ends)
+
+
+def _groups(nodes: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(nodes, Mapping) and all(isinstance(n, Mapping) for n in nodes.values())
+
+
+def _pairs(edges: Any) -> list[list[str]] | None:
+    """Edges as pairs of names, or None if they are something else."""
+    given = [] if edges is None or len(edges) == 0 else _plain(edges)
+    pairs = isinstance(given, list) and all(
+        isinstance(pair, list) and [type(end) for end in pair] == [str, str] for pair in given
+    )
+    return given if pairs else None
 
 
 def _named(nodes: Mapping[str, Any], kind: str) -> list[str]:
@@ -314,7 +336,27 @@ def _ports(path: str, node: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
+def _named_twice(path: str, units: Mapping[str, Unit]) -> Iterator[Finding]:
+    if path in units:
+        yield finding(
+            "name",
+            path,
+            "two nodes of this name, one of them in a subgraph",
+            "names that differ, a subgraph's nodes being called subgraph.node",
+            "rename one",
+        )
+
+
 def _fields(path: str, kind: str, node: Mapping[str, Any]) -> Iterator[Finding]:
+    if kind not in _FIELDS:
+        yield finding(
+            "unknown-node",
+            path,
+            f"a node of type {kind}",
+            ", ".join([*_FIELDS, "NIRGraph"]),
+            "write the network with these",
+        )
+        return
     needed = _FIELDS[kind][0]
     if missing := [n for n in needed if node.get(n) is None]:
         yield finding(
@@ -338,6 +380,14 @@ def _connections(graph: Graph) -> Iterator[Finding]:
                 f"add a nir.{kind} node and an edge",
             )
     sources, ends = {a for a, _ in graph.edges}, {b for _, b in graph.edges}
+    for name in sorted(ends & {*graph.inputs}):
+        yield finding(
+            "edge",
+            name,
+            "an edge that leads to an Input",
+            "Inputs that data alone come from",
+            "lead the edge to the node behind it",
+        )
     for name in graph.units:
         lacks = []
         if name not in graph.inputs and name not in ends:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -186,19 +187,17 @@ class NirNetwork(nn.Module):
                 )
 
     def _shape_after(self, name: str, unit: Unit, taken: tuple[int, ...]) -> tuple[int, ...]:
-        if unit.shape is not None and name in self.graph.outputs and unit.shape != taken:
-            raise UsageError(f"it says {list(unit.shape)}")
-        if (module := self._module(name)) and not isinstance(module, (Neurons, Delay)):
+        if unit.shape is None:
             with torch.no_grad():
-                return tuple(module(torch.zeros(1, *taken)).shape[1:])
-        own = max((tuple(t.shape) for t in _arrays(unit)), key=len, default=())
+                return tuple(self._module(name)(torch.zeros(1, *taken)).shape[1:])
+        if unit.kind in ("Input", "Output"):
+            if name in self.graph.outputs and unit.shape != taken:
+                raise UsageError(f"it says {list(unit.shape)}")
+            return taken
+        own = max((np.shape(value) for value in unit.fields.values()), key=len)
         if own not in ((), taken):
             raise UsageError(f"its parameters are of shape {list(own)}")
         return taken
-
-
-def _arrays(unit: Unit) -> Iterator[torch.Tensor]:
-    return (torch.as_tensor(value) for value in unit.fields.values())
 
 
 def _attach(root: nn.Module, name: str, module: nn.Module) -> str:

@@ -57,8 +57,11 @@ def discrete(unit: Unit, dt: float) -> Discrete:
     if entry is None:
         return own
     declared = _declared(entry)
-    if not _same(continuous(declared, unit.shape or (), dt).fields, unit.fields):
-        raise UsageError("its metadata declare another neuron than its parameters")
+    node = continuous(declared, unit.shape or (), dt, own.fires)
+    if node.kind != unit.kind or not _same(node.fields, unit.fields):
+        raise UsageError(
+            f"its metadata declare another neuron than its parameters at a time step of {dt:g}"
+        )
     return Discrete(declared, 1.0, own.fires)
 
 
@@ -185,8 +188,7 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    shared = a.keys() & b.keys()
-    return all(np.allclose(a[n], b[n], rtol=1e-6, atol=0) for n in shared)
+    return a.keys() == b.keys() and all(np.allclose(a[n], b[n], rtol=1e-6, atol=0) for n in a)
 
 
 def _if(p: Mapping[str, Any], dt: float) -> tuple[str, dict[str, Any]]:

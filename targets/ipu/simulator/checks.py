@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from .errors import Error
-from .graph import Graph, Node
+from .graph import Graph, Node, slots
 from .settings import warn
 from .trace import Surrogate, Traced
 
@@ -146,6 +146,24 @@ def _blocking(graph: Graph, weight: int, every: set[int]) -> list[Node]:
                 found.append(node)
             after.update(node.outs, node.mutates)
     return found
+
+
+def outputs(graph: Graph, returned: int) -> None:
+    """Warn of outputs that are concatenated along another dimension than the batch.
+
+    Args:
+        graph: The network, whose inputs begin with the batch dimension.
+        returned: Micro-batches whose outputs are concatenated.
+    """
+    batches = {graph.infos[slot][0][0] for slot in graph.inputs if graph.infos[slot][0]}
+    for slot in slots(graph.outputs) if returned > 1 else ():
+        shape = list(graph.infos[slot.index][0])
+        if shape and shape[0] not in batches and batches.intersection(shape[1:]):
+            warn(
+                f"an output of shape {shape} comes back {returned} times, concatenated along its first "
+                f"dimension, which is not the batch but {shape[0]}, time perhaps: return the batch "
+                "first, and turn it back on the host"
+            )
 
 
 def shapes(graph: Graph) -> None:

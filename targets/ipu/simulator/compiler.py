@@ -83,6 +83,7 @@ def compile_model(request: Request) -> Executable:
         [*([loss] if recipe is not None else []), *(slot for slot, _, _ in anchors.values())]
     )
     checks.shapes(graph)
+    checks.outputs(graph, request.schedule.returned)
     _check_buffers(traced, weights, request)
     checks.ipus(traced, request.schedule.replicas, options.auto_round_num_ipus)
     pipelined = options._execution_strategy.pipelined

@@ -48,6 +48,15 @@ class Schedule:
         """Micro-batches of a combined batch."""
         return self.iterations * self.accumulation * self.replicas
 
+    @property
+    def returned(self) -> int:
+        """Micro-batches whose outputs come back, concatenated."""
+        if self.output_mode == ALL:
+            return self.slices
+        if self.output_mode == EVERY_N:
+            return self.slices // self.iterations * (self.iterations // self.period)
+        return self.replicas
+
 
 @dataclass(frozen=True)
 class Training:

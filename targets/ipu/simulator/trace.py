@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import on_device
 from .graph import Graph, Node, Slot, device_bytes, function_name, replace, tensors
@@ -40,8 +41,10 @@ _READS = {
     "equal": "aten::equal",
     "allclose": "aten::allclose",
 }
-# Results whose shape depends on the data.
+# Results whose shape depends on the data; see also _shaping.
 _DYNAMIC = ("nonzero", "masked_select", "unique", "unique_consecutive", "bincount", "argwhere")
+# Functions that read values only to check them, where the host does.
+_CHECKING = ("one_hot", "gaussian_nll_loss", "multinomial")
 _GRADIENTS = ("backward", "grad")
 # Functions whose derivative is zero almost everywhere, although autograd lets a gradient pass.
 _STEPS = ("sign", "sgn", "floor", "ceil", "round", "trunc", "fix", "heaviside", "frac_")
@@ -119,6 +122,7 @@ class Tracer(TorchFunctionMode):
         self._buffers: dict[int, str] = {}  # slots that hang on the value of a buffer alone
         self._replaced: dict[int, Tensor] = {}
         self._written: set[int] = set()  # storages
+        self._given: list[Tensor] = []  # of the call under way
         self._names: dict[str, int] = {}
         self._modules_of: dict[int, str] = {}  # in which a slot was made
         self._unsupported: dict[str, dict[str, None]] = {}  # modules by operator
@@ -173,7 +177,7 @@ class Tracer(TorchFunctionMode):
         args, kwargs = replace((args, kwargs), self._original)
         given = list(tensors((args, kwargs)))
         if name in _READS:
-            self._read(name, given)
+            self._read(_READS[name], given)
             return func(*args, **kwargs)
         if name in _GRADIENTS and (given or func is torch.autograd.grad):
             self._problem(
@@ -187,8 +191,11 @@ class Tracer(TorchFunctionMode):
         # Norms write their statistics without a trace in the version.
         buffers = [(t, t.detach().clone()) for t in given if self._is_buffer(t)]
         before = torch.get_rng_state()
+        self._given = [] if name in _CHECKING else given
         try:
-            func, result = in_device_precision(func, args, kwargs, name)
+            # Not around all of forward: constructors of tensor subclasses cannot run in such a mode.
+            with _HiddenReads(self):
+                func, result = in_device_precision(func, args, kwargs, name)
         except IndexError as error:
             raise on_device(error, self._qualified(name)) from error
         made = list(tensors(result))
@@ -200,7 +207,7 @@ class Tracer(TorchFunctionMode):
         ]
         if not made and not mutated:
             return result
-        if name in _DYNAMIC and any(self._is_dynamic(t) for t in given):
+        if any(self._is_dynamic(t) for t in _shaping(name, args, kwargs)):
             self._problem(
                 f"aten::{name}: the shape of its result depends on the data, and shapes are static"
             )
@@ -300,8 +307,12 @@ class Tracer(TorchFunctionMode):
 
     # Reads
 
-    def _read(self, name: str, given: list[Tensor]) -> None:
-        aten = _READS[name]
+    def read_inside(self, value: Tensor) -> None:
+        """A function reads the value of a tensor, as ``torch.full`` that of its fill value."""
+        given = [value] if any(value is t for t in self._given) else self._given
+        self._read("aten::_local_scalar_dense", given)
+
+    def _read(self, aten: str, given: list[Tensor]) -> None:
         where = f" (in {self._module()})" if self._module() else ""
         mode = "training" if self.training else "inference"
         text = (
@@ -495,6 +506,25 @@ class Tracer(TorchFunctionMode):
             yield
 
 
+class _HiddenReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells a tracer of values that functions read where Python does not see it."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tracer = tracer
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self._tracer.read_inside(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 class _Context:
     """What an autograd function's forward may do with its context."""
 
@@ -517,6 +547,18 @@ class _Context:
 
     def set_materialize_grads(self, value: bool) -> None:
         pass
+
+
+def _shaping(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors on whose values the shape of a call's result depends."""
+    if name in _DYNAMIC or (name == "where" and len(args) + len(kwargs) == 1):
+        yield from tensors((args, kwargs))
+    elif name == "__getitem__":
+        yield from (t for t in tensors(args[1:]) if t.dtype in (torch.bool, torch.uint8))
+    elif name == "one_hot" and (args[1:] or (kwargs.get("num_classes", -1),)) == (-1,):
+        yield from tensors(args)
+    elif name == "repeat_interleave" and "output_size" not in kwargs:
+        yield from tensors((args[1:], kwargs.get("repeats")))
 
 
 def _operator(func: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeport.targets.ipu.simulator import poptorch
+from spikeport.targets.ipu.simulator import SimulatorWarning, poptorch
 
 BATCH, STEPS = 3, 20
 
@@ -189,12 +190,23 @@ def test_slices_of_outputs(mode: Any, period: int | None, wanted: list[int]) -> 
 
 
 def test_time_first_outputs_come_back_along_time() -> None:
-    model = poptorch.inferenceModel(
-        lambda x: torch.stack([x, x + 100]), poptorch.Options().deviceIterations(2)
-    )
-    out = model(torch.tensor([[0.0], [1.0]]))  # [T, B, C] of two iterations, concatenated on T
+    def steps(x: Tensor) -> Tensor:
+        return torch.stack([x, x + 100])
+
+    x = torch.tensor([[0.0], [1.0]])
+    model = poptorch.inferenceModel(steps, poptorch.Options().deviceIterations(2))
+    with pytest.warns(
+        SimulatorWarning, match=r"shape \[2, 1, 1\] comes back 2 times.*return the batch"
+    ):
+        out = model(x)  # [T, B, C] of two iterations, concatenated on T
     assert out.flatten().tolist() == [0, 100, 1, 101]
     assert out.shape == (4, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        poptorch.inferenceModel(steps)(x)
+        poptorch.inferenceModel(
+            lambda x: steps(x).transpose(0, 1), poptorch.Options().deviceIterations(2)
+        )(x)
 
 
 def test_default_modes() -> None:

@@ -84,12 +84,19 @@ def test_libraries_of_custom_operators_are_placeholders(tmp_path: Path) -> None:
         assert ctypes.cdll.LoadLibrary(str(library)) is None
         with pytest.raises(OSError, match="op.cpp"):
             ctypes.cdll.LoadLibrary(str(tmp_path / "op.cpp"))
-        assert shutil.which("g++") != shutil.which("make")
     assert not library.exists()
     library.write_bytes(b"a real one")
     with install():
         subprocess.run(command, check=True)
     assert library.read_bytes() == b"a real one"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_the_compiler_is_left_everything_else() -> None:
+    command = ["g++", "--version"]
+    outside = subprocess.run(command, check=True, capture_output=True).stdout
+    with install():
+        assert subprocess.run(command, check=True, capture_output=True).stdout == outside
 
 
 # snnTorch
@@ -143,7 +150,9 @@ def test_snntorch_ipu_learns(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert said.startswith("simulation of the Poplar SDK 3.4.0 (poptorch) by spikeport")
-    assert float(said.split("epoch 1: test accuracy ")[1].split()[0]) > 0.7
+    first, later = (float(said.split(f"epoch {e} step 0: loss ")[1].split(",")[0]) for e in (0, 1))
+    assert later < 0.7 * first
+    assert float(said.split("epoch 1: test accuracy ")[1].split()[0]) > 0.65
     assert not list((tmp_path / "site").rglob("*.so"))
 
 
