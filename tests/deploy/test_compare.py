@@ -99,6 +99,10 @@ class Tampered:
         return int(self.model.batch_dim)
 
     @property
+    def time(self) -> str:
+        return str(self.model.time)
+
+    @property
     def has_probes(self) -> bool:
         return bool(self.model.has_probes)
 
