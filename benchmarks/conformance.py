@@ -395,7 +395,11 @@ def cells(group: Sequence[Variant], targets: Sequence[str], mode: Time) -> list[
         for cell in made:
             cell.spikes, cell.fired = y.numel(), int((y != 0).sum())
         work.append(Work(layer, x, y, dict(zip(targets, made, strict=True))))
-    _fill(work, targets, mode)
+    able = [t for t in targets if mode in registry.get(t).capabilities.times]
+    for w in work:
+        for target in {*targets} - {*able}:
+            w.cells[target].refused = f"the target takes no {mode} programs"
+    _fill(work, able, mode)
     return [cell for w in work for cell in w.cells.values()]
 
 
@@ -505,6 +509,7 @@ def runnable(targets: Iterable[str]) -> list[str]:
 def table(found: Sequence[Cell]) -> str:
     """A line for each neuron and reset: cells equal, refused and wrong by target."""
     targets = [t for t in TARGETS if any(c.target == t for c in found)]
+    ran = [c for c in found if not c.refused]
     lines = [
         f"{len(found)} cells: "
         + ", ".join(
@@ -512,7 +517,7 @@ def table(found: Sequence[Cell]) -> str:
             for verdict in VERDICTS
             if (count := sum(c.verdict == verdict for c in found)) or verdict == "WRONG"
         ),
-        f"{sum(c.spikes for c in found):,} outputs compared, {sum(c.fired for c in found):,} of them "
+        f"{sum(c.spikes for c in ran):,} outputs compared, {sum(c.fired for c in ran):,} of them "
         f"spikes, {sum(c.differing for c in found):,} differing",
         "",
         "equal / refused / wrong cells, by target",
