@@ -140,6 +140,8 @@ def _rewrite(
     return program, uncast
 
 
-def rewrite_for(captured: Program, target: str, dtype: torch.dtype, time: Time) -> Program:
+def rewrite_for(
+    captured: Program, target: str, dtype: torch.dtype, time: Time = "unrolled"
+) -> Program:
     """A captured program, rewritten for a target and not verified."""
     return _rewrite(captured, registry.get(target), dtype, time)[0]
