@@ -251,8 +251,10 @@ class _Flatten(Builder):
         return _Folded(node, x.T, x.N)
 
     def _expand(self, n: Node) -> Node | _Folded | None:
-        """unsqueeze(x, 0) expanded over a new leading dimension."""
+        """x, or unsqueeze(x, 0), expanded over a new leading dimension."""
         x = self.env[n.args[0]]
+        if isinstance(x, fx.Node) and len(shape(x)) > 1 and shape(n)[1:] == shape(x):
+            return _Folded(x, shape(n)[0], shape(x)[0], static=True)
         if isinstance(x, _Folded) and not x.order and x.T == 1 and shape(n)[1:] == (x.N, *x.rest):
             return _Folded(x.node, shape(n)[0], x.N, static=True)
         return None

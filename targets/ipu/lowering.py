@@ -187,8 +187,9 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
     for path, module, reading in sources.read_all(net):
         if isinstance(module, Lowered):
             continue  # said already
-        whole = isinstance(reading, Reading) and not (reading.readout or reading.part)
-        if isinstance(reading, Memory) or (isinstance(reading, Reading) and not whole):
+        if isinstance(reading, Memory) or (
+            isinstance(reading, Reading) and (reading.readout or reading.part)
+        ):
             findings.append(_no_neuron(path, module))
             continue
         if not isinstance(reading, Reading):
