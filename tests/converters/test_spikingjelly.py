@@ -388,30 +388,6 @@ def test_every_other_neuron_is_refused_by_name(name: str) -> None:
     assert name in found["unknown-neuron", "1"]
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: layer.SynapseFilter(tau=2.0, step_mode="m"),
-        lambda: layer.NeuNorm(3, 4, 4, step_mode="m"),
-        lambda: layer.Delay(1, step_mode="m"),
-        lambda: layer.ElementWiseRecurrentContainer(
-            make("IFNode", 0.0, 2.0, True, step_mode="s"), lambda x, y: x + y, step_mode="m"
-        ),
-        lambda: layer.LinearRecurrentContainer(
-            make("IFNode", 0.0, 2.0, True, step_mode="s"), 4, 4, step_mode="m"
-        ),
-    ],
-    ids=["SynapseFilter", "NeuNorm", "Delay", "ElementWiseRecurrent", "LinearRecurrent"],
-)
-def test_layers_with_state_are_refused_by_name(made: Callable[[], nn.Module]) -> None:
-    net = nn.Sequential(nn.Identity(), made())
-    with pytest.raises(CaptureError) as caught:
-        capture(net, (rand(T, N, 3, 4, 4),))
-    found = caught.value.findings[0]
-    assert (found.rule, found.where) == ("unknown-neuron", "1")
-    assert type(net[1]).__name__ in found.found
-
-
 # Readouts
 
 

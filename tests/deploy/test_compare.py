@@ -91,10 +91,6 @@ class Tampered:
         return dtype
 
     @property
-    def time(self) -> str:
-        return str(self.model.time)
-
-    @property
     def batch_dim(self) -> int:
         return int(self.model.batch_dim)
 
