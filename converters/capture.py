@@ -85,16 +85,7 @@ def _copy(net: nn.Module) -> nn.Module:
     except Exception as error:
         raise CaptureError(
             _HEADLINE,
-            [
-                Finding(
-                    rule="copy",
-                    where="",
-                    found=f"the network cannot be copied ({error})",
-                    allowed="a network that keeps no tensor of an earlier training step",
-                    fix="reset it first (SpikingJelly: functional.reset_net(net), snnTorch: "
-                    "utils.reset(net))",
-                )
-            ],
+            [sources.not_copied(error)],
         ) from error
     work.eval()
     for module in list(work.modules()):

@@ -13,8 +13,17 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
-from ..converters.errors import Finding, Findings
-from ..converters.passes import Pass
+from ..converters.errors import DeviceError, Finding, Findings, UsageError
+from ..converters.passes import (
+    Pass,
+    absorb_batch_norm,
+    cast_float16,
+    flatten_time,
+    fold_batch_norm,
+    fold_constants,
+    hoist_time_invariant,
+    reroll_time,
+)
 from ..converters.program import NEURON, NEURON_STEP, STATE, Program, Time, short, where
 
 
@@ -131,6 +140,40 @@ class Target(Protocol):
         Raises:
             DeviceError: There is no such device, or it refused the program.
         """
+
+
+def rewrites(dtype: torch.dtype, *lowering: Pass) -> tuple[Pass, ...]:
+    """The rewrites that targets share, in order, with what a target does to operators and neurons.
+
+    For float16 a batch norm is absorbed rather than folded where that is possible, because folding rounds
+    the weights once more, and the cast comes last.
+    """
+    layout = (fold_constants, reroll_time, hoist_time_invariant, flatten_time)
+    if dtype == torch.float16:
+        return (*layout, absorb_batch_norm, fold_batch_norm, *lowering, cast_float16)
+    return (*layout, fold_batch_norm, *lowering)
+
+
+def chosen(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A target's options, the defaults where none is given.
+
+    Raises:
+        UsageError: It has no such option.
+    """
+    if unknown := sorted(set(given) - set(defaults)):
+        there = f"there are {', '.join(defaults)}" if defaults else "it has none"
+        raise UsageError(f"{name} has no option {', '.join(unknown)}; {there}")
+    return {**defaults, **given}
+
+
+def only_device(name: str, device: int, what: str = "the CPU") -> None:
+    """Refuse a device other than 0, where there is but one.
+
+    Raises:
+        DeviceError: It is another.
+    """
+    if device != 0:
+        raise DeviceError(f"no device {device}; the target {name} has device 0, {what}")
 
 
 @runtime_checkable

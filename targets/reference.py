@@ -13,18 +13,11 @@ from typing import Any
 
 import torch
 
-from ..converters.errors import DeviceError, UsageError
-from ..converters.passes import (
-    Pass,
-    flatten_time,
-    fold_batch_norm,
-    fold_constants,
-    hoist_time_invariant,
-    reroll_time,
-)
+from ..converters.errors import UsageError
+from ..converters.passes import Pass
 from ..converters.program import Program
 from . import graphs
-from .base import SDK, Capabilities, Compiled, Loaded
+from .base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 
 
 class Reference:
@@ -45,8 +38,7 @@ class Reference:
         """
         if dtype != torch.float32:
             raise UsageError("the reference target computes in float32; leave dtype out")
-        layout = (fold_constants, reroll_time, hoist_time_invariant, flatten_time)
-        return *layout, fold_batch_norm
+        return rewrites(dtype)
 
     def sdk(self) -> SDK:
         """PyTorch itself."""
@@ -54,8 +46,7 @@ class Reference:
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Write the graph and its weights."""
-        if options:
-            raise UsageError(f"the reference target has no options; got {', '.join(options)}")
+        chosen(self.name, options, {})
         return Compiled({}, graphs.write(program, directory))
 
     def load(
@@ -66,8 +57,7 @@ class Reference:
         device: int,
     ) -> Loaded:
         """Read the graph and its weights."""
-        if device != 0:
-            raise DeviceError(f"no device {device}; the reference target has device 0, the CPU")
+        only_device(self.name, device)
         return _Model(graphs.ChannelsInnermost(graphs.read(directory)))
 
 

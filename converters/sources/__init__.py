@@ -101,6 +101,17 @@ def copied(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, states)
 
 
+def not_copied(error: Exception) -> Finding:
+    """Why :func:`copied` failed."""
+    return Finding(
+        rule="copy",
+        where="",
+        found=f"the network cannot be copied ({error})",
+        allowed="a network that keeps no tensor of an earlier training step",
+        fix="reset it first (SpikingJelly: functional.reset_net(net), snnTorch: utils.reset(net))",
+    )
+
+
 def framework(net: nn.Module) -> str:
     """Name of the framework whose modules the network uses."""
     used = {type(m).__module__.split(".")[0] for m in net.modules()}

@@ -17,19 +17,11 @@ from torch import fx
 
 from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
 from ...converters.ops import aten
-from ...converters.passes import (
-    Pass,
-    absorb_batch_norm,
-    cast_float16,
-    flatten_time,
-    fold_batch_norm,
-    hoist_time_invariant,
-    reroll_time,
-)
+from ...converters.passes import Pass
 from ...converters.program import NEURON, NEURON_STEP, Program, steps
 from ...converters.surrogates import ATan
 from .. import graphs
-from ..base import SDK, Capabilities, Compiled, Loaded, memory
+from ..base import SDK, Capabilities, Compiled, Loaded, chosen, memory, rewrites
 from . import kernels, ops
 from .codegen import Forward, Spec, forward_source
 
@@ -72,18 +64,12 @@ class Cuda:
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; neurons stay single operators.
 
-        For float16 a batch norm is absorbed rather than folded where that is possible, because folding
-        rounds the weights once more.
-
         Raises:
             UsageError: Another dtype than float32 and float16 was asked for.
         """
-        if dtype == torch.float16:
-            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (reroll_time, hoist_time_invariant, flatten_time, *absorb, cast_float16)
-        if dtype != torch.float32:
+        if dtype not in (torch.float16, torch.float32):
             raise UsageError(f"the cuda target computes in float32 or float16, not in {dtype}")
-        return reroll_time, hoist_time_invariant, flatten_time, fold_batch_norm
+        return rewrites(dtype)
 
     def inspect(self, program: Program) -> Iterator[Finding]:
         """The neurons for which no kernel can be written."""
@@ -136,16 +122,12 @@ class Cuda:
             options: ``graph``: whether a run replays a CUDA graph (True), or launches one kernel after
                 another.
         """
-        if unknown := set(options) - set(_OPTIONS):
-            raise UsageError(
-                f"cuda has no option {', '.join(sorted(unknown))}; there are {', '.join(_OPTIONS)}"
-            )
-        chosen = {**_OPTIONS, **options}
-        if not isinstance(chosen["graph"], bool):
-            raise UsageError(f"graph is {chosen['graph']!r}; allowed: True, False")
-        settings = json.dumps({**chosen, "memory": memory(program)})
+        taken = chosen(self.name, options, _OPTIONS)
+        if not isinstance(taken["graph"], bool):
+            raise UsageError(f"graph is {taken['graph']!r}; allowed: True, False")
+        settings = json.dumps({**taken, "memory": memory(program)})
         (directory / _SETTINGS).write_text(settings, encoding="utf-8")
-        return Compiled(chosen, (*graphs.write(program, directory), _SETTINGS))
+        return Compiled(taken, (*graphs.write(program, directory), _SETTINGS))
 
     def load(
         self,

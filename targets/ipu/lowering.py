@@ -212,16 +212,7 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
     except Exception as error:
         raise UnsupportedError(
             _HEADLINE,
-            [
-                Finding(
-                    rule="copy",
-                    where="",
-                    found=f"the network cannot be copied ({error})",
-                    allowed="a network that keeps no tensor of an earlier training step",
-                    fix="reset it first (SpikingJelly: functional.reset_net(net), snnTorch: "
-                    "utils.reset(net))",
-                )
-            ],
+            [sources.not_copied(error)],
         ) from error
     sources.reset(work)
     for path, plan in plans.items():

@@ -11,21 +11,11 @@ from typing import Any
 
 import torch
 
-from ...converters.errors import CompileError, DeviceError, UsageError
-from ...converters.passes import (
-    Pass,
-    absorb_batch_norm,
-    cast_float16,
-    flatten_time,
-    fold_batch_norm,
-    fold_constants,
-    hoist_time_invariant,
-    lower_neurons,
-    reroll_time,
-)
+from ...converters.errors import CompileError, DeviceError
+from ...converters.passes import Pass, lower_neurons
 from ...converters.program import Program
 from .. import graphs
-from ..base import SDK, Capabilities, Compiled, Loaded
+from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from . import sdk as poplar
 
 _EXECUTABLE = "model.poptorch"
@@ -58,16 +48,7 @@ class Ipu:
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
-        layout: tuple[Pass, ...] = (
-            fold_constants,
-            reroll_time,
-            hoist_time_invariant,
-            flatten_time,
-        )
-        if dtype == torch.float16:
-            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (*layout, *absorb, lower_neurons, cast_float16)
-        return (*layout, fold_batch_norm, lower_neurons)
+        return rewrites(dtype, lower_neurons)
 
     def sdk(self) -> SDK:
         """poptorch's version."""
@@ -78,8 +59,7 @@ class Ipu:
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Compile with poptorch, and write the executable beside the graph and its weights."""
-        if options:
-            raise UsageError(f"{self.name} has no options; got {', '.join(options)}")
+        chosen(self.name, options, {})
         poptorch = poplar.load(self.simulated)
         files = graphs.write(program, directory)
         inputs = [
@@ -102,10 +82,7 @@ class Ipu:
     ) -> Loaded:
         """Load the executable."""
         poptorch = poplar.load(self.simulated)
-        if device != 0:
-            raise DeviceError(
-                f"no device {device}; poptorch chooses the IPU, which is device 0 here"
-            )
+        only_device(self.name, device, "the IPU that poptorch chooses")
         return _Model(poptorch, directory, [dtype for _, dtype in outputs])
 
 

@@ -20,20 +20,9 @@ from torch import fx, nn
 from ...converters import ops
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
 from ...converters.ops import Node, aten
-from ...converters.passes import (
-    Pass,
-    absorb_batch_norm,
-    cast_float16,
-    decompose_operators,
-    flatten_time,
-    fold_batch_norm,
-    fold_constants,
-    hoist_time_invariant,
-    lower_neurons,
-    reroll_time,
-)
+from ...converters.passes import Pass, decompose_operators, lower_neurons
 from ...converters.program import Builder, PassReport, Program, where
-from ..base import SDK, Capabilities, Compiled, Loaded
+from ..base import SDK, Capabilities, Compiled, Loaded, chosen, rewrites
 from ..onnx.export import DEFAULT_OPSET, export
 from .capabilities import CAPABILITIES
 
@@ -68,22 +57,8 @@ class Lynxi:
         return torch.float16
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
-        """The rewrites in order.
-
-        For float16 a batch norm is absorbed rather than folded where that is possible, because
-        folding rounds the weights once more, and the cast comes last.
-        """
-        layout: tuple[Pass, ...] = (
-            fold_constants,
-            reroll_time,
-            hoist_time_invariant,
-            flatten_time,
-        )
-        decompose = decompose_operators(CAPABILITIES.ops or ())
-        if dtype == torch.float16:
-            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (*layout, *absorb, decompose, lower_neurons, cast_float16)
-        return (*layout, fold_batch_norm, decompose, lower_neurons)
+        """The rewrites in order."""
+        return rewrites(dtype, decompose_operators(CAPABILITIES.ops or ()), lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:
@@ -119,13 +94,8 @@ class Lynxi:
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Build with lyngor into ``directory``."""
-        if unknown := set(options) - set(_OPTIONS):
-            raise UsageError(
-                f"{self.name} has no option {', '.join(sorted(unknown))}; "
-                f"there are {', '.join(_OPTIONS)}"
-            )
-        chosen = {**_OPTIONS, **options}
-        building = dict(chosen)
+        taken = chosen(self.name, options, _OPTIONS)
+        building = dict(taken)
         if (kind := building.pop("model_type")) not in ("Pytorch", "ONNX"):
             raise UsageError(f"model_type is {kind!r}; allowed: Pytorch, ONNX")
         lyngor = self._import("lyngor")
@@ -146,7 +116,7 @@ class Lynxi:
         except Exception as error:
             raise CompileError(f"lyngor {lyngor.version} refused the program: {error}") from error
         files = sorted(p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
-        return Compiled(chosen, tuple(map(Path.as_posix, files)))
+        return Compiled(taken, tuple(map(Path.as_posix, files)))
 
     def load(
         self,

@@ -13,24 +13,16 @@ import torch
 
 from ...converters.errors import (
     CompileError,
-    DeviceError,
     Finding,
     SpikeportError,
     TargetUnavailableError,
     UnsupportedError,
     UsageError,
 )
-from ...converters.passes import (
-    Pass,
-    flatten_time,
-    fold_batch_norm,
-    fold_constants,
-    hoist_time_invariant,
-    reroll_time,
-)
+from ...converters.passes import Pass
 from ...converters.program import Program, short
 from ...converters.sources.nir import NirNetwork, Unit
-from ..base import SDK, Capabilities, Compiled, Loaded
+from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from .export import OPERATORS, Exporter
 
 _FILE = "model.nir"
@@ -68,8 +60,7 @@ class Nir:
         """
         if dtype != torch.float32:
             raise UsageError("the nir target writes float32; leave dtype out")
-        layout = (fold_constants, reroll_time, hoist_time_invariant, flatten_time)
-        return *layout, fold_batch_norm
+        return rewrites(dtype)
 
     def sdk(self) -> SDK:
         """The nir package."""
@@ -108,15 +99,12 @@ class Nir:
         device: int,
     ) -> Loaded:
         """Read the file as any .nir file is read."""
-        if device != 0:
-            raise DeviceError(f"no device {device}; the nir target has device 0, the CPU")
+        only_device(self.name, device)
         return _Model(NirNetwork(directory / _FILE), [shape for shape, _ in outputs])
 
 
 def _options(options: Mapping[str, Any]) -> tuple[float, bool]:
-    if unknown := set(options) - {"dt", "strict"}:
-        raise UsageError(f"nir has no option {', '.join(sorted(unknown))}; there are dt, strict")
-    dt, strict = options.get("dt", DEFAULT_DT), options.get("strict", False)
+    dt, strict = chosen("nir", options, {"dt": DEFAULT_DT, "strict": False}).values()
     number = isinstance(dt, (int, float)) and not isinstance(dt, bool)
     if not number or not (math.isfinite(dt) and dt > 0):
         raise UsageError(f"dt is {dt!r}; allowed: a time above 0, such as 1e-4")

@@ -11,19 +11,9 @@ import onnx
 import torch
 
 from ...converters.errors import DeviceError, TargetUnavailableError, UsageError
-from ...converters.passes import (
-    Pass,
-    absorb_batch_norm,
-    cast_float16,
-    flatten_time,
-    fold_batch_norm,
-    fold_constants,
-    hoist_time_invariant,
-    lower_neurons,
-    reroll_time,
-)
+from ...converters.passes import Pass, lower_neurons
 from ...converters.program import Program, short
-from ..base import SDK, Capabilities, Compiled, Loaded
+from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype
 from .operators import OPERATORS
 
@@ -50,16 +40,7 @@ class Onnx:
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
-        layout: tuple[Pass, ...] = (
-            fold_constants,
-            reroll_time,
-            hoist_time_invariant,
-            flatten_time,
-        )
-        if dtype == torch.float16:
-            absorb: tuple[Pass, ...] = (absorb_batch_norm, fold_batch_norm)
-            return (*layout, *absorb, lower_neurons, cast_float16)
-        return (*layout, fold_batch_norm, lower_neurons)
+        return rewrites(dtype, lower_neurons)
 
     def sdk(self) -> SDK:
         """The onnx package, which compiles; ONNX Runtime, which runs, may be missing."""
@@ -72,9 +53,7 @@ class Onnx:
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Write ``model.onnx``; the option ``opset`` chooses the opset."""
-        if unknown := set(options) - {"opset"}:
-            raise UsageError(f"onnx has no option {', '.join(sorted(unknown))}; there is opset")
-        opset = options.get("opset", DEFAULT_OPSET)
+        opset = chosen(self.name, options, {"opset": DEFAULT_OPSET})["opset"]
         if opset not in OPSETS:
             raise UsageError(f"opset is {opset!r}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
         files = export(program, directory / _FILE, opset)
@@ -89,8 +68,7 @@ class Onnx:
     ) -> Loaded:
         """Load with ONNX Runtime."""
         runtime = _runtime()
-        if device != 0:
-            raise DeviceError(f"no device {device}; the onnx target has device 0, the CPU")
+        only_device(self.name, device)
         return _Model(runtime, directory / _FILE, [dtype for _, dtype in inputs])
 
 

@@ -164,7 +164,7 @@ def test_the_newest_opset_is_written(net: nn.Module, tmp_path: Path) -> None:
     [
         ({"opset": 12}, "opset is 12; allowed: 13 to"),
         ({"opset": "17"}, "opset is '17'"),
-        ({"opste": 17}, "no option opste; there is opset"),
+        ({"opste": 17}, "no option opste; there are opset"),
     ],
 )
 def test_wrong_options(net: nn.Module, options: dict[str, Any], text: str, tmp_path: Path) -> None:
