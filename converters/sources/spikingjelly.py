@@ -278,7 +278,7 @@ def _raf(module: Any) -> Reading:
 
 
 def _liaf(module: Any) -> Reading:
-    if module.step_mode == "m":
+    if _step_mode(module) == "m":
         return _lif(module)  # whose forward over all steps it inherits
     below = module.v_threshold if module.threshold_related else 0.0
 
@@ -379,7 +379,7 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             "a neuron that computes in its input's dtype",
             "clear the neuron precision before the conversion",
         )
-    if name == "SlidingPSN" and module.step_mode == "s":
+    if name == "SlidingPSN" and _step_mode(module) == "s":
         yield finding(
             "step-mode",
             f"{name} step by step",

@@ -97,6 +97,22 @@ def test_zero_differing_spikes(step_mode: str) -> None:
     assert 0.05 < fired / len(VARIANTS) / 4 < 0.6
 
 
+def test_charges_that_are_not_linear() -> None:
+    kinds = [
+        layer.MultiStepContainer(kind(v_reset=v_reset))
+        for kind in (neuron.QIFNode, neuron.EIFNode)
+        for v_reset in (-0.3, 0.0, None)
+    ]
+    analogue = [layer.MultiStepContainer(neuron.LIAFNode(torch.relu, b)) for b in (True, False)]
+    net = Population([*kinds, neuron.MultiStepEIFNode(v_reset=-0.3), *analogue])
+    program = capture(net, (normal(T, N, 300),))
+    for drive in (normal, grid):
+        x = drive(T, N, 300, seed=1)
+        for ours, theirs in zip(program(x), reference(net, x), strict=True):
+            assert torch.equal(ours, theirs)
+            assert 0.05 < theirs.mean() < 0.8
+
+
 class CupyNet(nn.Module):
     """The network of SpikingJelly's tutorial on layer-by-layer propagation, narrower."""
 
@@ -174,7 +190,8 @@ def test_tutorials_are_verified(made: Any, target: str) -> None:
 def test_other_neurons_are_refused_by_name() -> None:
     lava = neuron.MultiStepIFNode()
     lava.backend = "lava"
-    net = Population([neuron.QIFNode(), neuron.MultiStepEIFNode(), lava])
+    others = [neuron.GeneralNode(1.0, 0.0), neuron.GeneralNode(0.5, 0.0)]
+    net = Population([*others, lava])
     with pytest.raises(CaptureError) as caught:
         capture(net, (normal(T, N, 5),))
     assert {(f.rule, f.where) for f in caught.value.findings} >= {
