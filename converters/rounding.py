@@ -134,7 +134,8 @@ class Bounds(fx.Interpreter):
 
     def _ancestors(self, program: Program) -> set[str]:
         """Nodes that drives and outputs depend on, up to the neurons before them."""
-        todo = list(map(program.node, self._kept))
+        named = program.named()
+        todo = [named[name] for name in self._kept]
         seen: set[str] = set()
         while todo:
             n = todo.pop()
