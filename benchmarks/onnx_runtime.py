@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import onnxruntime
@@ -43,6 +44,7 @@ from spikeport.deploy.pipeline import rewrite_for
 _TURN = 0.1
 #: Side of the matrices whose product is the peak.
 _SIDE = 2048
+_SEW = "SEW-ResNet18, 224 x 224, T = 4"
 _PRODUCTS = (ops.aten.conv2d.default, ops.aten.linear.default, ops.aten.matmul.default)
 
 
@@ -67,15 +69,19 @@ def speed(table: Table) -> None:
         spikingjelly(csnn),
         images[:32],
     )
-    zoo.ZOO["sew_resnet18"] = zoo.Builder(
-        "sew_resnet", (3, 224, 224), options=(("cnf", "ADD"),), neuron="IFNode"
-    )
-    sew, batch = zoo.build("sew_resnet18")
-    what = "SEW-ResNet18, 224 x 224, T = 4, batch 1"
-    _faster(table, what, 2.0, sew, spikingjelly(sew), batch(1))
+    sew, x = _sew_resnet18()
+    _faster(table, f"{_SEW}, batch 1", 2.0, sew, spikingjelly(sew), x)
     fc = trained()
     for n in (1, 128):
         _faster(table, f"snnTorch's tutorial, 25 steps, batch {n}", 10.0, fc, fc, images[:n])
+
+
+def _sew_resnet18() -> tuple[nn.Module, torch.Tensor]:
+    zoo.ZOO["sew_resnet18"] = zoo.Builder(
+        "sew_resnet", (3, 224, 224), options=(("cnf", "ADD"),), neuron="IFNode"
+    )
+    net, batch = zoo.build("sew_resnet18")
+    return net, batch(1)
 
 
 def _faster(
@@ -142,27 +148,27 @@ class Chain(nn.Module):
 
 def conversion(table: Table) -> None:
     """Seconds of a conversion, and how they grow."""
-    net, batch = zoo.build("sew_resnet18")
-    x = batch(1)
-    table.at_most("SEW-ResNet18, T = 4: seconds to convert and verify", 30, _convert(net, x))
+    table.at_most(f"{_SEW}: seconds to convert and verify", 30, _convert(*_sew_resnet18()))
     depths = (16, 64)
     each = []
     for depth in depths:
-        seconds = _convert(Chain(depth).eval(), torch.rand(4, 1, 8, 8, 8))
-        table.note(f"a chain of {depth} layers: seconds to convert and verify", f"{seconds:.3g}")
-        each.append(seconds / depth)
+        whole = _convert(Chain(depth).eval(), torch.rand(4, 1, 8, 8, 8))
+        table.note(f"a chain of {depth} layers: seconds to convert and verify", f"{whole:.3g}")
+        each.append(whole / depth)
     table.at_most(f"a layer of {depths[1]}: x a layer of {depths[0]}", 1.5, each[1] / each[0])
-    rolled = []
-    for T in (10, 100):
-        captured = capture(Tutorial(T).eval(), (torch.rand(16, 1, 28, 28),))
-        program = reroll_time(captured)
-        start = time.perf_counter()
-        rewrite_for(program, "reference", torch.float32, "unrolled")
-        rolled.append(time.perf_counter() - start)
-        table.note(
-            f"a loop of {T} steps, re-rolled: seconds of all other passes", f"{rolled[-1]:.3g}"
-        )
-    table.at_most("100 steps: x 10 steps", 1.5, rolled[1] / rolled[0])
+    rolled = {str(T): _rerolled(T) for T in (10, 100)}
+    seconds = _turns({T: partial(_rewritten, program) for T, program in rolled.items()})
+    for T, passes in seconds.items():
+        table.note(f"a loop of {T} steps, re-rolled: seconds of all other passes", f"{passes:.3g}")
+    table.at_most("100 steps: x 10 steps", 1.5, seconds["100"] / seconds["10"])
+
+
+def _rerolled(T: int) -> Program:
+    return reroll_time(capture(Tutorial(T).eval(), (torch.rand(16, 1, 28, 28),)))
+
+
+def _rewritten(program: Program) -> Program:
+    return rewrite_for(program, "reference", torch.float32, "unrolled")
 
 
 def _convert(net: nn.Module, x: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ class Loops(Stepwise):
     def __init__(self, program: Program, T: int) -> None:
         super().__init__(program, T)
         self._rows: dict[Row, Node] = {}
-        named = {n.name: n for n in program.walk()}
+        named = program.named()
         self.chains: dict[Node, tuple[Site, int]] = {
             named[spikes].args[0]: (site, t)
             for site in program.sites

@@ -391,6 +391,10 @@ class Program:
         """The site that a node is the spikes of."""
         return next(s for s in self.sites if spikes.name in s.spikes)
 
+    def named(self) -> dict[str, fx.Node]:
+        """The nodes by name."""
+        return {n.name: n for n in self.walk()}
+
     def node(self, name: str) -> fx.Node:
         """The node of this name."""
         node: fx.Node = next(n for n in self.walk() if n.name == name)
@@ -578,6 +582,8 @@ class Builder:
         self.graph = fx.Graph()
         self.tensors: dict[str, torch.Tensor] = {}
         self._attrs: dict[str, fx.Node] = {}
+        # What constants come before: the first call, once there is one.
+        self._body = self.graph._root
 
     def placeholder(self, like: Node, value: torch.Tensor) -> fx.Node:
         """An input with the name of another."""
@@ -589,22 +595,18 @@ class Builder:
         """A weight or constant; the same name gives the same node."""
         if name not in self._attrs:
             self.tensors[name] = value
-            with self.graph.inserting_before(self._first()):
+            with self.graph.inserting_before(self._body):
                 node = self.graph.get_attr(name)
             node.meta = {"val": value.to("meta"), "path": ""}
             self._attrs[name] = node
         return self._attrs[name]
 
-    def _first(self) -> fx.Node:
-        return next(
-            (n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")),
-            self.graph._root,
-        )
-
     def call(self, target: Any, *args: Any, path: str, **kwargs: Any) -> fx.Node:
         """A call, with its shape worked out."""
         name = getattr(target, "_opname", None)
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        if self._body is self.graph._root:
+            self._body = node
         values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta = {"val": target(*values, **options), "path": path}
         return node

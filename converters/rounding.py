@@ -134,7 +134,8 @@ class Bounds(fx.Interpreter):
 
     def _ancestors(self, program: Program) -> set[str]:
         """Nodes that drives and outputs depend on, up to the neurons before them."""
-        todo = list(map(program.node, self._kept))
+        named = program.named()
+        todo = [named[name] for name in self._kept]
         seen: set[str] = set()
         while todo:
             n = todo.pop()
@@ -203,13 +204,13 @@ class Bounds(fx.Interpreter):
             value = target(*(a != 0 for a in args))
             return value, doubt.expand_as(value)
         value = target(*args, **kwargs)
-        stored = self._stored(value.float())
         if target in _EXACT:
             return value, target(*errors, **kwargs)
         if target in _COMPARISONS:
             return value, _doubt(args[0], args[1], sum(p[1] for p in pairs))
         if target in ops.SELECT:
             return value, _selected(args, errors)
+        stored = self._stored(value.float())
         if target in _LAYERS:
             return value, self._layer(target, args, errors, kwargs, ops.fan_in(n)) + stored
         if target in _PRODUCTS:
@@ -252,7 +253,7 @@ class Bounds(fx.Interpreter):
 
     def _stored(self, value: torch.Tensor) -> torch.Tensor:
         """u |y|, or half of the smallest number's distance to 0 where y is below normal numbers."""
-        return (self._unit * value.abs()).clamp(min=self._least)
+        return value.abs().mul_(self._unit).clamp_(min=self._least)
 
     def _sum(self, magnitude: torch.Tensor, terms: float) -> torch.Tensor:
         return CERTAINTY * math.sqrt(terms) * _ACCUMULATOR * magnitude
@@ -266,12 +267,13 @@ class Bounds(fx.Interpreter):
             result: torch.Tensor = target(x, W, *given, **kwargs)
             return result
 
-        error = self._sum(apply(x.abs(), W.abs(), None if b is None else b.abs()), terms)
-        if errors[0].any():
-            error = error + apply(errors[0], W.abs(), None)
+        # It is linear in the input, so that what |W| takes goes through it at once.
+        x = x.abs()
+        carried = self._sum(x, terms) + errors[0]
+        error = apply(carried, W.abs(), None if b is None else self._sum(b.abs(), terms))
         bias = None if b is None else errors[2]
-        if errors[1].any() or (bias is not None and bias.any()):
-            error = error + apply(x.abs(), errors[1], bias)
+        if _any(errors[1]) or (bias is not None and _any(bias)):
+            error += apply(x, errors[1], bias)
         return error
 
     @staticmethod
@@ -316,6 +318,11 @@ class Bounds(fx.Interpreter):
 
 def _is_bool(n: Node) -> bool:
     return bool(n.meta["val"].dtype == torch.bool)
+
+
+def _any(errors: torch.Tensor) -> bool:
+    """Whether any is another than 0; none is below."""
+    return bool(errors.numel()) and bool(errors.amax() != 0)
 
 
 def _twice(error: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,7 @@ class _Lower(Builder):
                 self.env[n] = emit.value(self.states[call][n.args[2]]).node
             elif n.op == "call_function":
                 self.env[n] = self.copy(n, self.env)
-        named = {n.name: n for n in self.program.walk()}
+        named = self.program.named()
         for site in self.program.sites:
             if site.layout in ("steps", "step"):
                 self._site(

@@ -121,7 +121,7 @@ class _StepTime(Loops):
         self.axes = axes
         self.findings: list[Finding] = []
         self.calls: dict[Hashable, Node] = {}
-        named = {n.name: n for n in program.walk()}
+        named = program.named()
         self.single = {named[s.spikes[0]]: s for s in program.sites if s.layout != "steps"}
 
     def run(self) -> Program | None:
