@@ -16,11 +16,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import ops, sources
+from .builder import Builder, seal
 from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
 from .neurons import Neuron
 from .ops import Node, aten, shape
-from .program import NEURON_STEP, Builder, PassReport, Program, TensorSpec, seal, short
+from .program import NEURON_STEP, PassReport, Program, TensorSpec, short
 from .stand_in import StateAccessError
 
 _HEADLINE = "the network cannot be captured:"

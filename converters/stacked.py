@@ -14,8 +14,9 @@ from typing import Any
 from torch import fx
 
 from . import ops
+from .builder import Builder
 from .ops import Node, aten, shape
-from .program import Builder, where
+from .program import where
 
 
 def over_time(

@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from . import ops
+from .builder import Builder
 from .neurons import Neuron
 from .ops import Node, aten, shape
-from .program import NEURON, NEURON_STEP, STATE, Builder, Program, Site, where
+from .program import NEURON, NEURON_STEP, STATE, Program, Site, where
 from .stepping import COUNTER, State
 from .unstacked import Steps
 

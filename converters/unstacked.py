@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from . import ops
+from .builder import Builder
 from .ops import Node, aten, shape
-from .program import Builder, short, where
+from .program import short, where
 
 
 class MixesTimeError(Exception):

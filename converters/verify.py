@@ -27,21 +27,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from . import sources
+from .builder import Builder
 from .errors import Finding, MismatchError, UnsupportedError
 from .passes.lower_neurons import lower_neurons
 from .passes.step_time import step_time
 from .probes import probe_inputs
-from .program import (
-    NEURON,
-    Builder,
-    PassReport,
-    Program,
-    Site,
-    TensorSpec,
-    Time,
-    short,
-    where,
-)
+from .program import NEURON, PassReport, Program, Site, TensorSpec, Time, short, where
 from .rounding import CERTAINTY, Bounds
 from .sources import Reading
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
 from .. import targets as registry
+from ..converters.builder import with_probes
 from ..converters.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -37,7 +38,7 @@ from ..converters.errors import (
     TargetUnavailableError,
     UsageError,
 )
-from ..converters.program import Program, TensorSpec, with_probes
+from ..converters.program import Program, TensorSpec
 from ..targets import SDK, Loaded, Target
 from ..targets.graphs import separate
 from . import store

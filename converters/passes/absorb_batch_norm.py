@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from ..builder import Builder
 from ..neurons import Neuron
 from ..ops import Node, aten
-from ..program import NEURON, Builder, PassReport, Program, where
+from ..program import NEURON, PassReport, Program, where
 from .fold_batch_norm import affine, obstacle
 
 

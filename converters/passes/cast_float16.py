@@ -19,19 +19,10 @@ import numpy as np
 import torch
 from torch import fx
 
+from ..builder import seal, state_of
 from ..errors import Finding, UnsupportedError
 from ..ops import Node, aten
-from ..program import (
-    NEURON,
-    NEURON_STEP,
-    STATE,
-    PassReport,
-    Program,
-    seal,
-    short,
-    state_of,
-    where,
-)
+from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, short, where
 
 _MAX = torch.finfo(torch.float16).max
 

@@ -22,8 +22,9 @@ import torch
 from torch import fx
 
 from .. import ops
+from ..builder import Builder
 from ..ops import Node, aten, shape
-from ..program import Builder, PassReport, Program, short, where
+from ..program import PassReport, Program, short, where
 
 
 def decompose_operators(available: Collection[str]) -> Callable[[Program], Program]:

@@ -17,8 +17,9 @@ from typing import Any
 from torch import fx
 
 from .. import ops
+from ..builder import Builder
 from ..ops import Node, aten, shape
-from ..program import NEURON, STATE, Builder, PassReport, Program, TensorSpec, short, where
+from ..program import NEURON, STATE, PassReport, Program, TensorSpec, short, where
 
 
 @dataclass(frozen=True)

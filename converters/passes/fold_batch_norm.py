@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..builder import Builder
 from ..ops import Node, aten
-from ..program import Builder, PassReport, Program, where
+from ..program import PassReport, Program, where
 
 _LAYERS = frozenset(
     {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}

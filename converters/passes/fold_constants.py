@@ -12,8 +12,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..builder import Builder
 from ..ops import Node
-from ..program import NEURON, NEURON_STEP, Builder, PassReport, Program, where
+from ..program import NEURON, NEURON_STEP, PassReport, Program, where
 
 
 def fold_constants(program: Program) -> Program:

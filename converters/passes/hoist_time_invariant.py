@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from .. import ops
+from ..builder import Builder
 from ..ops import Node, aten, shape
-from ..program import NEURON, STATE, Builder, PassReport, Program, short, where
+from ..program import NEURON, STATE, PassReport, Program, short, where
 
 
 @dataclass(frozen=True)

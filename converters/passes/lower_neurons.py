@@ -15,20 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..builder import Builder, state_of
 from ..equations import SPIKES, Symbol
 from ..neurons import Neuron
 from ..ops import Node, aten, shape
-from ..program import (
-    NEURON,
-    NEURON_STEP,
-    STATE,
-    Builder,
-    PassReport,
-    Program,
-    Site,
-    state_of,
-    where,
-)
+from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, Site, where
 
 
 def lower_neurons(program: Program) -> Program:

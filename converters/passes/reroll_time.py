@@ -31,20 +31,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .. import ops
+from ..builder import Builder, state_of
 from ..graphs import components
 from ..ops import Node, aten, shape
-from ..program import (
-    NEURON,
-    NEURON_STEP,
-    STATE,
-    Builder,
-    PassReport,
-    Program,
-    Site,
-    short,
-    state_of,
-    where,
-)
+from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, Site, short, where
 from ..stacked import over_time
 
 #: What is emitted as one: a layer's label, or a node that stands alone.

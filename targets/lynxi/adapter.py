@@ -18,10 +18,11 @@ import torch
 from torch import fx, nn
 
 from ...converters import ops
+from ...converters.builder import Builder
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
 from ...converters.ops import Node, aten
 from ...converters.passes import Pass, decompose_operators, lower_neurons
-from ...converters.program import Builder, PassReport, Program, where
+from ...converters.program import PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, rewrites
 from ..onnx.export import DEFAULT_OPSET, export
 from .capabilities import CAPABILITIES

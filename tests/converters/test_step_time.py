@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from spikeport import targets
+from spikeport.converters.builder import Builder
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import MismatchError, UnsupportedError, UsageError
 from spikeport.converters.neurons import (
@@ -31,15 +32,7 @@ from spikeport.converters.neurons import (
 )
 from spikeport.converters.passes import cast_float16, lower_neurons, step_time, stepped
 from spikeport.converters.probes import probe_inputs
-from spikeport.converters.program import (
-    NEURON,
-    NEURON_STEP,
-    Builder,
-    PassReport,
-    Program,
-    TensorSpec,
-    short,
-)
+from spikeport.converters.program import NEURON, NEURON_STEP, PassReport, Program, TensorSpec, short
 from spikeport.converters.stepping import State, Stepping
 from spikeport.converters.verify import verify
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from spikeport.converters.builder import Builder
 from spikeport.converters.errors import MismatchError, UnsupportedError
 from spikeport.converters.neurons import IFNode, LIFNode, ParametricLIFNode
 from spikeport.converters.ops import aten
 from spikeport.converters.passes import lower_neurons as lowering
 from spikeport.converters.probes import probe_inputs
-from spikeport.converters.program import Builder, PassReport, Program, where
+from spikeport.converters.program import PassReport, Program, where
 from spikeport.converters.verify import VerificationEvidence
 from spikeport.deploy.pipeline import convert
 from spikeport.targets.lynxi import Lynxi

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from spikeport import deploy
+from spikeport.converters.builder import Builder
 from spikeport.converters.capture import capture
 from spikeport.converters.ops import aten
-from spikeport.converters.program import Builder, PassReport, Program, TensorSpec
+from spikeport.converters.program import PassReport, Program, TensorSpec
 from spikeport.targets.onnx.export import OPSETS, export
 from spikeport.targets.onnx.operators import OPERATORS
 

@@ -1,0 +1,208 @@
+"""How a pass writes a new graph, and what it finds in one: the neurons' sites, their states."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .neurons import Neuron
+from .ops import Node, aten
+from .program import (
+    NEURON,
+    NEURON_STEP,
+    Layout,
+    PassReport,
+    Program,
+    Site,
+    TensorSpec,
+    where,
+)
+
+
+class Builder:
+    """Emits a new graph for a program: nodes with shapes, module paths and names kept.
+
+    Args:
+        program: The program that is rewritten.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._attrs: dict[str, fx.Node] = {}
+        # What constants come before: the first call, once there is one.
+        self._body = self.graph._root
+
+    def placeholder(self, like: Node, value: torch.Tensor) -> fx.Node:
+        """An input with the name of another."""
+        node = self.graph.placeholder(like.target)
+        node.meta = {"val": value.to("meta"), "path": ""}
+        return node
+
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A weight or constant; the same name gives the same node."""
+        if name not in self._attrs:
+            self.tensors[name] = value
+            with self.graph.inserting_before(self._body):
+                node = self.graph.get_attr(name)
+            node.meta = {"val": value.to("meta"), "path": ""}
+            self._attrs[name] = node
+        return self._attrs[name]
+
+    def call(self, target: Any, *args: Any, path: str, **kwargs: Any) -> fx.Node:
+        """A call, with its shape worked out."""
+        name = getattr(target, "_opname", None)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        if self._body is self.graph._root:
+            self._body = node
+        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta = {"val": target(*values, **options), "path": path}
+        return node
+
+    def copy(self, node: Node, env: Mapping[Node, Node]) -> fx.Node:
+        """The same node over the new graph's values."""
+        if node.op == "get_attr":
+            return self.constant(node.target, self.program.tensor(node.target))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        return self.call(node.target, *args, path=where(node), **kwargs)
+
+    def finish(
+        self,
+        results: Sequence[fx.Node],
+        report: PassReport,
+        sites: Sequence[Site] | None = None,
+        **changes: Any,
+    ) -> Program:
+        """The new program; dead nodes and tensors that nothing uses are left out."""
+        self.graph.output(tuple(results))
+        return seal(self.program, self.graph, self.tensors, report, sites, **changes)
+
+
+def seal(
+    program: Program,
+    graph: fx.Graph,
+    tensors: Mapping[str, torch.Tensor],
+    report: PassReport,
+    sites: Sequence[Site] | None = None,
+    **changes: Any,
+) -> Program:
+    """A program with another graph in place of its own, its neurons' sites found anew."""
+    # What a site names stays, whether or not anything else uses it; a layer whose membranes alone are
+    # used is a site all the same.
+    named = {name for site in sites or () for name in (*site.drives, *site.spikes)}
+    graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or n.name in named or _is_site(n)
+    )
+    graph.lint()
+    used = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr"}
+    module = fx.GraphModule(used, graph)
+    found = neuron_sites(graph, tensors) if sites is None else tuple(sites)
+    if sites is None:
+        known = {site.name: (i, site.scale) for i, site in enumerate(program.sites)}
+        ordered = sorted(found, key=lambda site: known.get(site.name, (len(known), None))[0])
+        found = tuple(replace(s, scale=known.get(s.name, (0, None))[1]) for s in ordered)
+    history = (*program.history, report)
+    return replace(program, module=module, sites=found, history=history, **changes)
+
+
+def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[Site, ...]:
+    """The sites of a graph whose neurons are still single nodes."""
+    sites: list[Site] = []
+    uses: dict[str, int] = {}
+
+    def site(
+        n: fx.Node,
+        params: Any,
+        spec: str,
+        T: int,
+        layout: Layout,
+        drives: Sequence[str],
+        spikes: Sequence[str],
+    ) -> None:
+        path = where(n)
+        uses[path] = uses.get(path, 0) + 1
+        name = path if uses[path] == 1 else f"{path}#{uses[path]}"
+        neuron = Neuron.from_json(spec, (tensors[p.target] for p in params))
+        sites.append(Site(name, path, neuron, T, layout, tuple(drives), tuple(spikes)))
+
+    for n in graph.nodes:
+        if n.target is NEURON:
+            x, params, spec, layout, T = n.args
+            site(n, params, spec, T, layout, [x.name], [n.name])
+        elif n.target is NEURON_STEP and n.args[4] == 0:
+            calls = [n]
+            while (after := _next_step(calls[-1])) is not None:
+                calls.append(after)
+            spikes = [u.name for c in calls for u in c.users if u.args[1] == 0]
+            site(
+                n,
+                n.args[2],
+                n.args[3],
+                len(calls),
+                "steps",
+                [c.args[0].name for c in calls],
+                spikes,
+            )
+    return tuple(sites)
+
+
+def state_of(n: Node) -> fx.Node | None:
+    """The call of a single-step neuron that a node takes one part of the state of."""
+    state = n.args[0] if n.target is aten.select.int else None
+    if not isinstance(state, fx.Node) or state.target is not operator.getitem:
+        return None
+    call = state.args[0]
+    step = isinstance(call, fx.Node) and call.target is NEURON_STEP
+    return call if step and n.args[1] == 0 and state.args[1] == 1 else None  # type: ignore[return-value]
+
+
+def _is_site(n: Node) -> bool:
+    """Whether a node is the spikes of a layer, or of one step of it."""
+    source = n.args[0] if n.target is operator.getitem else None
+    called = isinstance(source, fx.Node) and source.target is NEURON_STEP
+    return n.target is NEURON or (called and bool(n.args[1] == 0))
+
+
+def _next_step(call: fx.Node) -> fx.Node | None:
+    """The call of a single-step neuron that goes on from the state after this one."""
+    states = (u for u in call.users if u.target is operator.getitem and u.args[1] == 1)
+    return next((u for s in states for u in s.users if u.target is NEURON_STEP), None)
+
+
+def with_probes(program: Program) -> Program:
+    """The program with the spikes of every site as extra outputs, ``spikes:<site>``, [T, N, ...]."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    results: Any = graph.graph_copy(program.graph, env)
+    for old, new in env.items():
+        new.meta, new.name = dict(old.meta), old.name
+    by_name = {n.name: n for n in graph.nodes}
+    extra, specs = [], []
+    for site in program.sites:
+        for t, name in enumerate(site.spikes):
+            node = by_name[name]
+            shape = tuple(node.meta["val"].shape)
+            folded = site.layout in ("flat", "static")
+            user = (site.T, shape[0] // site.T, *shape[1:]) if folded else shape
+            label = f"spikes:{site.name}" + (f":{t}" if site.layout == "steps" else "")
+            specs.append(TensorSpec(label, user, program.dtype, folded))
+            extra.append(node)
+    own = len(program.outputs)
+    graph.output((*results[:own], *extra, *results[own:]))
+    outputs = (*program.outputs, *specs)
+    changes: dict[str, Any] = {
+        "outputs": outputs,
+        "structure": pytree.tree_structure(tuple(range(len(outputs)))),
+    }
+    if (stepping := program.stepping) is not None:
+        times = (*stepping.outputs, *[0] * len(extra))
+        changes["stepping"] = replace(stepping, outputs=times)
+    report = PassReport("with_probes", (f"{len(extra)} extra outputs",))
+    return seal(program, graph, program.tensors, report, program.sites, **changes)
