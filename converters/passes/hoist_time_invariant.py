@@ -83,12 +83,15 @@ class _Hoist(Builder):
         if not isinstance(x, fx.Node):
             return None
         if x.target is aten.unsqueeze.default and x.args[1] == 0:
-            base, T, *rest = x.args[0], *shape(n)
-            if tuple(rest) == shape(base) and len(rest) > 1 and base not in self.repeated:
-                return _Repeated(self.env[base], T, folded=False)
-        elif n.target is aten.repeat.default and x not in self.repeated:
+            x = x.args[0]
+        base, whole = shape(x), shape(n)
+        if x in self.repeated or len(base) < 2 or whole[0] == 1:
+            return None
+        if whole[1:] == base:
+            return _Repeated(self.env[x], whole[0], folded=False)
+        if n.target is aten.repeat.default and x is n.args[0]:
             T, *others = n.args[1]
-            if len(others) + 1 == len(shape(x)) > 1 and set(others) == {1} and T > 1:
+            if len(others) + 1 == len(base) and set(others) == {1} and T > 1:
                 return _Repeated(self.env[x], T, folded=True)
         return None
 

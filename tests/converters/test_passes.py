@@ -121,12 +121,14 @@ class Static(nn.Module):
     [
         lambda x: sequence(x, T),
         lambda x: x.unsqueeze(0).expand(T, -1, -1, -1, -1),
+        lambda x: x.expand(T, *x.shape),
+        lambda x: x.repeat(T, 1, 1, 1, 1),
         lambda x: x[None].expand(T, *x.shape).contiguous(),
         lambda x: x.repeat(T, 1, 1, 1).unflatten(0, (T, -1)),
         lambda x: torch.stack([x] * T),
         lambda x: sequence(x, 1),
     ],
-    ids=["repeat", "expand", "index", "tile", "stack", "T=1"],
+    ids=["repeat", "expand", "leading", "leading-repeat", "index", "tile", "stack", "T=1"],
 )
 def test_hoist_a_static_image(repeat: Any) -> None:
     x = rand(N, 2, 6, 6)
