@@ -5,8 +5,8 @@
 The seed's recipe: 64 epochs, 128 channels, T = 4, batches of 128, SGD with momentum 0.9, a cosine from
 0.1, three random seeds, in float16 and with autocast; as many trainings at a time as there are GPUs. The
 best epoch counts, as in the seed. Then each best checkpoint is converted for ``lynxi-sim`` and run on
-all test images. Writes each training's log, ``accuracy.csv`` and its curves. Exit code 1 if something
-asked is not met.
+all test images; beside it stands what it reaches in float32 on the target ``reference``. Writes each
+training's log, ``accuracy.csv`` and its curves. Exit code 1 if something asked is not met.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from asked import Table
 
 SEEDS = (0, 1, 2)
 ASKED = {"half": 0.933, "amp": 0.9346}
-LOST_ON_CHIP = 0.0014
+CHIP, LOST_ON_CHIP = "lynxi-sim", 0.0014
 THREADS = max(1, (os.cpu_count() or 1) // (len(SEEDS) * len(ASKED)))
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training: accuracy after each epoch, wall-clock seconds, and the best epoch on the chip."""
+    """A training: accuracy after each epoch, wall-clock seconds, and the best epoch on each target."""
 
     precision: str
     seed: int
     accuracy: list[float]
     seconds: float
-    on_chip: float
+    on: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -62,17 +62,21 @@ def train(precision: str, seed: int, epochs: int, out: Path, gpus: Queue[str]) -
         gpus.put(gpu)
     seconds = time.perf_counter() - start
     (out / f"{name}.log").write_text(said)
-    chip = out / f"{name}_chip"
     of_net = ["conv", "--arg", "T=4", "--arg", "channels=128", "--key", "net"]
     best = ["--checkpoint", str(out / name / "checkpoint_max.pth"), "--input", "100,1,28,28"]
-    run("compile", *of_net, *best, "--target", "lynxi-sim", "-o", str(chip), "--no-cache")
-    ran = json.loads(run("run", str(chip), "--data", "fashion-mnist", "--json"))
+    on = {}
+    for target in ("reference", CHIP):
+        artifact = str(out / f"{name}_{target}")
+        run("compile", *of_net, *best, "--target", target, "-o", artifact, "--no-cache")
+        on[target] = json.loads(run("run", artifact, "--data", "fashion-mnist", "--json"))[
+            "accuracy"
+        ]
     return Trained(
         precision,
         seed,
         [float(a) for a in re.findall(r"test_acc = ([\d.]+), max", said)],
         seconds,
-        ran["accuracy"],
+        on,
     )
 
 
@@ -136,8 +140,9 @@ def main() -> int:
         best = max(f.accuracy)
         table.note(f"{f.name}: last epoch", f"{f.accuracy[-1]:.4f}")
         table.note(f"{f.name}: seconds of the whole command", f"{f.seconds:.1f}")
-        table.note(f"{f.name}: on lynxi-sim", f"{f.on_chip:.4f}")
-        table.at_most(f"{f.name}: lost on lynxi-sim", LOST_ON_CHIP, abs(best - f.on_chip))
+        for target, accuracy in f.on.items():
+            table.note(f"{f.name}: on {target}", f"{accuracy:.4f}")
+        table.at_most(f"{f.name}: lost on {CHIP}", LOST_ON_CHIP, abs(best - f.on[CHIP]))
     for f in found:
         table.at_least(f"{f.name}: best epoch", ASKED[f.precision], max(f.accuracy))
     try:

@@ -4,8 +4,9 @@
 
 128 channels, T = 4, batches of 128 images that are on the GPU already, SGD with momentum 0.9, the mean
 squared error of the firing rates, cuDNN's autotuner on. Each number is the median of rounds that take
-turns. Ratios are to SpikingJelly's neuron as it comes, which its users train with, and to the fastest
-way that it has. Exit code 1 if something asked is not met.
+turns. Ratios are those of one way to run ours, with CUDA graphs, to SpikingJelly's neuron as it comes,
+which its users train with, and to the fastest way that it has. Exit code 1 if something asked is not
+met.
 """
 
 from __future__ import annotations
@@ -129,10 +130,10 @@ def channels_last() -> nn.Module:
     return channels_innermost(CSNN().cuda())
 
 
-NODE = f"{THEIRS}, node"
+NODE, GRAPH = f"{THEIRS}, node", f"{OURS}, graph"
 CONTESTANTS = (
     Contestant(OURS, lambda: CSNN().cuda()),
-    Contestant(f"{OURS}, graph", lambda: CSNN().cuda(), graph=True),
+    Contestant(GRAPH, lambda: CSNN().cuda(), graph=True),
     Contestant(f"{OURS}, channels last, graph", channels_last, graph=True),
     Contestant(NODE, lambda: spikingjelly_net().cuda()),
     Contestant(f"{THEIRS}, precision", lambda: with_precision(spikingjelly_net().cuda())),
@@ -220,14 +221,10 @@ def rounds(count: int, measure: Callable[[Contestant], Any], table: Table) -> di
     return {name: values for name, values in found.items() if values}
 
 
-def best(speeds: dict[str, float], whose: str) -> str:
-    """The fastest of ours or theirs."""
-    return max((n for n in speeds if n.startswith(whose)), key=lambda n: speeds[n])
-
-
 def opponents(speeds: dict[str, float]) -> list[str]:
     """What ours is measured against: SpikingJelly's node, and the fastest way that SpikingJelly has."""
-    return list(dict.fromkeys([NODE, best(speeds, THEIRS)]))
+    fastest = max((n for n in speeds if n.startswith(THEIRS)), key=lambda n: speeds[n])
+    return list(dict.fromkeys([NODE, fastest]))
 
 
 def main() -> int:
@@ -250,19 +247,17 @@ def main() -> int:
         for name in speeds:
             table.note(f"training, {title}: {name}: images/s", f"{speeds[name]:.0f}")
             table.note(f"training, {title}: {name}: peak MiB", f"{memory[name]:.0f}")
-        ours = best(speeds, OURS)
         for theirs in opponents(speeds):
-            said = f"training, {title}: {ours} / {theirs}"
-            table.at_least(f"{said}: images/s", 2.5, speeds[ours] / speeds[theirs])
-            table.at_most(f"{said}: peak memory", 0.6, memory[ours] / memory[theirs])
+            said = f"training, {title}: {GRAPH} / {theirs}"
+            table.at_least(f"{said}: images/s", 2.5, speeds[GRAPH] / speeds[theirs])
+            table.at_most(f"{said}: peak memory", 0.6, memory[GRAPH] / memory[theirs])
     found = rounds(args.rounds, lambda c: evaluation(c, x, args.steps), table)
     speeds = {n: statistics.median(values) for n, values in found.items()}
     for name, speed in speeds.items():
         table.note(f"evaluation, float16: {name}: images/s", f"{speed:.0f}")
-    ours = best(speeds, OURS)
     for theirs in opponents(speeds):
-        said = f"evaluation, float16: {ours} / {theirs}: images/s"
-        table.at_least(said, 4, speeds[ours] / speeds[theirs])
+        said = f"evaluation, float16: {GRAPH} / {theirs}: images/s"
+        table.at_least(said, 4, speeds[GRAPH] / speeds[theirs])
     return table.verdict()
 
 

@@ -143,8 +143,6 @@ class TorchTrainer:
     def end_epoch(self) -> None:
         """Move the learning rate on, and take process 0's running statistics, as DDP does."""
         self._lr_scheduler.step()
-        if self._replay:
-            self._replay.forget()
         self._ranks.spread(self.net.buffers())
 
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
@@ -164,6 +162,7 @@ class TorchTrainer:
         for group in self._optimizer.param_groups:
             # The checkpoint may come from another device.
             group |= {name: on_gpu for name in ("fused", "capturable") if name in group}
+            group["lr"] = _learning_rate(float(group["lr"]), self._options)
 
     def _parts(self) -> dict[str, Any]:
         copies = {"float32": self._copies} if self._copies else {}
@@ -176,9 +175,16 @@ class TorchTrainer:
         }
 
 
+def _learning_rate(lr: float, options: Options) -> float | torch.Tensor:
+    """On a GPU a tensor, which a captured step reads anew at each replay."""
+    device = options.torch_device
+    return torch.tensor(lr, device=device) if device.type == "cuda" else lr
+
+
 def _sgd(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
     weights, fused = [*weights], options.torch_device.type == "cuda"
-    optimizer = torch.optim.SGD(weights, lr=options.lr, momentum=options.momentum, fused=fused)
+    lr = _learning_rate(options.lr, options)
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=options.momentum, fused=fused)
     for p in weights if fused and options.momentum else ():
         # torch's fused kernel leaves a buffer uninitialised that it makes in a step that is skipped.
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -187,7 +193,8 @@ def _sgd(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optim
 
 def _adam(weights: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
     fused = options.torch_device.type == "cuda"
-    return torch.optim.Adam(weights, lr=options.lr, fused=fused, capturable=fused)
+    lr = _learning_rate(options.lr, options)
+    return torch.optim.Adam(weights, lr=lr, fused=fused, capturable=fused)
 
 
 _OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], Options], torch.optim.Optimizer]] = {

@@ -36,6 +36,7 @@ _WARM_UP = 3
 _SURROGATE = ATan().to_json()
 #: How a parameter is read has no part in whether a kernel can be written.
 _ANY_READ: Literal["scalar"] = "scalar"
+_CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 
 CAPABILITIES = Capabilities(
     ops=None,
@@ -178,34 +179,47 @@ class _Executor(graphs.ChannelsInnermost):
             if "device" in takes and not n.all_input_nodes:
                 n.kwargs = {**n.kwargs, "device": device}
 
+        neurons = module.graph.find_nodes(op="call_function", target=NEURON)
         #: Neurons that only a max pooling reads, which their kernels may do as well, with its node.
         self._pooled = {
             n: next(iter(n.users))
-            for n in module.graph.find_nodes(op="call_function", target=NEURON)
+            for n in neurons
             if len(n.users) == 1 and _window(next(iter(n.users))) is not None
         }
+        #: As a norm that the kernel applies, the bias of the convolution before a neuron: cuDNN would
+        #: leave it to a pass of its own.
+        self._norms = {n: norm for n in neurons if (norm := self._take_bias(n)) is not None}
         self._done: set[fx.Node] = set()
 
+    def _take_bias(self, neuron: fx.Node) -> list[torch.Tensor] | None:
+        """Mean, 1 / deviation, weight and bias that add, from now on, what its convolution added."""
+        x, layout = neuron.args[0], neuron.args[3]
+        if not isinstance(x, fx.Node) or x.target not in _CONVOLUTIONS or len(x.users) > 1:
+            return None
+        bias = x.args[2] if len(x.args) > 2 else None
+        if layout == "stepped" or not isinstance(bias, fx.Node) or bias.op != "get_attr":
+            return None
+        x.update_arg(2, None)
+        taken: torch.Tensor = self.fetch_attr(str(bias.target)).float()
+        return [torch.zeros_like(taken), *[torch.ones_like(taken)] * 2, taken]
+
     def run_node(self, n: fx.Node) -> Any:
-        """The node's value, that of a neuron pooled where its kernel can do that."""
+        """The node's value; a neuron's kernel does what it can of the nodes around it."""
         if n in self._done:
             return self.env[n.args[0]]  # type: ignore[index]
-        pooling = self._pooled.get(n)
-        if pooling is None:
+        if n.target is not NEURON:
             return super().run_node(n)
         x, params, spec, layout, T = self.fetch_args_kwargs_from_env(n)[0]
-        x, window = steps(x, layout, T), _window(pooling)
-        if layout == "stepped" or window is None or not kernels.pools(x, window, params):
-            return super().run_node(n)
-        self._done.add(pooling)
-        return _neuron(x, params, None, spec, window=window)[0].flatten(0, 1)
+        x, pooling, whole = steps(x, layout, T), self._pooled.get(n), (1, 1)
+        window = _window(pooling) if pooling is not None and layout != "stepped" else None
+        if pooling is not None and window is not None and kernels.pools(x, window, params):
+            self._done.add(pooling)
+            whole = window
+        spikes, _ = _neuron(x, params, None, spec, window=whole, norm=self._norms.get(n, ()))
+        return spikes if layout == "stepped" else spikes.flatten(0, 1)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The operator's value, a neuron's from its kernel."""
-        if target is NEURON:
-            x, params, spec, layout, T = args
-            spikes, _ = _neuron(steps(x, layout, T), params, None, spec)
-            return spikes if layout == "stepped" else spikes.flatten(0, 1)
+        """The operator's value, that of a neuron's step from its kernel."""
         if target is NEURON_STEP:
             x, state, params, spec, t = args
             spikes, after = _neuron(x.unsqueeze(0), params, state if t else None, spec, final=True)
@@ -230,11 +244,12 @@ def _neuron(
     spec: str,
     final: bool = False,
     window: tuple[int, int] = (1, 1),
+    norm: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spikes [T, N, ...] of x [T, N, ...], pooled over windows, and the last state if ``final``."""
     spikes, last, _, _ = ops.fused_neuron(
         x,
-        norm=[],
+        norm=norm,
         params=params,
         initial=initial,
         neuron=spec,

@@ -393,7 +393,7 @@ def test_backends(make):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [{}, {"half": True}, {"amp": True}])
 def test_a_graph_takes_the_same_steps(make, tmp_path, precision):
-    """Captured anew in each epoch, with that epoch's learning rate."""
+    """Captured once, with each epoch's learning rate."""
     more = {"device": "cuda", "epochs": 3, "limit": 640, **precision}
     plain = [*make("plain", "fc", ("T=4",), **more).epochs()]
     graph = [*make("graph", "fc", ("T=4",), graph=True, **more).epochs()]

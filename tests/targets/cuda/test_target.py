@@ -254,19 +254,20 @@ def test_the_interpreter_is_named() -> None:
     assert sdk.settings["kernels"] == "interpreted on the CPU, no CUDA graphs"
 
 
-def test_a_pooling_of_spikes_is_part_of_the_neurons_kernel(artifact, monkeypatch) -> None:
-    targets: list[Any] = []
+def test_pooling_and_bias_are_part_of_the_neurons_kernel(artifact, monkeypatch) -> None:
+    called: dict[Any, Any] = {}
     call = graphs.ChannelsInnermost.call_function
 
     def spy(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        targets.append(target)
+        called[target] = args
         return call(self, target, args, kwargs)
 
     monkeypatch.setattr(graphs.ChannelsInnermost, "call_function", spy)
     with deploy.load(artifact) as model, torch.no_grad():
         assert torch.equal(model(_image(8)), _on_a_grid(Net())(_image(8)))
-    assert aten.conv2d.default in targets
-    assert aten.max_pool2d.default not in targets
+    assert aten.max_pool2d.default not in called
+    assert called[aten.conv2d.default][2] is None
+    assert _on_a_grid(Net()).conv.bias.abs().min() > 0
 
 
 # On a GPU
@@ -321,15 +322,19 @@ def test_several_models_at_once(artifact, tmp_path) -> None:
 
 
 @pytest.mark.gpu
-def test_settings_of_torch_are_left_as_they_were(artifact, monkeypatch) -> None:
+def test_settings_of_torch_are_left_as_they_were(artifact) -> None:
+    # matmul's settings are no attributes that monkeypatch could put back: it would delete them.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    monkeypatch.setattr(matmul, "allow_tf32", True)
-    before = (matmul.allow_fp16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic)
-    with deploy.load(artifact) as model:
-        model(_image())
-    after = (matmul.allow_fp16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.deterministic)
-    assert matmul.allow_tf32
-    assert before == after
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        before = (matmul.allow_fp16_reduced_precision_reduction, cudnn.allow_tf32)
+        with deploy.load(artifact) as model:
+            model(_image())
+        assert matmul.allow_tf32
+        assert (matmul.allow_fp16_reduced_precision_reduction, cudnn.allow_tf32) == before
+        assert not cudnn.deterministic
+    finally:
+        matmul.allow_tf32 = allowed
 
 
 @pytest.mark.gpu
