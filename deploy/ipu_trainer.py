@@ -81,3 +81,7 @@ class IpuTrainer:
         self._trainer.load_state(state)
         self._epochs = state["epochs_done"]
         self._set_lr()
+
+    def close(self) -> None:
+        """Free the device."""
+        self._trainer.close()

@@ -49,6 +49,10 @@ class Replay:
         a, b = self._outputs
         return a.clone(), b.clone()
 
+    def close(self) -> None:
+        """Free the graph and its memory."""
+        self._graph = None
+
     def _aside(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The step as it is, on the stream that it is captured on: autograd keeps to a stream."""
         self.stream.wait_stream(torch.cuda.current_stream())

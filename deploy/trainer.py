@@ -47,6 +47,9 @@ class Trainer(Protocol):
             RuntimeError, ValueError, KeyError: It is of another network.
         """
 
+    def close(self) -> None:
+        """Free what a step holds on the device; no step follows."""
+
 
 class Float32Copies(nn.ParameterList):
     """What the optimizer moves in place of a float16 network's weights.
@@ -114,8 +117,10 @@ class TorchTrainer:
         self._replay = Replay(self._step, warm_up) if options.graph else None
         self._together = self.net
         if ranks.size > 1:
+            # Running statistics have no part in a step; the end of an epoch spreads process 0's.
+            given = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
             with torch.cuda.stream(self._replay.stream) if self._replay else nullcontext():
-                self._together = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+                self._together = DistributedDataParallel(self.net, **given)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step, see :class:`Trainer`."""
@@ -163,6 +168,11 @@ class TorchTrainer:
             # The checkpoint may come from another device.
             group |= {name: on_gpu for name in ("fused", "capturable") if name in group}
             group["lr"] = _learning_rate(float(group["lr"]), self._options)
+
+    def close(self) -> None:
+        """Free the captured step: NCCL does not end while a graph holds its kernels."""
+        if self._replay:
+            self._replay.close()
 
     def _parts(self) -> dict[str, Any]:
         copies = {"float32": self._copies} if self._copies else {}

@@ -103,15 +103,18 @@ class Training:
             _make(self._options.folder)
             if self._options.tensorboard:
                 writer = summary_writer(self._options.folder, self._first)
-        for epoch in range(self._first, self._options.epochs):
-            result = self._epoch(epoch)
+        try:
+            for epoch in range(self._first, self._options.epochs):
+                result = self._epoch(epoch)
+                if writer:
+                    for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+                        writer.add_scalar(name, getattr(result, name), epoch)
+                    writer.flush()
+                yield result
+        finally:
+            self._trainer.close()
             if writer:
-                for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
-                    writer.add_scalar(name, getattr(result, name), epoch)
-                writer.flush()
-            yield result
-        if writer:
-            writer.close()
+                writer.close()
 
     def _epoch(self, epoch: int) -> Epoch:
         start = time.perf_counter()
