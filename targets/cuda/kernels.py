@@ -18,15 +18,14 @@ from ...converters.errors import DeviceError, TargetUnavailableError
 from ...converters.neurons import Neuron
 from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_source
 
-#: Time steps of a chunk, and the most that are taken as one chunk. Measured on an H200: a chunk's
-#: states live in registers, and every further chunk costs a state that is kept in memory.
-CHUNK, WHOLE = 8, 16
+#: Time steps of a chunk. Measured on an H200: a chunk's states live in registers, and every further
+#: chunk costs a state that is kept in memory.
+CHUNK = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WARPS = 8
 #: Layers and inputs whose arrangement is remembered.
 _CALLS = 4096
 #: Most states of a window's neurons in one chunk: those of 2 x 2 over 16 steps.
-_MOST_STATES = 4 * WHOLE
+_MOST_STATES = 4 * CHUNK
 
 
 def interpreted() -> bool:
@@ -268,7 +267,7 @@ def pools(x: torch.Tensor, window: tuple[int, int], params: Sequence[torch.Tenso
     Windows must tile x[t], in whose memory W is right inside H, and share the neuron's parameters; the
     states of a window's neurons over a chunk must find room in registers.
     """
-    steps = x.shape[0] if x.shape[0] <= WHOLE else CHUNK
+    steps = min(x.shape[0], CHUNK)
     if x.dim() < 4 or 0 in x.shape or math.prod(window) * steps > _MOST_STATES:
         return False
     if x.shape[-2] % window[0] or x.shape[-1] % window[1]:
@@ -307,6 +306,7 @@ class Plan:
         spec: What the kernels' source is written from.
         names: Names of the parameters.
         reads: How they are read.
+        warps: Warps of a program.
     """
 
     out: Layout
@@ -314,6 +314,7 @@ class Plan:
     spec: Spec
     names: tuple[str, ...]
     reads: tuple[Reads, ...]
+    warps: int
 
 
 @lru_cache(_CALLS)
@@ -325,12 +326,14 @@ def _plan(
     surrogate: str,
     detach_reset: bool,
     window: tuple[int, int],
+    backward: bool,
 ) -> Plan:
     out = lay.windows(window)
-    loop = lay.T > WHOLE
-    steps = CHUNK if loop else lay.T
+    loop = lay.T > CHUNK
+    steps = min(lay.T, CHUNK)
     members = math.prod(window)
-    block = 32 * _WARPS * _per_thread(steps, members)
+    warps, per_thread = _program(steps, members, loop, backward)
+    block = 32 * warps * per_thread
     tile = channel_tile(out, block) if norm else flat_tile(out, block)
     channel = (lay.shape[2], *(1,) * (len(lay.shape) - 3)) if norm else ()
     own = Neuron.from_json(neuron, [torch.empty(())] * len(params)).tensors()
@@ -352,7 +355,7 @@ def _plan(
         norm,
         window,
     )
-    return Plan(out, tile, spec, tuple(shapes), reads)
+    return Plan(out, tile, spec, tuple(shapes), reads, warps)
 
 
 @dataclass(frozen=True)
@@ -381,11 +384,12 @@ class Call:
         surrogate: str,
         detach_reset: bool,
         window: tuple[int, int] = (1, 1),
+        backward: bool = False,
     ) -> Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
         shapes = tuple(p.shape for p in params)
-        plan = _plan(lay, bool(norm), shapes, neuron, surrogate, detach_reset, window)
+        plan = _plan(lay, bool(norm), shapes, neuron, surrogate, detach_reset, window, backward)
         tensors = zip(plan.reads, (*norm, *params), strict=True)
         return cls(x, lay, plan, tuple(read.tensor(lay, tensor) for read, tensor in tensors))
 
@@ -418,14 +422,21 @@ class Call:
         elsewhere = self.x.is_cuda and self.x.device.index != torch.cuda.current_device()
         with torch.cuda.device(self.x.device) if elsewhere else nullcontext():
             # Products and sums are rounded one by one, as torch rounds them: spikes are the same.
-            compiled(source, name)[tile.grid](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
+            kernel, warps = compiled(source, name), self.plan.warps
+            kernel[tile.grid](*arguments, num_warps=warps, enable_fp_fusion=False)
 
 
-def _per_thread(steps: int, members: int) -> int:
-    """Neurons, or windows of ``members`` neurons, of a thread; their states live in registers."""
+def _program(steps: int, members: int, loop: bool, backward: bool) -> tuple[int, int]:
+    """Warps of a program, and neurons, or windows of ``members`` neurons, of each of its threads.
+
+    Measured on an H200: several a thread make wide loads, until their states fill its registers, which
+    are those of all steps in the backward pass and of one in the forward pass.
+    """
     if members > 1:
-        return 2 if steps * members <= WHOLE else 1
-    return 4 if steps <= CHUNK else 2
+        return 8, 2 if steps * members <= CHUNK else 1
+    if steps <= CHUNK // 2 or (loop and not backward):
+        return 8, 4
+    return 4 if loop else 8, 2
 
 
 def forward(call: Call, asked: Forward, tensors: Sequence[torch.Tensor]) -> None:

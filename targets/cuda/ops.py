@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ...converters.equations import named
 from .codegen import NORM, Backward, Forward
-from .kernels import CHUNK, WHOLE, Call, layout
+from .kernels import CHUNK, Call, layout
 from .kernels import backward as run_backward
 from .kernels import forward as run_forward
 
@@ -125,7 +125,7 @@ def _(
     last = torch.empty_strided(
         shape, (lay.N, *lay.strides[1:]), dtype=torch.float32, device=x.device
     )
-    keep = checkpoints and lay.T > WHOLE
+    keep = checkpoints and lay.T > CHUNK
     kept = x.new_empty((-(-lay.T // CHUNK), states, lay.N), dtype=torch.float32)
     return (
         spikes,
@@ -159,7 +159,8 @@ def fused_neuron_backward(
     initial (empty without one), of the norm's weight and bias if there is one, and of those params.
     """
     height, width = window
-    call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, (height, width))
+    how = (neuron, surrogate, detach_reset, (height, width))
+    call = Call.of(x, _scaled(norm), params, *how, backward=True)
     lay = call.lay
     g_initial = lay.state(x, _states(neuron)) if initial is not None else _nothing(x)
     g_x = lay.empty(x)
