@@ -14,7 +14,7 @@ import torch
 
 from spikeport.converters.errors import TargetUnavailableError, UnsupportedError, UsageError
 from spikeport.deploy import cli, data, network
-from spikeport.deploy.cli import _trainer
+from spikeport.deploy.cli.train import trainer_for
 from spikeport.deploy.options import Options
 from spikeport.deploy.training import Epoch, Training
 
@@ -47,7 +47,9 @@ def run(folder: Path, out: Path, net: str, arguments: tuple[str, ...], **more: A
     given: dict[str, Any] = {"epochs": 2, "batch_size": 64, "tensorboard": False, **more}
     described = network.description(net, arguments)
     options = Options(network=described, data=str(folder), out_dir=out, **given)
-    made = Training(lambda: network.build(net, arguments), options, make_trainer=_trainer(options))
+    made = Training(
+        lambda: network.build(net, arguments), options, make_trainer=trainer_for(options)
+    )
     return [*made.epochs()]
 
 
@@ -101,7 +103,7 @@ def test_resume_continues_exactly(folder: Path, tmp_path: Path) -> None:
         **given,
     )
     begun = Training(
-        lambda: network.build("conv", conv), options, make_trainer=_trainer(options)
+        lambda: network.build("conv", conv), options, make_trainer=trainer_for(options)
     ).epochs()
     first = next(begun)
     begun.close()

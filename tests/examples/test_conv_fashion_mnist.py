@@ -97,7 +97,7 @@ def test_shipped_checkpoint_and_its_log():
     log = CHECKPOINT.with_suffix(".log").read_text()
     command = log.splitlines()[0].split()
     assert command[:2] == ["python", "examples/conv_fashion_mnist.py"]
-    args = cli._parser().parse_args(["train", "conv", *command[2:]])
+    args = cli.parser().parse_args(["train", "conv", *command[2:]])
     assert not differences(checkpoint["args"], {n: getattr(args, n) for n in checkpoint["args"]})
     accuracies = re.findall(r"^epoch = (\d+), .*, test_acc = ([\d.]+), max_test", log, re.M)
     assert accuracies[checkpoint["epoch"]] == (
