@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, what is in them as hashes, and the cache of them."""
+"""Directories that appear whole or not at all, and what is in them as hashes."""
 
 from __future__ import annotations
 
@@ -71,13 +71,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def cache_entry(key: str) -> Path:
-    """Where the cache keeps the artifact of this key."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = os.environ.get("SPIKEPORT_CACHE") or Path(home) / "spikeport"
-    return Path(root) / "artifacts" / key
 
 
 def digest(content: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .. import artifact
+    from ..compile import compile
     from ..network import parse_arguments
     from ..pipeline import convert
 
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
         )
         bar.update()
         bar.set_description("compile")
-        made = artifact.compile(
+        made = compile(
             program,
             args.output,
             overwrite=args.force,
