@@ -49,7 +49,8 @@ def compile(
     """Compile a program for its target into an artifact.
 
     The same graph, weights, options and SDK are compiled once: after that the artifact comes from
-    the cache, ``$SPIKEPORT_CACHE`` or ``~/.cache/spikeport``, and its ``cached`` is True.
+    the cache, ``$SPIKEPORT_CACHE`` or ``~/.cache/spikeport``, and its ``cached`` is True. What was not
+    used for longest leaves the cache where it would take more than ``$SPIKEPORT_CACHE_GIB``, or 10.
 
     Args:
         program: What ``convert`` gave.
@@ -65,7 +66,8 @@ def compile(
         ArtifactError: ``path`` cannot be written.
         TargetUnavailableError: The SDK is not on this machine.
         CompileError: The compiler refused or failed.
-        UsageError: An option is unknown, or the outputs' nesting cannot be stored.
+        UsageError: An option is unknown, ``$SPIKEPORT_CACHE_GIB`` is no number, or the outputs' nesting
+            cannot be stored.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path

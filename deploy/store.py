@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ def publish(stage: Path, path: Path) -> None:
     else:
         stage.rename(path)
     _sync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory, all of it at once for whoever looks for it; another process may be first."""
+    old = _beside(path, "old")
+    with suppress(FileNotFoundError):
+        path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(path: Path, kind: str) -> Path:
