@@ -46,15 +46,6 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks here are so small that threads only slow them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make(folder, tmp_path):
     """A training of a small network in tmp_path / out, two epochs of three batches."""
