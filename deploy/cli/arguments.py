@@ -74,7 +74,8 @@ def build(args: argparse.Namespace) -> nn.Module:
     """The network with its weights."""
     import torch
 
-    from ..network import build, load_checkpoint
+    from ..checkpoint import load_checkpoint
+    from ..network import build
 
     if args.checkpoint is None and (args.key is not None or args.trust_pickle):
         raise UsageError("--key and --trust-pickle are about a checkpoint: give --checkpoint FILE")

@@ -23,6 +23,7 @@ from spikeport.converters.errors import (
     UsageError,
 )
 from spikeport.deploy import cli, data, network, training
+from spikeport.deploy.checkpoint import load_checkpoint
 from spikeport.deploy.options import Options, differences
 from spikeport.deploy.ranks import Ranks, join
 from spikeport.deploy.trainer import TorchTrainer, evaluate
@@ -458,7 +459,7 @@ def test_command_line(folder, tmp_path, capsys):
     assert re.search(r"^epoch = 0, train_loss = 0\.\d{4}, .*, max_test_acc = 0\.", out, re.M)
     best = load(tmp_path / "checkpoint_max.pth")
     assert (best["args"]["T"], best["args"]["channels"], best["args"]["net"]) == (2, 4, "CSNN")
-    network.load_checkpoint(network.build("conv", SMALL), tmp_path / "checkpoint_max.pth", "net")
+    load_checkpoint(network.build("conv", SMALL), tmp_path / "checkpoint_max.pth", "net")
 
 
 @pytest.mark.parametrize(
