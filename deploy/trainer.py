@@ -118,9 +118,10 @@ class TorchTrainer:
         self._together = self.net
         if ranks.size > 1:
             # Running statistics have no part in a step; the end of an epoch spreads process 0's.
-            given = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
             with torch.cuda.stream(self._replay.stream) if self._replay else nullcontext():
-                self._together = DistributedDataParallel(self.net, **given)
+                self._together = DistributedDataParallel(
+                    self.net, gradient_as_bucket_view=True, broadcast_buffers=False
+                )
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step, see :class:`Trainer`."""
