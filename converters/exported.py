@@ -24,7 +24,7 @@ from .ops import Node, aten, shape
 from .program import NEURON_STEP, PassReport, Program, TensorSpec, short
 from .stand_in import StateAccessError
 
-_HEADLINE = "the network cannot be captured:"
+HEADLINE = "the network cannot be captured:"
 
 
 def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
@@ -41,13 +41,13 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
     except StateAccessError:
         raise
     except Exception as error:
-        raise CaptureError(_HEADLINE, [_failed(error)]) from error
+        raise CaptureError(HEADLINE, [_failed(error)]) from error
     signature = program.graph_signature
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     findings = [_written(name) for name in mutated]
     findings += list(_undetermined(program.graph))
     if findings:
-        raise CaptureError(_HEADLINE, findings)
+        raise CaptureError(HEADLINE, findings)
     return program
 
 
@@ -179,7 +179,7 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
         elif n.op == "call_function":
             build.emit(n)
     if build.findings:
-        raise CaptureError(_HEADLINE, build.findings)
+        raise CaptureError(HEADLINE, build.findings)
     results = exported.graph.output_node().args[0]
     constant = [str(r) for r in results if not isinstance(r, fx.Node)]
     if constant:

@@ -33,9 +33,10 @@ from ..converters.errors import (
 
 if TYPE_CHECKING:
     from ..converters.program import Program
-    from .artifact import Artifact, Verification, compile, load
+    from .artifact import Artifact, Verification, load
     from .bundle import bundle
     from .compare import Report, compare
+    from .compile import compile
     from .model import Model
     from .pipeline import check, convert
 
@@ -75,7 +76,7 @@ _HOMES = {
     "Program": "..converters.program",
     "Artifact": ".artifact",
     "Verification": ".artifact",
-    "compile": ".artifact",
+    "compile": ".compile",
     "load": ".artifact",
     "bundle": ".bundle",
     "Report": ".compare",
@@ -99,7 +100,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps the name ``compare`` for the function: importing the file compare.py would take it."""
+    """Keeps a function's name for it, as ``compare``: importing the file compare.py would take it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, types.ModuleType)):

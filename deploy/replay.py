@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..converters.errors import UsageError
+from ..targets.cuda.capture import captured
 
 Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -63,19 +64,11 @@ class Replay:
 
     def _capture(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self._x, self._y = x.clone(), y.clone()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's, may go on using the GPU meanwhile.
-        mode = "thread_local"
-        try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
-                self._outputs = self._step(self._x, self._y)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            # Leaving a broken capture raises once more; the first error is the reason.
-            reason = str(error.__context__ or error).partition("\n")[0]
-            raise UsageError(
+        self._graph, self._outputs = captured(
+            lambda: self._step(self._x, self._y),
+            self.stream,
+            lambda reason: UsageError(
                 f"a training step of this network cannot be captured as a CUDA graph: {reason}. Leave "
                 "--graph out"
-            ) from error
-        self._graph = graph
+            ),
+        )

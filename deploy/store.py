@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, what is in them as hashes, and the cache of them."""
+"""Directories that appear whole or not at all, and what is in them as hashes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,14 @@ def publish(stage: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def discard(path: Path) -> None:
+    """Remove a directory, all of it at once for whoever looks for it; another process may be first."""
+    old = _beside(path, "old")
+    with suppress(FileNotFoundError):
+        path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _beside(path: Path, kind: str) -> Path:
     return path.parent / f".{path.name}.{kind}-{secrets.token_hex(4)}"
 
@@ -71,13 +79,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def cache_entry(key: str) -> Path:
-    """Where the cache keeps the artifact of this key."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = os.environ.get("SPIKEPORT_CACHE") or Path(home) / "spikeport"
-    return Path(root) / "artifacts" / key
 
 
 def digest(content: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from ...converters.surrogates import ATan
 from .. import graphs
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, memory, rewrites
 from . import kernels, ops
+from .capture import captured
 from .codegen import Forward, Spec, forward_source
 
 _SETTINGS = "settings.json"
@@ -308,24 +309,14 @@ class _Captured:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
                     self._executor.run(*self._inputs)
-            self._graph = torch.cuda.CUDAGraph()
-            self._outputs = self._capture(stream)
-
-    def _capture(self, stream: torch.cuda.Stream) -> list[torch.Tensor]:
-        # Other threads, such as a data loader's, may go on using the GPU meanwhile.
-        mode = "thread_local"
-        try:
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
-                return list(self._executor.run(*self._inputs))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            # Leaving a broken capture raises once more; the first error is the reason.
-            reason = str(error.__context__ or error).partition("\n")[0]
-            raise DeviceError(
-                f"the program cannot be captured as a CUDA graph: {reason}. Compile it with graph=False "
-                "(--option graph=False), which launches its kernels one by one"
-            ) from error
+            self._graph, self._outputs = captured(
+                lambda: list(self._executor.run(*self._inputs)),
+                stream,
+                lambda reason: DeviceError(
+                    f"the program cannot be captured as a CUDA graph: {reason}. Compile it with "
+                    "graph=False (--option graph=False), which launches its kernels one by one"
+                ),
+            )
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs, where the first input lies."""

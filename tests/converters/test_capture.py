@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Net, equal, rand, reference
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from spikeport.converters import sources
 from spikeport.converters.capture import capture
@@ -58,36 +58,11 @@ def single_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, _SingleStepSource()))
 
 
-class Net(nn.Module):
-    """A network whose forward is a function of it and its inputs."""
-
-    def __init__(self, run: Callable[..., Any], **children: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, child in children.items():
-            self.add_module(name, child)
+class Here(Net):
+    """Its forward is in this file, which findings name."""
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(self, *inputs)
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
-    work = copy.deepcopy(net).eval()
-    sources.reset(work)
-    with torch.no_grad():
-        return work(*inputs)
-
-
-def equal(a: Any, b: Any) -> bool:
-    left, structure = pytree.tree_flatten(a)
-    right, other = pytree.tree_flatten(b)
-    return structure == other and all(
-        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(left, right, strict=True)
-    )
 
 
 def lowered(program: Program) -> Program:
@@ -608,7 +583,7 @@ def test_a_multi_step_neuron_in_a_list_is_refused_too() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-9], ids=["that shows", "that does not show"])
 def test_a_random_forward(scale: float) -> None:
-    net = Net(lambda s, x: s.spike(x + torch.rand_like(x) * scale + 100), spike=IFNode())
+    net = Here(lambda s, x: s.spike(x + torch.rand_like(x) * scale + 100), spike=IFNode())
     found = findings(net, rand(T, N, 3))
     assert [f.rule for f in found] == ["random"]
     assert "rand_like at test_capture.py:" in found[0].found
@@ -642,7 +617,7 @@ def test_state_outside_the_network() -> None:
     ids=["branch", "item", "slice", "mask", "nonzero"],
 )
 def test_data_dependence(run: Callable[..., Any]) -> None:
-    found = findings(Net(run, spike=IFNode()), rand(T, N, 3))
+    found = findings(Here(run, spike=IFNode()), rand(T, N, 3))
     assert [f.rule for f in found] == ["data-dependent"]
     assert "test_capture.py:" in found[0].found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import grid, rand
 from torch import nn
 
 from spikeport import deploy
@@ -28,15 +29,6 @@ surrogate = pytest.importorskip("spikingjelly.clock_driven.surrogate")
 
 pytestmark = pytest.mark.spikingjelly
 T, N = 4, 2
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def grid(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Multiples of an eighth: sums, and halves of sums, hit the threshold exactly."""
-    return torch.randint(-8, 25, shape, generator=torch.Generator().manual_seed(seed)) / 8
 
 
 def reference(net: nn.Module, x: torch.Tensor) -> Any:
@@ -82,13 +74,13 @@ def test_zero_differing_spikes(step_mode: str) -> None:
         net = Population(made("MultiStep"))
     else:
         net = Population([layer.MultiStepContainer(n) for n in made("")])
-    program = capture(net, (normal(T, N, 300),))
+    program = capture(net, (rand(T, N, 300),))
     lowered = reroll_time(program)
     assert {site.layout for site in lowered.sites} == {"stepped"}
     for rewrite in (hoist_time_invariant, flatten_time, lower_neurons):
         lowered = rewrite(lowered)
     fired = 0.0
-    for drive in (normal, grid):
+    for drive in (rand, grid):
         x = drive(T, N, 300, seed=1)
         for form in (program, lowered):
             for variant, ours, theirs in zip(VARIANTS, form(x), reference(net, x), strict=True):
@@ -105,8 +97,8 @@ def test_charges_that_are_not_linear() -> None:
     ]
     analogue = [layer.MultiStepContainer(neuron.LIAFNode(torch.relu, b)) for b in (True, False)]
     net = Population([*kinds, neuron.MultiStepEIFNode(v_reset=-0.3), *analogue])
-    program = capture(net, (normal(T, N, 300),))
-    for drive in (normal, grid):
+    program = capture(net, (rand(T, N, 300),))
+    for drive in (rand, grid):
         x = drive(T, N, 300, seed=1)
         for ours, theirs in zip(program(x), reference(net, x), strict=True):
             assert torch.equal(ours, theirs)
@@ -179,9 +171,9 @@ def test_tutorials_are_verified(made: Any, target: str) -> None:
             module.running_var.fill_(0.1)
         elif isinstance(module, nn.Linear):
             module.weight.data *= 4  # untrained layers hardly fire
-    program = deploy.convert(net, (normal(N, 1, 28, 28),), target=target)
+    program = deploy.convert(net, (rand(N, 1, 28, 28),), target=target)
     if target == "reference":
-        x = normal(N, 1, 28, 28, seed=3)
+        x = rand(N, 1, 28, 28, seed=3)
         assert reference(net, x).any()
         assert torch.equal(program(x), reference(net, x))
         assert all(site.layout in ("flat", "static") for site in program.sites)
@@ -193,7 +185,7 @@ def test_other_neurons_are_refused_by_name() -> None:
     others = [neuron.GeneralNode(1.0, 0.0), neuron.GeneralNode(0.5, 0.0)]
     net = Population([*others, lava])
     with pytest.raises(CaptureError) as caught:
-        capture(net, (normal(T, N, 5),))
+        capture(net, (rand(T, N, 5),))
     assert {(f.rule, f.where) for f in caught.value.findings} >= {
         ("unknown-neuron", "neurons.0"),
         ("unknown-neuron", "neurons.1"),

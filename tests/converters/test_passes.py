@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from random_networks import RANDOM, rand, sequence, settled, stacks
+from networks import Net, equal, rand, reference
+from random_networks import RANDOM, sequence, settled, stacks
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import UnsupportedError
@@ -31,29 +31,6 @@ from spikeport.converters.program import NEURON, NEURON_STEP, PassReport, Progra
 
 EXACT = (fold_constants, hoist_time_invariant, flatten_time, lower_neurons)
 T, N = 4, 2
-
-
-class Net(nn.Module):
-    """A network whose forward is a function of it and its inputs."""
-
-    def __init__(self, run: Callable[..., Any], **children: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.run(self, *inputs)
-
-
-def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
-    with torch.no_grad():
-        return copy.deepcopy(net).eval()(*inputs)
-
-
-def equal(a: Any, b: Any) -> bool:
-    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 def report(program: Program, name: str) -> PassReport:

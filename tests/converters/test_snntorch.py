@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from networks import grid, refused
 from torch import nn
 
 from spikeport import deploy
 from spikeport.converters.capture import capture
-from spikeport.converters.errors import CaptureError
 from spikeport.converters.passes import (
     flatten_time,
     hoist_time_invariant,
@@ -32,11 +32,6 @@ T, N, F = 6, 2, 100
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.3
-
-
-def grid(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Multiples of an eighth: sums, and halves of sums, hit the threshold exactly."""
-    return torch.randint(-8, 25, shape, generator=torch.Generator().manual_seed(seed)) / 8
 
 
 def edges(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -66,12 +61,6 @@ def forms(program: Program) -> Iterator[Program]:
     for rewrite in (hoist_time_invariant, flatten_time, lower_neurons):
         form = rewrite(form)
     yield form
-
-
-def refused(net: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, str]]:
-    with pytest.raises(CaptureError) as caught:
-        capture(net, inputs)
-    return [(f.rule, f.where) for f in caught.value.findings]
 
 
 class Loop(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import grid, rand, refused
 from torch import nn
 
 from spikeport.converters import verify
@@ -38,15 +39,6 @@ OLD = hasattr(neuron.IFNode(), "backend")
 T, N = 4, 2
 
 
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
-
-
-def grid(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Multiples of an eighth: sums, and halves of sums, hit the threshold exactly."""
-    return torch.randint(-8, 25, shape, generator=torch.Generator().manual_seed(seed)) / 8
-
-
 def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
     work = copy.deepcopy(net).eval()
     functional.reset_net(work)
@@ -69,12 +61,6 @@ def converted(net: nn.Module, *inputs: torch.Tensor) -> Program:
         for form in (program, low):
             assert torch.equal(form(*example), expected)
     return program
-
-
-def refused(net: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, str]]:
-    with pytest.raises(CaptureError) as caught:
-        capture(net, inputs)
-    return [(f.rule, f.where) for f in caught.value.findings]
 
 
 # The grid of neurons

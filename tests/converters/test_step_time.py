@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import Net, rand
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -37,23 +38,6 @@ from spikeport.converters.stepping import State, Stepping
 from spikeport.converters.verify import verify
 
 T, N = 4, 3
-
-
-class Net(nn.Module):
-    """A network whose forward is a function of it and its inputs."""
-
-    def __init__(self, run: Callable[..., Any], **children: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.run(self, *inputs)
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
 
 
 def layer(inputs: int, outputs: int, seed: int = 0) -> nn.Linear:

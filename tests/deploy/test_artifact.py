@@ -16,7 +16,8 @@ from torch import nn
 from spikeport import deploy, targets
 from spikeport.converters import neurons
 from spikeport.converters.program import TensorSpec
-from spikeport.deploy import artifact as artifact_module
+from spikeport.deploy import store
+from spikeport.deploy.manifest import write_manifest
 from spikeport.deploy.model import Port, _batch_dim
 
 T, BATCH = 3, 4
@@ -92,7 +93,7 @@ def files(path: Path) -> dict[str, bytes]:
 def edit(path: Path, **changes: object) -> None:
     """Change the manifest as someone who knows the digest would."""
     manifest = json.loads((path / "manifest.json").read_text()) | changes
-    artifact_module._write_manifest(path, manifest)
+    write_manifest(path, manifest)
 
 
 # What is written
@@ -321,7 +322,7 @@ def record_anew(made: deploy.Artifact, source: str, by: float) -> deploy.Artifac
     save_file(samples, file)
     entries = dict(made.manifest["files"])
     entries[file.name] = {
-        "sha256": artifact_module.store.file_sha256(file),
+        "sha256": store.file_sha256(file),
         "size": file.stat().st_size,
     }
     edit(made.path, files=entries, samples={"source": source, "calls": 1})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from spikeport.converters.errors import TargetUnavailableError, UnsupportedError, UsageError
 from spikeport.deploy import cli, data, network
-from spikeport.deploy.cli import _trainer
+from spikeport.deploy.cli.train import trainer_for
 from spikeport.deploy.options import Options
 from spikeport.deploy.training import Epoch, Training
 
@@ -35,19 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(folder: Path, out: Path, net: str, arguments: tuple[str, ...], **more: Any) -> list[Epoch]:
     given: dict[str, Any] = {"epochs": 2, "batch_size": 64, "tensorboard": False, **more}
     described = network.description(net, arguments)
     options = Options(network=described, data=str(folder), out_dir=out, **given)
-    made = Training(lambda: network.build(net, arguments), options, make_trainer=_trainer(options))
+    made = Training(
+        lambda: network.build(net, arguments), options, make_trainer=trainer_for(options)
+    )
     return [*made.epochs()]
 
 
@@ -101,7 +94,7 @@ def test_resume_continues_exactly(folder: Path, tmp_path: Path) -> None:
         **given,
     )
     begun = Training(
-        lambda: network.build("conv", conv), options, make_trainer=_trainer(options)
+        lambda: network.build("conv", conv), options, make_trainer=trainer_for(options)
     ).epochs()
     first = next(begun)
     begun.close()

@@ -23,6 +23,7 @@ from spikeport.converters.errors import (
     UsageError,
 )
 from spikeport.deploy import cli, data, network, training
+from spikeport.deploy.checkpoint import load_checkpoint
 from spikeport.deploy.options import Options, differences
 from spikeport.deploy.ranks import Ranks, join
 from spikeport.deploy.trainer import TorchTrainer, evaluate
@@ -44,15 +45,6 @@ def folder(tmp_path_factory) -> Path:
             header = struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape)
             (path / f"{prefix}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks here are so small that threads only slow them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -467,7 +459,7 @@ def test_command_line(folder, tmp_path, capsys):
     assert re.search(r"^epoch = 0, train_loss = 0\.\d{4}, .*, max_test_acc = 0\.", out, re.M)
     best = load(tmp_path / "checkpoint_max.pth")
     assert (best["args"]["T"], best["args"]["channels"], best["args"]["net"]) == (2, 4, "CSNN")
-    network.load_checkpoint(network.build("conv", SMALL), tmp_path / "checkpoint_max.pth", "net")
+    load_checkpoint(network.build("conv", SMALL), tmp_path / "checkpoint_max.pth", "net")
 
 
 @pytest.mark.parametrize(

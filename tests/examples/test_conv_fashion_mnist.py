@@ -32,15 +32,6 @@ def test_set() -> data.Dataset:
     return data.load(EXAMPLES / "data" / "fashion-mnist")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The networks here are so small that threads only slow them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -97,7 +88,7 @@ def test_shipped_checkpoint_and_its_log():
     log = CHECKPOINT.with_suffix(".log").read_text()
     command = log.splitlines()[0].split()
     assert command[:2] == ["python", "examples/conv_fashion_mnist.py"]
-    args = cli._parser().parse_args(["train", "conv", *command[2:]])
+    args = cli.parser().parse_args(["train", "conv", *command[2:]])
     assert not differences(checkpoint["args"], {n: getattr(args, n) for n in checkpoint["args"]})
     accuracies = re.findall(r"^epoch = (\d+), .*, test_acc = ([\d.]+), max_test", log, re.M)
     assert accuracies[checkpoint["epoch"]] == (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from networks import rand
 from torch import nn
 
 from spikeport.converters import neurons as declared
@@ -28,11 +29,6 @@ _PARTS = (
 #: Parts in a row without a neuron after which sums on a grid need more digits than float32 has.
 _MOST_LINEAR = 2
 _SILENT = ("pool", "relu", "neuron", "loop")  # parts that need no further digits
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Inputs whose spread reaches thresholds from both sides."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
 
 
 def sequence(x: torch.Tensor, steps: int) -> torch.Tensor:

@@ -1,0 +1,348 @@
+"""A network's own run, watched for everything that would make a graph of it say something else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from . import sources
+from .errors import CaptureError, Finding
+from .exported import HEADLINE, place
+from .sources import Memory, Reading
+
+
+@dataclass
+class Watched:
+    """What was seen of a network while it ran.
+
+    Attributes:
+        outputs: Its outputs.
+        findings: What stops the capture.
+        readings: Its neurons, by path.
+        calls: How often each was called.
+        memories: Names of the attributes of each that changed.
+        handed: Those that were handed their state by the network.
+        kept: Its other layers with a state, by path.
+    """
+
+    outputs: Any = None
+    findings: list[Finding] = field(default_factory=list)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    memories: dict[str, set[str]] = field(default_factory=dict)
+    handed: set[str] = field(default_factory=set)
+    kept: dict[str, Memory] = field(default_factory=dict)
+
+
+def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
+    """Run a copy of the network once, or twice, and look at all that it does."""
+    seen = Watched()
+    work = evaluation_copy(net)
+    seen.findings += _weights(work)
+    ids = set[int]()
+    for path, module, reading in sources.read_all(work):
+        ids.add(id(module))
+        if isinstance(reading, Reading):
+            seen.readings[path] = reading
+            module.register_forward_pre_hook(_count(path, reading, seen), with_kwargs=True)
+        elif isinstance(reading, Memory):
+            seen.kept[path] = reading
+            module.register_forward_pre_hook(_tally(path, seen))
+        else:
+            seen.findings += reading
+    for path, module in _hidden(work):
+        module.register_forward_pre_hook(_tell_hidden(path, seen))
+    before, inputs = _snapshot(work), copies(args)
+    try:
+        with torch.no_grad(), sources.isolated(work):
+            seen.outputs = work(*inputs)
+    except Exception as error:
+        seen.findings.append(_failed(error, args))
+        return seen
+    seen.findings += [
+        _written(i) for i, (a, b) in enumerate(zip(args, inputs, strict=True)) if not equal(a, b)
+    ]
+    changes = _changes(before, _snapshot(work))
+    for path, module in work.named_modules():
+        if path in changes and id(module) in ids:
+            if path in seen.readings:
+                seen.memories[path] = changes[path]
+        elif path in changes:
+            seen.findings.append(_kept(path, changes[path]))
+    stateful: dict[str, Reading | Memory] = {**seen.readings, **seen.kept}
+    once = [
+        path
+        for path, reading in stateful.items()
+        if reading.step_mode == "s" and seen.calls.get(path) == 1 and path not in seen.handed
+    ]
+    if once and not seen.findings:
+        restarted = _restarted(work, args, before, seen)
+        seen.findings += [_outer_loop(path) for path in once if path not in restarted]
+    return seen
+
+
+def _restarted(
+    work: nn.Module,
+    args: Sequence[torch.Tensor],
+    before: dict[str, dict[str, Any]],
+    seen: Watched,
+) -> set[str]:
+    """Neurons whose state the forward itself puts back before it calls them, seen in a second run."""
+    found = set[str]()
+
+    def look(path: str, names: set[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            now = _snapshot(module)[""]
+            if names and not any(_moved(before[path][n], now[n]) for n in names):
+                found.add(path)
+
+        return hook
+
+    for path, module in work.named_modules():
+        if path in seen.readings:
+            names = seen.memories.get(path, set())
+            states = seen.readings[path].states
+            module.register_forward_pre_hook(look(path, names & states.keys() if states else names))
+    with torch.no_grad(), sources.isolated(work):
+        work(*copies(args))
+    return found
+
+
+def _moved(start: Any, now: Any) -> bool:
+    """Whether a state is another than at the start, where an empty one stands for zeros."""
+    empty = isinstance(start, torch.Tensor) and not start.numel()
+    return bool(now.any()) if empty else _differs(start, now)
+
+
+def _weights(net: nn.Module) -> list[Finding]:
+    """Weights that are not finite."""
+    return [
+        Finding(
+            rule="non-finite-weight",
+            where=name.rpartition(".")[0],
+            found=f"{name} has {int((~torch.isfinite(value)).sum())} values that are NaN or infinite",
+            allowed="finite weights",
+            fix="look at the training run: the checkpoint was saved after it diverged",
+        )
+        for name, value in (*net.named_parameters(), *net.named_buffers())
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+
+
+def _count(path: str, reading: Reading, seen: Watched) -> Callable[..., None]:
+    """A hook that counts a neuron's calls and looks at its inputs."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls[path] = seen.calls.get(path, 0) + 1
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            seen.handed.add(path)
+        shape = "[T, N, ...]" if reading.step_mode == "m" else "[N, ...]"
+        wrong = ""
+        if (
+            not args
+            or len(args) + len(kwargs) > 1 + len(reading.states)
+            or not kwargs.keys() <= reading.states.keys()
+            or not isinstance(args[0], torch.Tensor)
+        ):
+            wrong = f"called with {len(args)} positional and {len(kwargs)} keyword arguments"
+        elif not args[0].is_floating_point():
+            wrong = f"called with {args[0].dtype}"
+        elif args[0].dim() < (2 if reading.step_mode == "m" else 1) or 0 in args[0].shape[:2]:
+            wrong = f"called with {list(args[0].shape)}"
+        if wrong and not any(f.rule == "neuron-input" and f.where == path for f in seen.findings):
+            seen.findings.append(
+                Finding(
+                    rule="neuron-input",
+                    where=path,
+                    found=wrong,
+                    allowed=f"one floating-point tensor {shape}"
+                    + "".join(f", {name}" for name in reading.states),
+                    fix="give it time and batch as leading dimensions, as floating-point numbers",
+                )
+            )
+
+    return hook
+
+
+def _tally(path: str, seen: Watched) -> Callable[..., None]:
+    """A hook that counts a layer's calls."""
+
+    def hook(*_: Any) -> None:
+        seen.calls[path] = seen.calls.get(path, 0) + 1
+
+    return hook
+
+
+def _hidden(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in plain lists, tuples, sets and dicts, which torch does not know of."""
+    registered = {id(m) for m in net.modules()}
+
+    def inside(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(value, nn.Module):
+            if id(value) not in registered:
+                yield path, value
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for i, item in enumerate(value):
+                yield from inside(item, f"{path}[{i}]")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield from inside(item, f"{path}[{key!r}]")
+
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
+                yield from inside(value, f"{path}.{name}" if path else name)
+
+
+def _tell_hidden(path: str, seen: Watched) -> Callable[..., None]:
+    def hook(module: nn.Module, _: Any) -> None:
+        if not any(f.rule == "hidden-module" and f.where == path for f in seen.findings):
+            seen.findings.append(
+                Finding(
+                    rule="hidden-module",
+                    where=path,
+                    found=f"a {type(module).__name__} in a plain Python container, which eval(), "
+                    "state_dict() and this capture do not see",
+                    allowed="registered modules",
+                    fix="use nn.ModuleList or nn.ModuleDict",
+                )
+            )
+
+    return hook
+
+
+def _failed(error: Exception, args: Sequence[torch.Tensor]) -> Finding:
+    return Finding(
+        rule="forward-fails",
+        where="",
+        found=f"{type(error).__name__}: {error} ({place(error)})",
+        allowed="a network that runs on the example inputs "
+        f"{', '.join(str(list(a.shape)) for a in args)}",
+        fix="give inputs of the shapes that it takes, or mend its forward",
+    )
+
+
+def _written(index: int) -> Finding:
+    return Finding(
+        rule="input-written",
+        where="",
+        found=f"the forward writes to its input {index}",
+        allowed="a forward that writes only to its own variables",
+        fix="write to a copy (x = x.clone())",
+    )
+
+
+def _snapshot(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every module's attributes and buffers, as they are now."""
+    return {
+        path: {
+            name: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+            for name, value in (*vars(module).items(), *module._buffers.items())
+            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks")
+        }
+        for path, module in net.named_modules()
+    }
+
+
+def _changes(
+    before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
+) -> dict[str, set[str]]:
+    """Names of the attributes that are others than before, by the module's path."""
+    found = {}
+    for path, values in after.items():
+        names = {
+            n for n, v in values.items() if n not in before[path] or _differs(before[path][n], v)
+        }
+        if names:
+            found[path] = names
+    return found
+
+
+def _differs(a: Any, b: Any) -> bool:
+    if a is b:
+        return False
+    try:
+        return type(a) is not type(b) or not equal(a, b)
+    except Exception:
+        # What cannot be compared cannot be told to have changed either.
+        return False
+
+
+def _kept(path: str, names: set[str]) -> Finding:
+    return Finding(
+        rule="surviving-state",
+        where=path,
+        found=f"the forward writes to {', '.join(f'self.{n}' for n in sorted(names))}, which survives "
+        "the call",
+        allowed="a forward that keeps nothing on self",
+        fix="use a variable of the forward, return it, or declare the state as a neuron's "
+        "(spikeport.converters.neurons.dynamics)",
+    )
+
+
+def _outer_loop(path: str) -> Finding:
+    return Finding(
+        rule="time-loop-outside",
+        where=path,
+        found="a single-step layer that the forward calls once: its time loop lies outside the "
+        "network, and its state would survive from one call to the next",
+        allowed="all time steps inside one call; a single step where the forward resets the neuron",
+        fix="set step_mode='m' (SpikingJelly: functional.set_step_mode(net, 'm')) and give "
+        "[T, N, ...], or put the loop over time into a module's forward",
+    )
+
+
+def evaluation_copy(net: nn.Module) -> nn.Module:
+    """A copy in eval mode, its states reset and its parametrizations computed."""
+    try:
+        work = sources.copied(net)
+    except Exception as error:
+        raise CaptureError(HEADLINE, [sources.not_copied(error)]) from error
+    work.eval()
+    for module in list(work.modules()):
+        if parametrize.is_parametrized(module):
+            _compute_parametrizations(module)
+    work.requires_grad_(False)
+    sources.reset(work)
+    return work
+
+
+def _compute_parametrizations(module: nn.Module) -> None:
+    """Put the computed value in the place of each parametrized weight.
+
+    torch's own remove_parametrizations takes the property from a class that copies share.
+    """
+    names: Any = module._modules["parametrizations"]
+    values = {name: getattr(module, name).detach() for name in names}
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def copies(args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The inputs, copied: a forward may write to them."""
+    return tuple(a.detach().clone() for a in args)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether nested values are equal, tensors in every element, where NaN equals NaN."""
+    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(left) == len(right) and all(
+        _same(x, y) if isinstance(x, torch.Tensor) else bool(x == y)
+        for x, y in zip(left, right, strict=True)
+    )
+
+
+def _same(x: torch.Tensor, y: Any) -> bool:
+    """Equal in every element, where NaN equals NaN."""
+    return isinstance(y, torch.Tensor) and (
+        torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))
+    )

@@ -1,0 +1,63 @@
+"""Networks, inputs and comparisons that tests of conversions share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spikeport.converters import sources
+from spikeport.converters.capture import capture
+from spikeport.converters.errors import CaptureError
+
+
+class Net(nn.Module):
+    """A network whose forward is a function of it and its inputs."""
+
+    def __init__(self, run: Callable[..., Any], **children: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(self, *inputs)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Inputs whose spread reaches thresholds from both sides."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def grid(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Multiples of an eighth: sums, and halves of sums, hit the threshold exactly."""
+    return torch.randint(-8, 25, shape, generator=torch.Generator().manual_seed(seed)) / 8
+
+
+def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
+    """What the network itself gives, from v_0."""
+    work = copy.deepcopy(net).eval()
+    sources.reset(work)
+    with torch.no_grad():
+        return work(*inputs)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether outputs are equal bit for bit, and nested alike."""
+    left, structure = pytree.tree_flatten(a)
+    right, other = pytree.tree_flatten(b)
+    return structure == other and all(
+        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(left, right, strict=True)
+    )
+
+
+def refused(net: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, str]]:
+    """(rule, module's path) of what keeps the network from being captured."""
+    with pytest.raises(CaptureError) as caught:
+        capture(net, inputs)
+    return [(f.rule, f.where) for f in caught.value.findings]
