@@ -8,7 +8,6 @@ that a step is that of one batch of all their samples.
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 import pickle
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from ...converters.errors import (
 )
 from ...converters.losses import rates
 from . import sdk as poplar
+from .checking import rehearse
 from .model import TrainingModule
 
 _OPTIMIZERS = {
@@ -125,7 +125,8 @@ class Trainer:
 
         Raises:
             UsageError: x and y do not fit each other, the model, or the number of micro-batches.
-            CompileError: The compiler refused the model; says everything that it refuses.
+            UnsupportedError: With everything in the model that cannot be compiled.
+            CompileError: The compiler failed.
             DeviceError: The run failed.
             SpikeportError: The loss is not finite.
         """
@@ -225,7 +226,8 @@ class Trainer:
         self._look(x[:size])
         self._check_labels(y)
         self.model.train()
-        self._rehearse(x[:size], y[:size])
+        if not poplar.is_simulated(self._sdk):  # let the simulation say all at once
+            rehearse(self.model, x[:size], y[:size], unlimited=True)
         try:
             executor = self._sdk.trainingModel(self.model, self._options, self._optimizer)
         except RuntimeError as error:
@@ -233,7 +235,7 @@ class Trainer:
         try:
             with poplar.errors(self._sdk, CompileError, "refused the model"):
                 executor.compile(x, y)
-        except CompileError:
+        except BaseException:
             executor.destroy()
             raise
         self._executor, self._shape = executor, x.shape
@@ -267,23 +269,6 @@ class Trainer:
                 "all time steps at once"
             )
         self._classes = spikes.shape[-1]
-
-    def _rehearse(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Let the simulation say all that the SDK's compiler would refuse, before that compiles."""
-        simulator = importlib.import_module(".simulator", __package__)
-        if self._sdk is simulator.poptorch:
-            return
-        name, self.model.sdk = self.model.sdk, simulator.poptorch.__name__
-        executor = simulator.poptorch.trainingModel(self.model)
-        try:
-            with (
-                simulator.settings(memory_mb=10**9),
-                poplar.errors(simulator.poptorch, CompileError, "refused the model"),
-            ):
-                executor.compile(x, y)
-        finally:
-            executor.destroy()
-            self.model.sdk = name
 
     def _inference_model(self, x: torch.Tensor) -> Any:
         executor = self._inference.get(x.shape)
