@@ -278,7 +278,7 @@ def test_wrong_arguments_all_at_once() -> None:
     ("x", "y", "text"),
     [
         (torch.zeros(9, 8), torch.zeros(9).long(), r"9 samples do not divide into 2 micro-batches"),
-        (torch.zeros(0, 8), torch.zeros(0).long(), "0 samples do not divide"),
+        (torch.zeros(0, 8), torch.zeros(0).long(), "there are no samples"),
         (torch.zeros(8, 8), torch.zeros(7).long(), "x has 8 samples and y 7"),
         (torch.zeros(8, 8).double(), torch.zeros(8).long(), "x is float64, which the device does"),
         (torch.zeros(8, 8), torch.zeros(8), r"y is torch.float32 \[8\]; allowed: classes"),
@@ -289,6 +289,17 @@ def test_wrong_arguments_all_at_once() -> None:
 def test_batches_that_do_not_fit(x: Tensor, y: Tensor, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         trainer(gradient_accumulation=2).step(x, y)
+
+
+def test_evaluation_takes_what_training_takes() -> None:
+    x, y = data(8)
+    for samples, label, text in (
+        (x[:0], y[:0], "there are no samples"),
+        (x.double(), y, "x is float64"),
+        (x, y + C, "and the network has 4 outputs"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            trainer().evaluate(samples, label)
 
 
 def test_a_last_partial_batch() -> None:
