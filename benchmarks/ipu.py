@@ -17,11 +17,11 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -495,29 +495,40 @@ def deployment(folder: Path, limit: int | None) -> str:
     x = test.x[:100]
     lines = []
     for target in ("lynxi-sim", "onnx", "ipu-sim", "reference"):
-        with tempfile.TemporaryDirectory() as built:
-            program = deploy.convert(net, (x,), target=target)
-            deploy.compile(program, Path(built) / target)
-            with deploy.load(Path(built) / target) as model:
-                report = deploy.compare(net, model, test.loader(100), layers=100)
-        lines.append(
-            f"{target}: source {report.source_accuracy:.2%}, {target} "
-            f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}, differences "
-            f"explained by rounding: {report.explained}"
-        )
+        program = deploy.convert(net, (x,), target=target)
+        deploy.compile(program, folder / "artifacts" / target, overwrite=True)
+        with deploy.load(folder / "artifacts" / target) as model:
+            report = deploy.compare(net, model, test.loader(100), layers=100)
+            text = (
+                f"{target}: source {report.source_accuracy:.2%}, {target} "
+                f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}"
+            )
+            if report.probed:
+                text += f"; spikes of {report.probed} images differ within rounding alone: {report.explained}"
+            if differ := list(report.disagreeing):
+                other = deploy.compare(net, model, [test[differ]], layers=len(differ))
+                text += f"; those of the {other.probed} that differ: {other.explained}"
+        lines.append(text)
     return "\n".join([f"{test.name}, {len(test)} images", *lines])
 
 
-def environment() -> str:
-    """The tests of rewriting, training and the simulator, in this Python and torch.
+def environment(folder: Path) -> str:
+    """Tests of rewriting, training and the simulator, and what deployment compiled, in this torch.
 
     Run it with those that the SDK is built for: Python 3.10 and torch 2.0.1.
     """
-    folder = HERE.parent / "tests" / "targets" / "ipu"
-    tests = [folder / "test_lowering.py", folder / "test_training.py", folder / "simulator"]
+    here = HERE.parent / "tests" / "targets" / "ipu"
+    tests = [here / "test_lowering.py", here / "test_training.py", here / "simulator"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *map(str, tests)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
-    return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
+    tested = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
+    said = StringIO()
+    with redirect_stdout(said):
+        spikeport(
+            ["run", str(folder / "artifacts" / "ipu-sim"), "--data", "fashion-mnist", "--verify"]
+        )
+    _, verified, accuracy, _ = said.getvalue().splitlines()
+    return f"{tested}\nan artifact for ipu-sim, converted elsewhere: {verified}; {accuracy}"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -536,7 +547,7 @@ def main() -> None:
         "replication": lambda args: replication(),
         "speed": lambda args: speed(),
         "training": lambda args: training(args.epochs, args.folder),
-        "environment": lambda args: environment(),
+        "environment": lambda args: environment(args.folder),
         "deployment": lambda args: deployment(args.folder, args.limit),
     }
     parser.add_argument(

@@ -152,10 +152,10 @@ def _targets(args: argparse.Namespace) -> int:
 
     lines, found = [], []
     for name in TARGETS:
-        target = get(name)
-        can = {k: _plain(value) for k, value in vars(target.capabilities).items()}
-        entry: dict[str, Any] = {"name": name, **can}
+        entry: dict[str, Any] = {"name": name}
         try:
+            target = get(name)
+            entry |= {k: _plain(value) for k, value in vars(target.capabilities).items()}
             sdk = target.sdk()
         except TargetUnavailableError as error:
             entry |= {"available": False, "reason": str(error)}
@@ -258,7 +258,7 @@ def _run(args: argparse.Namespace) -> int:
     lines, ok = [str(found)], True
     document: dict[str, Any] = {"artifact": str(found.path)}
     if args.verify:
-        verification = found.verify(args.device)
+        verification = found.verify(args.device, args.target)
         lines.append(str(verification))
         document["verification"] = verification.to_dict()
         ok = verification.ok
@@ -278,7 +278,7 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     dataset = data.load(args.data, limit=args.limit)
     parts, seconds, steps = [], 0.0, 0
-    with found.load(args.device) as model, _progress(len(dataset), "sample") as bar:
+    with found.load(args.device, args.target) as model, _progress(len(dataset), "sample") as bar:
         for x, _ in dataset.loader(model.batch):
             start = time.perf_counter()
             outputs = model(x)
@@ -288,7 +288,8 @@ def _predict(found: Any, args: argparse.Namespace) -> dict[str, Any]:
             bar.update(len(x))
     predicted = torch.cat(parts)
     right = int((predicted == dataset.y).sum())
-    simulated = bool(found.manifest["sdk"]["simulated"])
+    own = args.target in (None, found.manifest["target"])
+    simulated = own and bool(found.manifest["sdk"]["simulated"])
     speed = len(dataset) / seconds
     whose = " (the simulator's speed on this machine, not the chip's)" if simulated else ""
     lines = [
@@ -329,7 +330,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     dataset = data.load(args.data, limit=args.limit)
     net = _build(args)
-    with load(args.artifact, args.device) as model:
+    with load(args.artifact, args.device, args.target) as model:
         loader = dataset.loader(model.batch)
         report = compare(net, model, loader, layers=args.layers, progress=True)
     ok = report.explained and report.agreement >= args.min_agreement
@@ -702,6 +703,7 @@ def _artifact_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="DIR", help="what spikeport compile wrote")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
     parser.add_argument("--device", type=int, default=0, metavar="ID", help="device id (0)")
+    parser.add_argument("--target", help="another target that loads it: ipu one for ipu-sim")
 
 
 class _Version(argparse.Action):
