@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One process a core, each with one thread of torch's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-all lint types bench conformance clean
+.PHONY: demo test test-all lint types bench bench-long conformance clean
 
 demo: $(VENV)/.installed  ## the main job: checkpoint -> lynxi-sim -> 10,000 test images
 	$(BIN)/python examples/deploy_fashion_mnist.py
@@ -40,11 +40,14 @@ types: $(VENV)/.tested
 	cd build/typed && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) \
 		-p spikeport.converters -p spikeport.targets -p spikeport.deploy
 
-bench: $(VENV)/.tested  ## the numbers of the README
+bench: $(VENV)/.tested  ## the numbers of the README that take minutes on a CPU
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/deployment.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/rerolling.py
 	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/streaming.py
-	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/ipu.py
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/ipu.py replication speed
+
+bench-long: $(VENV)/.tested  ## those that take an hour: 3690 gradients, two trainings of ten epochs
+	PYTHONPATH=$(NEWEST) $(BIN)/python benchmarks/ipu.py surrogates training deployment
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,11 @@
 """Training on the IPU: networks rewritten for it against the torch path.
 
     python benchmarks/ipu.py                  all of it, into benchmarks/ipu.txt and benchmarks/ipu.svg
-    python benchmarks/ipu.py surrogates       one of: surrogates, replication, speed, training,
-                                              deployment
+    python benchmarks/ipu.py speed            some of: replication, speed (minutes), surrogates, training,
+                                              deployment (an hour), environment
 
-Needs snnTorch, SpikingJelly, matplotlib, and Fashion-MNIST's training set. Runs on the simulated SDK;
-speeds are the simulator's.
+Deployment takes the checkpoint of training. Needs snnTorch, SpikingJelly, matplotlib, and Fashion-MNIST's
+training set. Runs on the simulated SDK; speeds are the simulator's.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import copy
 import itertools
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from spikeport import deploy
 from spikeport.converters import neurons, surrogates
@@ -372,46 +372,49 @@ def _distance(a: nn.Module, b: nn.Module) -> float:
 # Speed
 
 
-def speed(steps: int = 4, turns: int = 7) -> str:
-    """Seconds of a training step, the plain torch loop and the simulator taking turns."""
+def speed(batch: int = 128) -> str:
+    """Seconds of an epoch, the plain torch loop and the simulator taking turns at every step.
+
+    The simulator's include its compilation.
+    """
+    images = data.load("fashion-mnist", split="train")
+    rows = [("threads", "seconds", "plain torch loop", "ipu-sim", "ratio")]
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        plain, simulated = _epoch([b for b in images.loader(batch) if len(b[1]) == batch])
+        for clock, a, b in zip(("of the clock", "of all cores"), plain, simulated, strict=True):
+            rows.append((str(count), clock, f"{a:.1f}", f"{b:.1f}", f"{b / a:.2f}"))
+    torch.set_num_threads(threads)
+    return f"{_aligned(rows)}\n\none epoch of {len(images) // batch} steps of {batch} images"
+
+
+def _epoch(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[list[float]]:
+    """Seconds of the clock and of all cores: of the plain torch loop, and of the simulator."""
     from snntorch import functional
 
-    images = data.load("fashion-mnist", split="train", limit=128 * steps)
     torch.manual_seed(0)
     net = build("leaky")
     plain = copy.deepcopy(net).train()
     optimizer, loss = torch.optim.Adam(plain.parameters(), lr=1e-3), functional.ce_count_loss()
     trainer = ipu.trainer(ipu.training_module(net), lr=1e-3, simulator=True)
-    batches = [*images.loader(128)]
 
-    def torch_loop() -> None:
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss(plain(x), y).backward()
-            optimizer.step()
+    def torch_step(x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss(plain(x), y).backward()
+        optimizer.step()
 
-    def simulated() -> None:
-        for x, y in batches:
-            trainer.step(x, y)
-
-    clocks = {"of the clock": time.perf_counter, "of all cores": time.process_time}
-    runs = {"plain torch loop": torch_loop, "ipu-sim": simulated}
-    times: dict[tuple[str, str], list[float]] = {}
-    for turn in range(turns + 1):
-        for name, run in runs.items():
-            start = {clock: read() for clock, read in clocks.items()}
-            run()
-            for clock, read in clocks.items():
-                times.setdefault((name, clock), []).append((read() - start[clock]) / steps)
-        if not turn:
-            times.clear()  # it compiled
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    rows = [("seconds a step of 128 images", *runs, "ratio")]
-    for clock in clocks:
-        a, b = (medians[name, clock] for name in runs)
-        rows.append((clock, f"{a:.3f}", f"{b:.3f}", f"{b / a:.2f}"))
-    threads = torch.get_num_threads()
-    return f"{_aligned(rows)}\n\nmedians of {turns} turns of {steps} steps, {threads} threads"
+    clocks = (time.perf_counter, time.process_time)
+    spent = [[0.0, 0.0], [0.0, 0.0]]
+    order = [(torch_step, spent[0]), (trainer.step, spent[1])]
+    for x, y in tqdm(batches, disable=None):
+        for step, seconds in order:
+            start = [clock() for clock in clocks]
+            step(x, y)
+            for i, clock in enumerate(clocks):
+                seconds[i] += clock() - start[i]
+        order.reverse()
+    return spent
 
 
 # Training
@@ -492,29 +495,40 @@ def deployment(folder: Path, limit: int | None) -> str:
     x = test.x[:100]
     lines = []
     for target in ("lynxi-sim", "onnx", "ipu-sim", "reference"):
-        with tempfile.TemporaryDirectory() as built:
-            program = deploy.convert(net, (x,), target=target)
-            deploy.compile(program, Path(built) / target)
-            with deploy.load(Path(built) / target) as model:
-                report = deploy.compare(net, model, test.loader(100), layers=100)
-        lines.append(
-            f"{target}: source {report.source_accuracy:.2%}, {target} "
-            f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}, differences "
-            f"explained by rounding: {report.explained}"
-        )
+        program = deploy.convert(net, (x,), target=target)
+        deploy.compile(program, folder / "artifacts" / target, overwrite=True)
+        with deploy.load(folder / "artifacts" / target) as model:
+            report = deploy.compare(net, model, test.loader(100), layers=100)
+            text = (
+                f"{target}: source {report.source_accuracy:.2%}, {target} "
+                f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}"
+            )
+            if report.probed:
+                text += f"; spikes of {report.probed} images differ within rounding alone: {report.explained}"
+            if differ := list(report.disagreeing):
+                other = deploy.compare(net, model, [test[differ]], layers=len(differ))
+                text += f"; those of the {other.probed} that differ: {other.explained}"
+        lines.append(text)
     return "\n".join([f"{test.name}, {len(test)} images", *lines])
 
 
-def environment() -> str:
-    """The tests of rewriting, training and the simulator, in this Python and torch.
+def environment(folder: Path) -> str:
+    """Tests of rewriting, training and the simulator, and what deployment compiled, in this torch.
 
     Run it with those that the SDK is built for: Python 3.10 and torch 2.0.1.
     """
-    folder = HERE.parent / "tests" / "targets" / "ipu"
-    tests = [folder / "test_lowering.py", folder / "test_training.py", folder / "simulator"]
+    here = HERE.parent / "tests" / "targets" / "ipu"
+    tests = [here / "test_lowering.py", here / "test_training.py", here / "simulator"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *map(str, tests)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
-    return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
+    tested = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1])
+    said = StringIO()
+    with redirect_stdout(said):
+        spikeport(
+            ["run", str(folder / "artifacts" / "ipu-sim"), "--data", "fashion-mnist", "--verify"]
+        )
+    _, verified, accuracy, _ = said.getvalue().splitlines()
+    return f"{tested}\nan artifact for ipu-sim, converted elsewhere: {verified}; {accuracy}"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -533,16 +547,20 @@ def main() -> None:
         "replication": lambda args: replication(),
         "speed": lambda args: speed(),
         "training": lambda args: training(args.epochs, args.folder),
-        "environment": lambda args: environment(),
+        "environment": lambda args: environment(args.folder),
         "deployment": lambda args: deployment(args.folder, args.limit),
     }
-    parser.add_argument("part", nargs="?", choices=[*parts], help="default: all")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; default: all"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--limit", type=int, help="of deployment's test images; default: all")
     parser.add_argument("--folder", type=Path, default=Path("build/ipu"), help="for checkpoints")
     args = parser.parse_args()
+    if unknown := [name for name in args.parts if name not in parts]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
     path = HERE / "ipu.txt"
-    for name in [args.part] if args.part else parts:
+    for name in args.parts or parts:
         start = time.perf_counter()
         text = parts[name](args)
         machine = f"Python {platform.python_version()}, torch {torch.__version__}"

@@ -32,10 +32,16 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
         args: Example inputs, tensors.
 
     Raises:
-        UsageError: The network is no module, or the example inputs are no tensors.
+        UsageError: The network is no module, the example inputs are no tensors, or torch is too old.
         CaptureError: With everything that stops the capture.
         MismatchError: The program computes something else than the network.
     """
+    if not hasattr(torch.library, "custom_op"):
+        raise UsageError(
+            f"conversion needs torch 2.6 or later, and this is torch {torch.__version__}; convert on "
+            "another machine: training, artifacts (compare with --layers 0) and bundles run beside an "
+            "old SDK"
+        )
     if not isinstance(net, nn.Module):
         raise UsageError(f"the network is {type(net).__name__}; give an nn.Module")
     given: Any = args

@@ -69,7 +69,7 @@ def named(name: str) -> Loss:
         UsageError: There is none; the error names those there are.
     """
     if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, 1)
+        near = difflib.get_close_matches(str(name), LOSSES, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"no loss {name!r}; there are {', '.join(LOSSES)}{hint}")
     return LOSSES[name]

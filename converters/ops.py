@@ -97,3 +97,12 @@ def fan_in(node: Node) -> int:
         first: Any = node.args[0]
         return shape(first)[-1]
     return 1
+
+
+def steps(x: torch.Tensor, layout: str, T: int) -> torch.Tensor:
+    """A neuron's input in any layout as [T, N, ...]."""
+    if layout == "stepped":
+        return x
+    if layout == "static":
+        return x.unsqueeze(0).expand(T, *x.shape)
+    return x.reshape(T, x.shape[0] // T, *x.shape[1:])

@@ -12,7 +12,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import fx
@@ -20,99 +20,18 @@ from torch.utils import _pytree as pytree
 
 from .errors import UsageError
 from .neurons import Neuron
-from .ops import Node, aten
+from .ops import Node, aten, steps
 from .stepping import Stepping
 
-if not hasattr(torch.library, "custom_op"):
-    raise UsageError(
-        f"conversion needs torch 2.6 or later, and this is torch {torch.__version__}; beside an old SDK "
-        "run what needs no conversion: training (spikeport train --target), bundles, or convert on "
-        "another machine"
-    )
+if TYPE_CHECKING or hasattr(torch.library, "custom_op"):
+    from .neuron_ops import NEURON as NEURON
+    from .neuron_ops import NEURON_STEP as NEURON_STEP
+    from .neuron_ops import STATE as STATE
+else:  # beside an old SDK, where programs whose neurons are lowered are read and run
+    NEURON = NEURON_STEP = STATE = None
 
 Layout: TypeAlias = Literal["stepped", "flat", "static", "steps", "step"]
 Time: TypeAlias = Literal["unrolled", "stepped"]
-
-
-@torch.library.custom_op("spikeport::neuron", mutates_args=())
-def neuron_op(
-    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int
-) -> torch.Tensor:
-    """A layer of neurons over T steps, from v_0.
-
-    ``layout`` says what x is: ``"stepped"`` [T, N, ...], ``"flat"`` [TN, ...], or ``"static"``
-    [N, ...], the same at every step. Spikes come back as [T, N, ...], or else as [TN, ...]. State and
-    arithmetic are float32 where x is in half precision.
-    """
-    spikes = _neuron(spec, params).multi_step(steps(_wide(x), layout, T)).to(x.dtype)
-    return spikes if layout == "stepped" else spikes.flatten(0, 1)
-
-
-@torch.library.custom_op("spikeport::state", mutates_args=())
-def state_op(
-    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, layout: str, T: int, index: int
-) -> torch.Tensor:
-    """What the steps of ``spikeport::neuron`` end with in one of its states, in its layouts."""
-    kept = _neuron(spec, params).states(steps(_wide(x), layout, T), index).to(x.dtype)
-    return kept if layout == "stepped" else kept.flatten(0, 1)
-
-
-@neuron_op.register_fake
-@state_op.register_fake
-def _(
-    x: torch.Tensor,
-    params: Sequence[torch.Tensor],
-    spec: str,
-    layout: str,
-    T: int,
-    index: int = 0,
-) -> torch.Tensor:
-    if layout == "static":
-        return x.new_empty((T * x.shape[0], *x.shape[1:]))
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("spikeport::neuron_step", mutates_args=())
-def neuron_step_op(
-    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step t of a layer of neurons: x [N, ...], state [states, N, ...] -> spikes [N, ...], state.
-
-    Step 0 starts from the declared state. State and arithmetic as in :func:`neuron_op`.
-    """
-    neuron, wide = _neuron(spec, params), _wide(x)
-    before = neuron.initial(wide) if t == 0 else state.unbind()
-    spikes, after = neuron.single_step(wide, before, t)
-    return spikes.to(x.dtype), torch.stack(after)
-
-
-@neuron_step_op.register_fake
-def _(
-    x: torch.Tensor, state: torch.Tensor, params: Sequence[torch.Tensor], spec: str, t: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(state, dtype=_wide(x).dtype)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _neuron(spec: str, params: Sequence[torch.Tensor]) -> Neuron:
-    return Neuron.from_json(spec, map(_wide, params))
-
-
-NEURON = torch.ops.spikeport.neuron.default
-STATE = torch.ops.spikeport.state.default
-NEURON_STEP = torch.ops.spikeport.neuron_step.default
-
-
-def steps(x: torch.Tensor, layout: str, T: int) -> torch.Tensor:
-    """A neuron's input in any layout as [T, N, ...]."""
-    if layout == "stepped":
-        return x
-    if layout == "static":
-        return x.unsqueeze(0).expand(T, *x.shape)
-    return x.reshape(T, x.shape[0] // T, *x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -497,7 +416,7 @@ def where(node: fx.Node) -> str:
 def short(target: Any) -> str:
     """An operator's short name: ``aten.conv2d``, ``spikeport.neuron``."""
     if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._opname}"
+        return str(target._schema.name).replace("::", ".")
     return getattr(target, "__name__", str(target))
 
 

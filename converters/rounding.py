@@ -26,8 +26,8 @@ from torch import fx
 from . import ops
 from .equations import Symbol
 from .neurons import Neuron
-from .ops import Node, aten
-from .program import NEURON_STEP, STATE, Program, Site, steps
+from .ops import Node, aten, steps
+from .program import NEURON_STEP, STATE, Program, Site
 
 #: The c above; a wrong conversion is off by orders of magnitude more.
 CERTAINTY = 4.0

@@ -467,4 +467,4 @@ def to_threshold(
     return (h - threshold).abs(), slack
 
 
-_LEAF = pytree.tree_structure((0,))
+_, _LEAF = pytree.tree_flatten((0,))

@@ -114,27 +114,22 @@ class Artifact:
             )
         return cls(path, manifest)
 
-    def load(self, device: int = 0) -> Model:
-        """Load it onto a device.
+    def load(self, device: int = 0, target: str | None = None) -> Model:
+        """Load it onto a device; see :func:`load`."""
+        return Model(self.path, self.manifest, device, target)
 
-        Raises:
-            TargetUnavailableError: The SDK that it was compiled for is not on this machine.
-            DeviceError: There is no such device, or it refused the program.
-        """
-        return Model(self.path, self.manifest, device)
-
-    def verify(self, device: int = 0) -> Verification:
-        """Replay the recorded inputs on a device."""
+    def verify(self, device: int = 0, target: str | None = None) -> Verification:
+        """Replay the recorded inputs on a device; see :func:`load`."""
         samples = load_file(str(self.path / "samples.safetensors"))
         recorded = self.manifest["samples"]
         if not recorded["calls"]:
             raise ArtifactError(f"{self.path} has no recorded inputs; convert from example inputs")
         equal, largest, agreeing, rows = True, 0.0, 0, 0
-        with self.load(device) as model:
+        with self.load(device, target) as model:
             for k in range(recorded["calls"]):
                 inputs = _numbered(samples, f"{k}.input", len(model.inputs))
                 expected = _numbered(samples, f"{k}.output", len(model.outputs))
-                found = pytree.tree_leaves(model(*inputs))
+                found, _ = pytree.tree_flatten(model(*inputs))
                 for a, b in zip(found, expected, strict=True):
                     equal = equal and torch.equal(a, b)
                     largest = max(largest, (a.double() - b.double()).abs().max().item())
@@ -156,15 +151,22 @@ class Artifact:
         )
 
 
-def load(path: str | os.PathLike[str], device: int = 0) -> Model:
+def load(path: str | os.PathLike[str], device: int = 0, target: str | None = None) -> Model:
     """The artifact's network on a device, after every file has been checked.
 
+    Args:
+        path: The artifact.
+        device: Id of the device.
+        target: Another target than the artifact's that loads it too: ``"ipu"`` compiles an artifact for
+            ``"ipu-sim"``, since its SDK is for a torch that cannot convert.
+
     Raises:
+        UsageError: The target does not load artifacts for the artifact's.
         ArtifactError: There is none, it is damaged, or its format is newer (the subclasses say).
         TargetUnavailableError: The SDK that it was compiled for is not on this machine.
         DeviceError: There is no such device, or it refused the program.
     """
-    return Artifact.open(path).load(device)
+    return Artifact.open(path).load(device, target)
 
 
 def _numbered(samples: Mapping[str, torch.Tensor], prefix: str, count: int) -> list[torch.Tensor]:

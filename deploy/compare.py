@@ -256,7 +256,7 @@ def predictions(outputs: Any) -> torch.Tensor:
     Raises:
         UsageError: The first output has another rank.
     """
-    found = pytree.tree_leaves(outputs)
+    found, _ = pytree.tree_flatten(outputs)
     if not found:
         raise UsageError("the network returns no tensor, so there are no classes to read")
     scores: torch.Tensor = found[0]

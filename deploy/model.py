@@ -109,6 +109,7 @@ class Model:
         path: The artifact's directory.
         manifest: Its manifest.
         device: Id of the device.
+        target: Another target than the artifact's, which loads its artifacts too.
 
     Attributes:
         manifest: The artifact's manifest.
@@ -117,19 +118,33 @@ class Model:
         outputs: The outputs, flat, likewise.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], device: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Mapping[str, Any],
+        device: int = 0,
+        target: str | None = None,
+    ) -> None:
         self.manifest, self._path, self._device = manifest, path, device
         self.batch = int(manifest["batch"])
-        self._backend = registry.get(manifest["target"])
+        made = manifest["target"]
+        self._backend = registry.get(target or made)
+        loads = {self._backend.name, *self._backend.capabilities.loads}
+        if made not in loads:
+            raise UsageError(
+                f"{path} is compiled for {made}, and {target} loads artifacts for "
+                f"{', '.join(sorted(loads))}; convert and compile for {target}"
+            )
         found, built = self._backend.sdk(), manifest["sdk"]
-        if (found.name, found.version) != (built["name"], built["version"]):
+        same = self._backend.name == made
+        if same and (found.name, found.version) != (built["name"], built["version"]):
             _logger.warning(
                 "%s was compiled with %s %s, this machine has %s %s; if in doubt, compile again",
                 *(path, built["name"], built["version"], found.name, found.version),
             )
         self.inputs = tuple(map(Port.from_dict, manifest["inputs"]))
         self.outputs = tuple(map(Port.from_dict, manifest["outputs"]))
-        self._structure = pytree.treespec_loads(json.dumps(manifest["structure"]))
+        self._structure = _structure(manifest["structure"])
         self._stepping, self._states = _stepping(path, manifest)
         self._main = self._load("device", self.outputs)
         self._probe: Loaded | None = None
@@ -408,6 +423,22 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _structure(data: Any) -> pytree.TreeSpec:
+    """The nesting of the outputs, as torch writes it."""
+    if hasattr(pytree, "treespec_loads"):
+        return pytree.treespec_loads(json.dumps(data))
+    return _older_structure(data[1])
+
+
+def _older_structure(node: Any) -> pytree.TreeSpec:
+    """The same for a torch that reads none."""
+    if node["type"] is None:
+        return pytree.LeafSpec()
+    kind = {"builtins.tuple": tuple, "builtins.list": list, "builtins.dict": dict}[node["type"]]
+    parts = [_older_structure(part) for part in node["children_spec"]]
+    return pytree.TreeSpec(kind, json.loads(node["context"]), parts)
 
 
 def _stepping(path: Path, manifest: Mapping[str, Any]) -> tuple[Stepping | None, tuple[Port, ...]]:

@@ -40,6 +40,7 @@ class Capabilities:
         arithmetic: Floating-point type that it computes in whatever the graph's is, or None.
         memory: Bytes that weights and live activations of one call may take, or None.
         times: Whether it takes programs of all time steps, of one, or both.
+        loads: Other targets whose artifacts it loads, and compiles itself.
         notes: What else is known, for people.
     """
 
@@ -51,6 +52,7 @@ class Capabilities:
     arithmetic: torch.dtype | None = None
     memory: int | None = None
     times: frozenset[Time] = frozenset(get_args(Time))
+    loads: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 

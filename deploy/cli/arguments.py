@@ -68,6 +68,7 @@ def artifact_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="DIR", help="what spikeport compile wrote")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
     parser.add_argument("--device", type=int, default=0, metavar="ID", help="device id (0)")
+    parser.add_argument("--target", help="another target that loads it: ipu one for ipu-sim")
 
 
 def build(args: argparse.Namespace) -> nn.Module:

@@ -31,7 +31,7 @@ def _run(args: argparse.Namespace) -> int:
 
     dataset = data.load(args.data, limit=args.limit)
     net = build(args)
-    with load(args.artifact, args.device) as model:
+    with load(args.artifact, args.device, args.target) as model:
         loader = dataset.loader(model.batch)
         found = compare(net, model, loader, layers=args.layers, progress=True)
     ok = found.explained and found.agreement >= args.min_agreement

@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     lines, ok = [str(found)], True
     document: dict[str, Any] = {"artifact": str(found.path)}
     if args.verify:
-        verification = found.verify(args.device)
+        verification = found.verify(args.device, args.target)
         lines.append(str(verification))
         document["verification"] = verification.to_dict()
         ok = verification.ok
@@ -59,7 +59,7 @@ def _predict(found: Artifact, args: argparse.Namespace) -> dict[str, Any]:
 
     dataset = data.load(args.data, limit=args.limit)
     parts, seconds, steps = [], 0.0, 0
-    with found.load(args.device) as model, progress(len(dataset), "sample") as bar:
+    with found.load(args.device, args.target) as model, progress(len(dataset), "sample") as bar:
         for x, _ in dataset.loader(model.batch):
             start = time.perf_counter()
             outputs = model(x)
@@ -69,7 +69,8 @@ def _predict(found: Artifact, args: argparse.Namespace) -> dict[str, Any]:
             bar.update(len(x))
     predicted = torch.cat(parts)
     right = int((predicted == dataset.y).sum())
-    simulated = bool(found.manifest["sdk"]["simulated"])
+    own = args.target in (None, found.manifest["target"])
+    simulated = own and bool(found.manifest["sdk"]["simulated"])
     speed = len(dataset) / seconds
     whose = " (the simulator's speed on this machine, not the chip's)" if simulated else ""
     lines = [

@@ -14,10 +14,10 @@ def _run(args: argparse.Namespace) -> int:
 
     lines, found = [], []
     for name in TARGETS:
-        target = get(name)
-        can = {k: _plain(value) for k, value in vars(target.capabilities).items()}
-        entry: dict[str, Any] = {"name": name, **can}
+        entry: dict[str, Any] = {"name": name}
         try:
+            target = get(name)
+            entry |= {k: _plain(value) for k, value in vars(target.capabilities).items()}
             sdk = target.sdk()
         except TargetUnavailableError as error:
             entry |= {"available": False, "reason": str(error)}

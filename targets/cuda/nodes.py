@@ -167,10 +167,10 @@ class FusedNode(neurons.Node):
             content["v_seq"] = self.v_seq.detach()
         return content
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Any, *recurse: Any) -> Any:  # an older torch has no "recurse"
         if self.state is not None:
             self.state = tuple(fn(part) for part in self.state)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, *recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The declaration in one line, and how it is run."""

@@ -17,10 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ...converters.equations import named
+from ...converters.errors import TargetUnavailableError
 from .codegen import NORM, Backward, Forward
 from .kernels import CHUNK, Call, layout
 from .kernels import backward as run_backward
 from .kernels import forward as run_forward
+
+if not hasattr(torch.library, "custom_op"):
+    raise TargetUnavailableError(
+        f"fused neurons need torch 2.6 or later, and this is torch {torch.__version__}"
+    )
 
 
 @cache

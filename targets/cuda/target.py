@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
-from ...converters.ops import aten
+from ...converters.ops import aten, steps
 from ...converters.passes import Pass
-from ...converters.program import NEURON, NEURON_STEP, Program, steps
+from ...converters.program import NEURON, NEURON_STEP, Program
 from ...converters.surrogates import ATan
 from .. import graphs
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, memory, rewrites

@@ -6,7 +6,8 @@
 Everything that training needs runs beside the SDK, on Python 3.10 and torch 2.0.
 """
 
+from .checking import check
 from .model import TrainingModule, training_module
 from .training import Trainer, trainer
 
-__all__ = ["Trainer", "TrainingModule", "trainer", "training_module"]
+__all__ = ["Trainer", "TrainingModule", "check", "trainer", "training_module"]

@@ -12,7 +12,7 @@ whose value is the step's and whose derivative in u is the surrogate's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from ...converters.neurons import Neuron, Node
 from ...converters.sources import Learning, Memory, Reading
 from ...converters.surrogates import Surrogate
 
-_HEADLINE = "the network cannot be rewritten for the IPU:"
+HEADLINE = "the network cannot be rewritten for the IPU:"
 
 
 class _Run:
@@ -170,6 +170,9 @@ def _place_of_spikes(neuron: Neuron) -> int:
     return 1 + [*neuron.dynamics.states].index(SPIKES)
 
 
+Plan: TypeAlias = tuple[Reading, Learning]
+
+
 def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> nn.Module:
     """A copy of the network with every neuron lowered.
 
@@ -181,8 +184,22 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
         UsageError: There is no neuron at a path of ``surrogates``.
         UnsupportedError: With everything that cannot be rewritten.
     """
+    plans, findings = plan(net, surrogates)
+    if findings:
+        raise UnsupportedError(HEADLINE, findings)
+    return rewritten(net, plans)
+
+
+def plan(
+    net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None
+) -> tuple[dict[str, Plan], list[Finding]]:
+    """How to lower each neuron, by its path, and what cannot be.
+
+    Raises:
+        UsageError: There is no neuron at a path of ``surrogates``.
+    """
     given = dict(surrogates or {})
-    plans: dict[str, tuple[Reading, Learning]] = {}
+    plans: dict[str, Plan] = {}
     findings = list(_obstacles(net))
     for path, module, reading in sources.read_all(net):
         if isinstance(module, Lowered):
@@ -205,18 +222,22 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
             f"surrogates names {', '.join(given)}, where there is no neuron; there are "
             f"{', '.join(plans) or 'none'}"
         )
-    if findings:
-        raise UnsupportedError(_HEADLINE, findings)
+    return plans, findings
+
+
+def rewritten(net: nn.Module, plans: Mapping[str, Plan]) -> nn.Module:
+    """A copy of the network with these neurons lowered.
+
+    Raises:
+        UnsupportedError: It cannot be copied.
+    """
     try:
         work = sources.copied(net)
     except Exception as error:
-        raise UnsupportedError(
-            _HEADLINE,
-            [sources.not_copied(error)],
-        ) from error
+        raise UnsupportedError(HEADLINE, [sources.not_copied(error)]) from error
     sources.reset(work)
-    for path, plan in plans.items():
-        Lowered.take(work.get_submodule(path), *plan)
+    for path, (reading, learning) in plans.items():
+        Lowered.take(work.get_submodule(path), reading, learning)
     return work
 
 
@@ -231,8 +252,17 @@ def _no_neuron(path: str, module: nn.Module) -> Finding:
 
 
 def _obstacles(net: nn.Module) -> Iterator[Finding]:
-    """What keeps a state that training would need and the device cannot have."""
+    """What the device cannot have: wide numbers, and state that outlives a call."""
     for path, module in net.named_modules():
+        wide = [n for n, p in module.named_parameters(recurse=False) if p.dtype == torch.float64]
+        if wide:
+            yield Finding(
+                rule="float64",
+                where=path,
+                found=f"{', '.join(wide)} of float64",
+                allowed="float32; float16 by ipu.trainer(half=True)",
+                fix="call net.float()",
+            )
         if isinstance(module, Lowered):
             yield Finding(
                 rule="lowered-twice",

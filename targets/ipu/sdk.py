@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from ...converters.errors import SpikeportError, TargetError, TargetUnavailableError
+from ...converters.errors import (
+    Finding,
+    SpikeportError,
+    TargetError,
+    TargetUnavailableError,
+    UnsupportedError,
+)
 
 
 def load(simulated: bool) -> Any:
@@ -29,6 +35,11 @@ def load(simulated: bool) -> Any:
         ) from error
 
 
+def is_simulated(sdk: Any) -> bool:
+    """Whether it is the simulated one."""
+    return str(sdk.__name__).startswith(str(__package__))
+
+
 def version(sdk: Any) -> str:
     """Its version."""
     return str(getattr(sdk, "__version__", "of an unknown version"))
@@ -36,10 +47,31 @@ def version(sdk: Any) -> str:
 
 @contextmanager
 def errors(sdk: Any, kind: type[TargetError], what: str) -> Iterator[None]:
-    """Raise what the SDK raises as a target's error that quotes it."""
+    """Raise what the SDK raises as a target's error that quotes it.
+
+    Raises:
+        UnsupportedError: The simulated compiler refused the network; with all of its findings.
+    """
     try:
         yield
     except SpikeportError:
         raise
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise kind(f"poptorch {version(sdk)} {what}: {error}") from error
+        headline = f"poptorch {version(sdk)} {what}:"
+        if found := _findings(error):
+            raise UnsupportedError(headline, found) from error
+        raise kind(f"{headline} {error}") from error
+
+
+def _findings(error: Exception) -> list[Finding]:
+    """What the simulated compiler says; the SDK's says one thing in one text."""
+    return [
+        Finding(
+            rule=problem.rule.name,
+            where=problem.module.removeprefix("net").removeprefix("."),
+            found=" ".join(problem.text.splitlines()),
+            allowed=problem.rule.allowed,
+            fix=problem.rule.fix,
+        )
+        for problem in getattr(error, "problems", ())
+    ]

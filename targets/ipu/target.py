@@ -1,11 +1,13 @@
 """The IPU as a target of conversion: a program through ``poptorch.inferenceModel``.
 
-The SDK and its simulation go through one code path.
+The SDK and its simulation go through one code path. Conversion needs a newer torch than the SDK takes: an
+artifact for the simulated target, made on another machine, is compiled where the device is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from .. import graphs
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from . import sdk as poplar
 
-_EXECUTABLE = "model.poptorch"
 _CAPABILITIES = Capabilities(
     ops=None,
     dtypes=frozenset({torch.float16, torch.float32, torch.bool, torch.int32, torch.int64}),
@@ -41,6 +42,11 @@ class Ipu:
         self.simulated = simulated
         self.name = "ipu-sim" if simulated else "ipu"
         self.capabilities: Capabilities = _CAPABILITIES
+        self._executable = "model.poptorch"
+        if simulated:
+            self._executable = "model.simulated"
+        else:
+            self.capabilities = replace(_CAPABILITIES, loads=frozenset({"ipu-sim"}))
 
     def default_dtype(self) -> torch.dtype:
         """float32."""
@@ -62,16 +68,13 @@ class Ipu:
         chosen(self.name, options, {})
         poptorch = poplar.load(self.simulated)
         files = graphs.write(program, directory)
-        inputs = [
-            torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype)
-            for n in program.graph.nodes
-            if n.op == "placeholder"
-        ]
+        values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+        inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in values]
         model = poptorch.inferenceModel(graphs.read(directory), poptorch.Options())
         with poplar.errors(poptorch, CompileError, "refused the program"):
-            model.compileAndExport(str(directory / _EXECUTABLE), *inputs, export_model=False)
+            model.compileAndExport(str(directory / self._executable), *inputs, export_model=False)
         model.destroy()
-        return Compiled({}, (*files, _EXECUTABLE))
+        return Compiled({}, (*files, self._executable))
 
     def load(
         self,
@@ -80,20 +83,24 @@ class Ipu:
         outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
         device: int,
     ) -> Loaded:
-        """Load the executable."""
+        """Load the executable; where there is none of this SDK, compile."""
         poptorch = poplar.load(self.simulated)
         only_device(self.name, device, "the IPU that poptorch chooses")
-        return _Model(poptorch, directory, [dtype for _, dtype in outputs])
+        model = poptorch.inferenceModel(graphs.read(directory), poptorch.Options())
+        file = directory / self._executable
+        with poplar.errors(poptorch, DeviceError, f"refused {file.name}"):
+            if file.exists():
+                model.loadExecutable(str(file))
+            else:
+                model.compile(*(torch.zeros(shape, dtype=dtype) for shape, dtype in inputs))
+        return _Model(poptorch, model, [dtype for _, dtype in outputs])
 
 
 class _Model:
     """An executor between torch tensors."""
 
-    def __init__(self, poptorch: Any, directory: Path, dtypes: Sequence[torch.dtype]) -> None:
-        self._poptorch, self._dtypes = poptorch, dtypes
-        self._model = poptorch.inferenceModel(graphs.read(directory), poptorch.Options())
-        with poplar.errors(poptorch, DeviceError, "refused the executable"):
-            self._model.loadExecutable(str(directory / _EXECUTABLE))
+    def __init__(self, poptorch: Any, model: Any, dtypes: Sequence[torch.dtype]) -> None:
+        self._poptorch, self._model, self._dtypes = poptorch, model, dtypes
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs."""

@@ -8,7 +8,6 @@ that a step is that of one batch of all their samples.
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 import pickle
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from ...converters.errors import (
 )
 from ...converters.losses import rates
 from . import sdk as poplar
+from .checking import rehearse
 from .model import TrainingModule
 
 _OPTIMIZERS = {
@@ -125,7 +125,8 @@ class Trainer:
 
         Raises:
             UsageError: x and y do not fit each other, the model, or the number of micro-batches.
-            CompileError: The compiler refused the model; says everything that it refuses.
+            UnsupportedError: With everything in the model that cannot be compiled.
+            CompileError: The compiler failed.
             DeviceError: The run failed.
             SpikeportError: The loss is not finite.
         """
@@ -133,7 +134,7 @@ class Trainer:
         x = x.to(self.dtype) if x.is_floating_point() else x
         if self._executor is None:
             self._compile(x, y)
-        self._check_labels(y)
+        _check_labels(y, self._classes)
         if not self._executor.isAttachedToDevice():
             self._executor.attachToDevice()
         with poplar.errors(self._sdk, DeviceError, "failed in a training step"):
@@ -153,7 +154,13 @@ class Trainer:
         """Mean loss and accuracy on samples x [N, ...] of classes y [N], in eval mode.
 
         The last batch is padded to ``batch_size``, and the padding cut off.
+
+        Raises:
+            UsageError: x and y do not fit each other or the model, or there are none.
+            UnsupportedError, CompileError, DeviceError: As in :meth:`step`.
         """
+        if problems := _problems(x, y):
+            raise UsageError("; ".join(problems))
         batch_size = min(batch_size, len(x))
         self._release()
         executor = self._inference_model(x[:batch_size].to(self.dtype))
@@ -166,6 +173,7 @@ class Trainer:
             with poplar.errors(self._sdk, DeviceError, "failed in an evaluation"):
                 spikes = executor(torch.cat([samples, fill]).to(self.dtype))
             spikes = _time_first(spikes[:N].float())
+            _check_labels(label, spikes.shape[-1])
             loss += float(self.model.loss(spikes, label)) * N
             right += int((rates(spikes).argmax(1) == label).sum())
         executor.detachFromDevice()
@@ -223,9 +231,10 @@ class Trainer:
     def _compile(self, x: torch.Tensor, y: torch.Tensor) -> None:
         size = len(x) // self.slices
         self._look(x[:size])
-        self._check_labels(y)
+        _check_labels(y, self._classes)
         self.model.train()
-        self._rehearse(x[:size], y[:size])
+        if not poplar.is_simulated(self._sdk):  # let the simulation say all at once
+            rehearse(self.model, x[:size], y[:size], unlimited=True)
         try:
             executor = self._sdk.trainingModel(self.model, self._options, self._optimizer)
         except RuntimeError as error:
@@ -233,7 +242,7 @@ class Trainer:
         try:
             with poplar.errors(self._sdk, CompileError, "refused the model"):
                 executor.compile(x, y)
-        except CompileError:
+        except BaseException:
             executor.destroy()
             raise
         self._executor, self._shape = executor, x.shape
@@ -268,23 +277,6 @@ class Trainer:
             )
         self._classes = spikes.shape[-1]
 
-    def _rehearse(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Let the simulation say all that the SDK's compiler would refuse, before that compiles."""
-        simulator = importlib.import_module(".simulator", __package__)
-        if self._sdk is simulator.poptorch:
-            return
-        name, self.model.sdk = self.model.sdk, simulator.poptorch.__name__
-        executor = simulator.poptorch.trainingModel(self.model)
-        try:
-            with (
-                simulator.settings(memory_mb=10**9),
-                poplar.errors(simulator.poptorch, CompileError, "refused the model"),
-            ):
-                executor.compile(x, y)
-        finally:
-            executor.destroy()
-            self.model.sdk = name
-
     def _inference_model(self, x: torch.Tensor) -> Any:
         executor = self._inference.get(x.shape)
         if executor is None:
@@ -307,18 +299,12 @@ class Trainer:
 
     def _check(self, x: torch.Tensor, y: torch.Tensor) -> None:
         D, G, R = self._counts
-        problems = []
-        if len(x) != len(y):
-            problems.append(f"x has {len(x)} samples and y {len(y)}")
-        if not len(x) or len(x) % self.slices:
+        problems = _problems(x, y)
+        if len(x) % self.slices:
             problems.append(
                 f"{len(x)} samples do not divide into {self.slices} micro-batches = "
                 f"device_iterations {D} x gradient_accumulation {G} x replicas {R}"
             )
-        if x.dtype == torch.float64:
-            problems.append("x is float64, which the device does not have; give float32")
-        if y.dim() != 1 or y.is_floating_point():
-            problems.append(f"y is {y.dtype} {list(y.shape)}; allowed: classes [N]")
         if self._shape is not None and self._executor is not None and x.shape != self._shape:
             problems.append(
                 f"x is {list(x.shape)}, and the model was compiled for {list(self._shape)}; leave a "
@@ -327,13 +313,28 @@ class Trainer:
         if problems:
             raise UsageError("; ".join(problems))
 
-    def _check_labels(self, y: torch.Tensor) -> None:
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= self._classes:
-            raise UsageError(
-                f"classes {low} to {high}, and the network has {self._classes} outputs; allowed: 0 to "
-                f"{self._classes - 1}"
-            )
+
+def _problems(x: torch.Tensor, y: torch.Tensor) -> list[str]:
+    """Why samples and classes are none that a network learns from."""
+    problems = []
+    if not len(x):
+        problems.append("there are no samples")
+    if len(x) != len(y):
+        problems.append(f"x has {len(x)} samples and y {len(y)}")
+    if x.dtype == torch.float64:
+        problems.append("x is float64, which the device does not have; give float32")
+    if y.dim() != 1 or y.is_floating_point():
+        problems.append(f"y is {y.dtype} {list(y.shape)}; allowed: classes [N]")
+    return problems
+
+
+def _check_labels(y: torch.Tensor, classes: int) -> None:
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise UsageError(
+            f"classes {low} to {high}, and the network has {classes} outputs; allowed: 0 to "
+            f"{classes - 1}"
+        )
 
 
 def trainer(

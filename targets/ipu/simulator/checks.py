@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from .errors import Error
+from . import problems
 from .graph import Graph, Node, slots
+from .problems import Problem, RefusedError, Rule
 from .settings import warn
 from .trace import Surrogate, Traced
 
@@ -38,11 +39,6 @@ _LOSSES = frozenset(
     )
 )
 _LET_GO = ("detach", "data", "detach_")
-_ADVICE = (
-    "The compiler differentiates the forward that it traces, so a spike needs its surrogate in "
-    "differentiable forward operations, for instance heaviside(u).detach() + (sigma(u) - "
-    "sigma(u).detach()): spikeport.targets.ipu.training_module rewrites a network so."
-)
 MAX_IPUS = 64
 
 
@@ -50,22 +46,28 @@ def final_loss(graph: Graph) -> int:
     """Slot of the one loss that no other loss consumes.
 
     Raises:
-        Error: There is none, or more than one.
+        RefusedError: There is none, or more than one.
     """
     losses = [node for node in graph.nodes if node.op in _LOSSES and node.outs]
     if not losses:
-        raise Error("Couldn't find a loss in graph!")
+        raise _refused(problems.LOSS, "Couldn't find a loss in graph!")
     final = []
     for loss in losses:
         after = _descendants(graph, loss.outs)
         if not any(other is not loss and set(other.ins) & after for other in losses):
             final.append(loss)
     if len(final) != 1:
-        raise Error(
+        where = ", ".join(dict.fromkeys(loss.place for loss in final))
+        raise _refused(
+            problems.LOSS,
             "Multiple independent losses found in graph. Graph must have one final loss. Wrap final "
-            "graph loss in poptorch.identity_loss."
+            f"graph loss in poptorch.identity_loss. ({where})",
         )
     return final[0].outs[0]
+
+
+def _refused(rule: Rule, text: str) -> RefusedError:
+    return RefusedError([Problem(rule, text)])
 
 
 def _descendants(graph: Graph, start: Iterable[int]) -> set[int]:
@@ -85,8 +87,8 @@ def gradients(traced: Traced, loss: int, trainable: Iterable[str]) -> None:
         trainable: Names of the weights that the optimizer updates.
 
     Raises:
-        Error: A surrogate gradient that the compiler does not see, or a step that lets no gradient
-            through to a weight, all of them in one text.
+        RefusedError: With every surrogate gradient that the compiler does not see, or every step that
+            lets no gradient through to a weight.
     """
     graph = traced.graph
     found = [_surrogate(s) for s in traced.surrogates if s.blocks]
@@ -95,35 +97,40 @@ def gradients(traced: Traced, loss: int, trainable: Iterable[str]) -> None:
             f"{passing.module or 'the model'}: the backward of torch.autograd.Function "
             f"{passing.name} is ignored; its forward is differentiated instead"
         )
-    if found:
-        raise Error("\n".join([*found, _ADVICE]))
+    refused = {problem.module for problem in found}
     passing_slots = _reaching(graph, loss, traced.gradients)
     every = _reaching(graph, loss, None)
-    steps: dict[str, list[str]] = {}
+    steps: dict[tuple[str, str, str], list[str]] = {}
     for name in trainable:
         slot = graph.weights[name]
         if slot in passing_slots:
             continue
-        blocked = _blocking(graph, slot, every)
-        if any(node.op not in _LET_GO and node.grad for node in blocked):
-            for node in blocked:
-                if node.op not in _LET_GO and node.grad:
-                    steps.setdefault(f"{node.module or 'the model'} ({node.name})", []).append(name)
-        else:
+        cuts = _cuts(graph, slot, traced.gradients, every)
+        for node in cuts:
+            if node.module not in refused:
+                steps.setdefault((node.module, node.name, node.place), []).append(name)
+        if not cuts:
             _logger.warning("%s does not reach the loss: it is not trained", name)
-    if steps:
-        lines = [
-            f"{where}: the operation is a step, whose derivative is zero, and no other way leads "
-            f"from the loss to {', '.join(names)}"
-            for where, names in steps.items()
-        ]
-        raise Error("\n".join([*lines, _ADVICE]))
+    found += [
+        Problem(
+            problems.STEP,
+            f"{module or 'the model'} ({name}, {place}): the operation is a step, whose derivative is "
+            f"zero, and no other way leads from the loss to {', '.join(names)}",
+            module,
+        )
+        for (module, name, place), names in steps.items()
+    ]
+    if found:
+        raise RefusedError(found)
 
 
-def _surrogate(found: Surrogate) -> str:
-    return (
+def _surrogate(found: Surrogate) -> Problem:
+    return Problem(
+        problems.SURROGATE,
         f"{found.module or 'the model'}: the backward of torch.autograd.Function {found.name} is a "
         "surrogate gradient that the compiler does not see, and its forward has no derivative"
+        + (f" ({found.place})" if found.place else ""),
+        found.module,
     )
 
 
@@ -137,15 +144,21 @@ def _reaching(graph: Graph, loss: int, through: set[int] | None) -> set[int]:
     return found
 
 
-def _blocking(graph: Graph, weight: int, every: set[int]) -> list[Node]:
-    """Nodes between a weight and the loss where the gradient stops."""
-    after, found = {weight}, []
+def _cuts(graph: Graph, weight: int, gradients: set[int], every: set[int]) -> list[Node]:
+    """Nodes that lead to the loss, from values of which no other way on has a gradient."""
+    reached, users = {weight}, dict[int, list[Node]]()
     for node in graph.nodes:
-        if after.intersection(node.ins):
-            if node.blocks and every.intersection(node.outs):
-                found.append(node)
-            after.update(node.outs, node.mutates)
-    return found
+        for slot in reached.intersection(node.ins) if every.intersection(node.outs) else ():
+            users.setdefault(slot, []).append(node)
+        if reached.intersection(node.ins):
+            reached.update(gradients.intersection((*node.outs, *node.mutates)))
+    return [
+        node
+        for slot, ahead in users.items()
+        if not any(reached.intersection(node.outs) - {slot} for node in ahead)
+        for node in ahead
+        if node.blocks and node.grad and node.op not in _LET_GO
+    ]
 
 
 def outputs(graph: Graph, returned: int) -> None:
@@ -170,20 +183,22 @@ def shapes(graph: Graph) -> None:
     """Refuse tensors without elements.
 
     Raises:
-        Error: There is one.
+        RefusedError: There is one.
     """
     used = {s for node in graph.nodes for s in (*node.ins, *node.outs)} | set(graph.inputs)
     for slot in sorted(used):
         shape, _ = graph.infos[slot]
         if shape.numel() == 0:
-            raise Error(f"Zero-sized tensors are unsupported (Got shape {list(shape)})")
+            raise _refused(
+                problems.EMPTY, f"Zero-sized tensors are unsupported (Got shape {list(shape)})"
+            )
 
 
 def ipus(traced: Traced, replicas: int, round_up: bool) -> int:
     """How many IPUs are reserved.
 
     Raises:
-        Error: The number is no power of 2 and not to be rounded, or above 64.
+        RefusedError: The number is no power of 2 and not to be rounded, or above 64.
     """
     used = set(traced.stages.values()) or {0}
     wanted = max(len(used), max(used) + 1) * replicas
@@ -192,10 +207,11 @@ def ipus(traced: Traced, replicas: int, round_up: bool) -> int:
         reserved *= 2
     reason = ", because PopTorch must reserve a power of 2 or maximum of 64 IPUs per process"
     if reserved != wanted and not round_up:
-        raise Error(
+        raise _refused(
+            problems.IPUS,
             f"The model specifies the use of {wanted} IPUs, however PopTorch must reserve a minimum of "
             f"{reserved} in order to allow the model to run{reason}. Please reconfigure your model "
-            "to use a different number of IPUs or set poptorch.Options().autoRoundNumIPUs(True)."
+            "to use a different number of IPUs or set poptorch.Options().autoRoundNumIPUs(True).",
         )
     if reserved != wanted:
         _logger.warning(
@@ -207,7 +223,9 @@ def ipus(traced: Traced, replicas: int, round_up: bool) -> int:
             reserved - wanted,
         )
     if reserved > MAX_IPUS:
-        raise Error(f"The model needs {reserved} IPUs; a process has at most {MAX_IPUS}")
+        raise _refused(
+            problems.IPUS, f"The model needs {reserved} IPUs; a process has at most {MAX_IPUS}"
+        )
     return reserved
 
 
@@ -215,19 +233,21 @@ def pipeline(traced: Traced, training: bool, accumulation: int, iterations: int)
     """Refuse a pipeline that its micro-batches do not fill.
 
     Raises:
-        Error: There are too few.
+        RefusedError: There are too few.
     """
     depth = len(traced.stages)
     if depth < 2:
         return
     if training and accumulation < 2 * depth - 1:
-        raise Error(
+        raise _refused(
+            problems.PIPELINE,
             "For pipelining, depth (gradient accumulation factor) must equal at least "
             f"{2 * depth - 1} for {depth} pipeline stages; Options.Training.gradientAccumulation is "
-            f"{accumulation}"
+            f"{accumulation}",
         )
     if not training and iterations < depth:
-        raise Error(
+        raise _refused(
+            problems.PIPELINE,
             f"For pipelining, depth must equal at least the number of pipeline stages ({depth}); "
-            f"Options.deviceIterations is {iterations}"
+            f"Options.deviceIterations is {iterations}",
         )

@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, memory
+from . import checks, memory, problems
 from .arguments import Arguments
 from .errors import Error
 from .executable import Executable, Schedule, Training
+from .problems import Problem, Problems, RefusedError
+from .settings import place
 from .trace import Traced, Tracer
 from .updates import Recipe, Updater
 
 _logger = logging.getLogger("poptorch")
-
-
-_STATE = (
-    "State that begins anew in every call belongs into local variables of forward: "
-    "spikeport.targets.ipu.training_module rewrites the neurons of SpikingJelly and snnTorch so."
-)
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,12 @@ def compile_model(request: Request) -> Executable:
     """Trace, check and plan a model.
 
     Raises:
-        Error: What the SDK refuses, everything that one trace shows in one text.
+        RefusedError: With everything that the SDK refuses and one trace shows.
         AssertionError: A block that the execution strategy does not know.
     """
     options, recipe = request.options, request.recipe
     weights = device_weights(request.model)
-    traced, problems = _trace(request, weights)
+    traced, found = _trace(request, weights)
     graph = traced.graph
     loss, trained = -1, tuple[str, ...]()
     originals = dict(_named(request.model))
@@ -67,14 +63,12 @@ def compile_model(request: Request) -> Executable:
     if recipe is not None:
         group_of = {n: members[id(p)] for n, p in originals.items() if id(p) in members}
         wanted = [n for n in group_of if n in graph.weights and weights[n].requires_grad]
-        try:
+        with found.collecting():
             loss = checks.final_loss(graph)
             checks.gradients(traced, loss, wanted)
-        except Error as error:
-            problems.append(error.message)
         trained = tuple(wanted)
-    if problems:
-        raise Error("\n".join(problems))
+    if found:
+        raise RefusedError(found)
     anchors = {
         short: (_slot_named(traced, name), mode, period)
         for short, (name, mode, period) in request.anchors.items()
@@ -82,20 +76,30 @@ def compile_model(request: Request) -> Executable:
     graph.plan(
         [*([loss] if recipe is not None else []), *(slot for slot, _, _ in anchors.values())]
     )
-    checks.shapes(graph)
-    checks.outputs(graph, request.schedule.returned)
-    _check_buffers(traced, weights, request)
-    checks.ipus(traced, request.schedule.replicas, options.auto_round_num_ipus)
     pipelined = options._execution_strategy.pipelined
+    with found.collecting():
+        checks.shapes(graph)
+    with found.collecting():
+        _check_buffers(traced, request)
+    with found.collecting():
+        checks.ipus(traced, request.schedule.replicas, options.auto_round_num_ipus)
     if pipelined:
-        checks.pipeline(
-            traced, recipe is not None, request.schedule.accumulation, request.schedule.iterations
-        )
+        with found.collecting():
+            checks.pipeline(
+                traced,
+                recipe is not None,
+                request.schedule.accumulation,
+                request.schedule.iterations,
+            )
     training = None
     if recipe is not None:
         updater = Updater(recipe, {n: weights[n] for n in trained}, group_of)
         training = Training(loss, trained, updater, request.reduce)
-    _check_memory(traced, training, request.schedule.accumulation, options, pipelined)
+    with found.collecting():
+        _check_memory(traced, training, request.schedule.accumulation, options, pipelined)
+    if found:
+        raise RefusedError(found)
+    checks.outputs(graph, request.schedule.returned)
     checking = bool(options._Popart.options.get("enableFloatingPointChecks", False))
     return Executable(graph, weights, request.schedule, training, anchors, checking)
 
@@ -121,7 +125,7 @@ def _is_parameter(value: Tensor) -> bool:
     return isinstance(value, nn.Parameter)
 
 
-def _trace(request: Request, weights: Mapping[str, Tensor]) -> tuple[Traced, list[str]]:
+def _trace(request: Request, weights: Mapping[str, Tensor]) -> tuple[Traced, Problems]:
     model, arguments = request.model, request.arguments
     modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     strategy = request.options._execution_strategy
@@ -133,69 +137,89 @@ def _trace(request: Request, weights: Mapping[str, Tensor]) -> tuple[Traced, lis
     for name, original in _named(model):
         tracer.weight(name, weights[name], original)
     before = {name: value.detach().clone() for name, value in weights.items()}
-    with _on_device(model, weights) as problems, tracer.recording():
+    with _on_device(model, weights) as reassigned, tracer.recording():
         try:
             outputs = model(*local.args, **local.kwargs)
         except TypeError as error:
             if "poptorch" in str(error):
                 raise Error(str(error)) from error
             raise
-    try:
-        traced = tracer.finish(outputs)
-    except TypeError as error:
-        raise Error(str(error)) from error
+    traced = tracer.finish(outputs)
     with torch.no_grad():
         for name, value in weights.items():  # what the trace wrote was no run
             value.copy_(before[name])
-    return traced, [*traced.problems, *problems]
+    return traced, Problems([*traced.problems, *reassigned])
+
+
+class _Store(dict[str, Tensor | None]):
+    """A module's buffers or parameters, and the user's line that reassigned each."""
+
+    def __init__(self, held: Mapping[str, Tensor | None]) -> None:
+        super().__init__(held)
+        self.places: dict[str, str] = {}
+
+    def __setitem__(self, key: str, value: Tensor | None) -> None:
+        self.places.setdefault(key, place())
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self.places.setdefault(key, place())
+        super().__delitem__(key)
 
 
 @contextmanager
-def _on_device(model: Any, weights: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def _on_device(model: Any, weights: Mapping[str, Tensor]) -> Iterator[list[Problem]]:
     """Let the modules hold the device's tensors; what they reassign is a problem."""
-    problems: list[str] = []
+    found: list[Problem] = []
     if not isinstance(model, nn.Module):
-        yield problems
+        yield found
         return
     held = {id(original): weights[name] for name, original in _named(model)}
-    places = [
-        (kind, f"{path}.{key}" if path else key, store, key, value)
-        for path, module in model.named_modules(remove_duplicate=True)
-        for kind, store in (("Buffer", module._buffers), ("Parameter", module._parameters))
-        for key, value in store.items()
-        if value is not None
+    stores = [
+        (path, module, attribute, vars(module)[attribute])
+        for path, module in model.named_modules()
+        for attribute in ("_buffers", "_parameters")
     ]
     lists = [(m, m._flat_weights) for m in model.modules() if hasattr(m, "_flat_weights")]
-    for _, _, store, key, value in places:
-        store[key] = held[id(value)]
+    for _, module, attribute, store in stores:
+        placed = {k: None if v is None else held[id(v)] for k, v in store.items()}
+        vars(module)[attribute] = _Store(placed)
     for module, flat in lists:
         module._flat_weights = [held.get(id(w), w) for w in flat]  # type: ignore[assignment, union-attr]
     try:
-        yield problems
-        for kind, name, store, key, value in places:
-            if key not in store:
-                problems.append(
-                    f"{kind} {name} is removed from the model when calling the forward method."
-                )
-            elif store[key] is not held[id(value)]:
-                problems.append(
-                    f"{kind} {name} is reassigned within the model when calling the forward method. "
-                    f"This is not supported. Consider using self.{name}.copy_(src) to copy data from "
-                    "a source tensor, where src is the name of the source tensor."
-                )
-        if problems:
-            problems.append(_STATE)
+        yield found
+        for path, module, attribute, store in stores:
+            for key, value in store.items():
+                if value is not None:
+                    found += _reassigned(path, key, held[id(value)], vars(module)[attribute])
     finally:
-        for _, _, store, key, value in places:
-            store[key] = value
+        for _, module, attribute, store in stores:
+            vars(module)[attribute] = store
         for module, flat in lists:
             module._flat_weights = flat
+
+
+def _reassigned(path: str, key: str, held: Tensor, now: _Store) -> Iterator[Problem]:
+    kind = "Parameter" if isinstance(held, nn.Parameter) else "Buffer"
+    name = f"{path}.{key}" if path else key
+    if key not in now:
+        text = f"{kind} {name} is removed from the model when calling the forward method."
+    elif now[key] is not held:
+        text = (
+            f"{kind} {name} is reassigned within the model when calling the forward method. This is "
+            f"not supported. Consider using self.{name}.copy_(src) to copy data from a source tensor, "
+            "where src is the name of the source tensor."
+        )
+    else:
+        return
+    yield Problem(problems.REASSIGNED, f"{text} ({now.places[key]})", path)
 
 
 def _slot_named(traced: Traced, name: str) -> int:
     found = tensor_names(traced.graph)
     if name not in found:
-        raise Error(f"No tensor with name {name} found; getTensorNames() lists them")
+        text = f"No tensor with name {name} found; getTensorNames() lists them"
+        raise RefusedError([Problem(problems.NAME, text)])
     return found[name]
 
 
@@ -204,20 +228,21 @@ def tensor_names(graph: Any) -> dict[str, int]:
     found = {f"input_{i}": slot for i, slot in enumerate(graph.inputs)}
     found.update(graph.weights)
     for node in graph.nodes:
-        for place, out in enumerate(node.outs):
-            found[node.name if len(node.outs) == 1 else f"{node.name}[{place}]"] = out
+        for i, out in enumerate(node.outs):
+            found[node.name if len(node.outs) == 1 else f"{node.name}[{i}]"] = out
     return found
 
 
-def _check_buffers(traced: Traced, weights: Mapping[str, Tensor], request: Request) -> None:
+def _check_buffers(traced: Traced, request: Request) -> None:
     graph = traced.graph
     written = [n for n, s in graph.weights.items() if s in graph.written]
     if written and request.schedule.replicas > 1 and request.options.broadcast_buffers:
-        raise Error(
+        text = (
             "PopTorch does not support broadcasting buffers. If your model is able to tolerate buffers "
             "becoming out of sync between replicas, you can disable buffer broadcasting using "
             f"poptorch.Options.broadcastBuffers(False). (Written: {', '.join(written)})"
         )
+        raise RefusedError([Problem(problems.BUFFERS, text)])
 
 
 def _check_memory(

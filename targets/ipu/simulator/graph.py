@@ -40,6 +40,7 @@ class Node:
         blocks: Whether a gradient that reaches its result cannot go on to its arguments.
         random: Whether it drew random numbers.
         mutates: Slots that it wrote into.
+        place: File and line of the user's code that called it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Node:
     blocks: bool = False
     random: bool = False
     mutates: tuple[int, ...] = ()
+    place: str = ""
     free: tuple[int, ...] = ()
 
     @property

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .errors import Error
 from .graph import Graph
+from .problems import MEMORY, Problem, RefusedError
 from .settings import current
 from .trace import Traced
 
@@ -113,7 +113,7 @@ def check(estimates: Mapping[int, Estimate]) -> None:
     """Refuse a model that is too large.
 
     Raises:
-        Error: An IPU's estimate is above the limit.
+        RefusedError: An IPU's estimate is above the limit.
     """
     limit = current().memory_mb
     over = {ipu: e for ipu, e in estimates.items() if e.total > limit * _MEGA}
@@ -124,8 +124,4 @@ def check(estimates: Mapping[int, Estimate]) -> None:
         largest = sorted(found.modules.items(), key=lambda item: -item[1])[:5]
         most = ", ".join(f"{name or 'forward'} {size / _MEGA:.1f} MB" for name, size in largest)
         lines.append(f"IPU {ipu}: estimated {found}, and an IPU takes {limit} MB; most: {most}")
-    lines.append(
-        "Take a smaller batch or fewer time steps, spread the model over IPUs with poptorch.Block, or "
-        "use float16."
-    )
-    raise Error("\n".join(lines), "graph_memory_allocation_error")
+    raise RefusedError([Problem(MEMORY, "\n".join(lines))])

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,15 +22,27 @@ class SimulatorWarning(UserWarning):
     """Something that a real SDK would refuse, or do without a word, and that matters."""
 
 
-_INSIDE = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+_INSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 def warn(text: str) -> None:
-    """Issue a :class:`SimulatorWarning` at the user's line: the first outside of here and of torch."""
-    level, frame = 2, sys._getframe().f_back
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        level, frame = level + 1, frame.f_back
+    """Issue a :class:`SimulatorWarning` at the user's line."""
+    level, _ = _users()
     warnings.warn(text, SimulatorWarning, stacklevel=level)
+
+
+def place() -> str:
+    """File and line of the user's code that is running, such as ``net.py:12``."""
+    _, frame = _users()
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+
+
+def _users() -> tuple[int, FrameType | None]:
+    """The first frame outside of here and of torch, and its level above the caller."""
+    level, frame = 2, sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level, frame
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import problems
 from .errors import on_device
 from .graph import Graph, Node, Slot, device_bytes, function_name, replace, tensors
 from .precision import in_device_precision
-from .settings import current, warn
+from .problems import Problem, Rule
+from .settings import current, place, warn
 
 if TYPE_CHECKING:
     from .poptorch.strategies import ExecutionStrategy
@@ -65,11 +67,13 @@ class Surrogate:
         name: Its name.
         module: Path of the module that applied it.
         blocks: Whether no gradient passes through its forward either.
+        place: File and line that applied it.
     """
 
     name: str
     module: str
     blocks: bool
+    place: str = ""
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Traced:
     Attributes:
         graph: The calls.
         surrogates: Functions with a backward of their own.
-        problems: What the SDK refuses, as it says it.
+        problems: What the SDK refuses.
         saved: Bytes kept for the backward pass, by IPU and module.
         stages: IPU of each pipeline stage.
         gradients: Slots that depend differentiably on a weight.
@@ -87,7 +91,7 @@ class Traced:
 
     graph: Graph
     surrogates: list[Surrogate] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     saved: dict[tuple[int, str], int] = field(default_factory=dict)
     stages: dict[int, int] = field(default_factory=dict)
     gradients: set[int] = field(default_factory=set)
@@ -125,7 +129,6 @@ class Tracer(TorchFunctionMode):
         self._given: list[Tensor] = []  # of the call under way
         self._names: dict[str, int] = {}
         self._modules_of: dict[int, str] = {}  # in which a slot was made
-        self._unsupported: dict[str, dict[str, None]] = {}  # modules by operator
 
     # What the graph starts from
 
@@ -181,12 +184,16 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _GRADIENTS and (given or func is torch.autograd.grad):
             self._problem(
-                f"{name}() cannot be called inside a model: the compiler differentiates it"
+                problems.BACKWARD,
+                f"{name}() cannot be called inside a model: the compiler differentiates it",
             )
         operator = _operator(func)
         if operator and not operator.startswith("aten::"):
-            modules = self._unsupported.setdefault(operator, {})
-            modules.setdefault(self._module())
+            self._problem(
+                problems.OPERATOR,
+                f"Unsupported ops found in compiled model: [{operator}]. Not all operations are "
+                "supported yet by Graphcore's PyTorch compiler.",
+            )
         versions = [t._version for t in given]
         # Norms write their statistics without a trace in the version.
         buffers = [(t, t.detach().clone()) for t in given if self._is_buffer(t)]
@@ -209,7 +216,8 @@ class Tracer(TorchFunctionMode):
             return result
         if any(self._is_dynamic(t) for t in _shaping(name, args, kwargs)):
             self._problem(
-                f"aten::{name}: the shape of its result depends on the data, and shapes are static"
+                problems.SHAPE,
+                f"aten::{name}: the shape of its result depends on the data, and shapes are static",
             )
         random = not torch.equal(before, torch.get_rng_state())
         self._record(name, func, args, kwargs, given, made, mutated, random)
@@ -262,6 +270,7 @@ class Tracer(TorchFunctionMode):
                 blocks=reached and bool(made) and not any(passes),
                 random=random,
                 mutates=wrote,
+                place=place(),
             )
         )
 
@@ -286,7 +295,7 @@ class Tracer(TorchFunctionMode):
         made = [t for t in tensors(result) if not any(t is d for d in context.constant)]
         if given and made:
             blocks = not any(self._differentiable(t) for t in made)
-            self._surrogate(function.__name__, self._module(), blocks)
+            self._surrogate(Surrogate(function.__name__, self._module(), blocks, place()))
         return result
 
     def _differentiable(self, value: Tensor) -> bool:
@@ -298,11 +307,12 @@ class Tracer(TorchFunctionMode):
             if _has_own_backward(t):
                 name = type(t.grad_fn).__name__.removesuffix("Backward")
                 if not name.startswith("_Simulated"):
-                    self._surrogate(name, self._modules_of.get(self._slots[id(t)], ""), True)
+                    module = self._modules_of.get(self._slots[id(t)], "")
+                    self._surrogate(Surrogate(name, module, True))
 
-    def _surrogate(self, name: str, module: str, blocks: bool) -> None:
-        found = Surrogate(name, module, blocks)
-        if not any(s.name == name and s.module == module for s in self.found.surrogates):
+    def _surrogate(self, found: Surrogate) -> None:
+        known = {(s.name, s.module) for s in self.found.surrogates}
+        if (found.name, found.module) not in known:
             self.found.surrogates.append(found)
 
     # Reads
@@ -313,22 +323,21 @@ class Tracer(TorchFunctionMode):
         self._read("aten::_local_scalar_dense", given)
 
     def _read(self, aten: str, given: list[Tensor]) -> None:
-        where = f" (in {self._module()})" if self._module() else ""
+        where = f" in {self._module()}" if self._module() else ""
         mode = "training" if self.training else "inference"
         text = (
             f"{aten} is only supported in eager mode, but was used in a model passed to "
-            f"poptorch.{mode}Model{where}. The device does not hand values to Python: a branch "
-            "becomes torch.where, a number an attribute that is set before the model is compiled."
+            f"poptorch.{mode}Model"
         )
         for t in given:
             slot = self._slots.get(id(t))
             if slot is None:
                 continue
             if slot in self._dynamic:
-                self._problem(text)
+                self._problem(problems.READ, text)
             elif slot in self._buffers:
                 if current().strict:
-                    self._problem(text)
+                    self._problem(problems.READ, text)
                 else:
                     warn(
                         f"buffer {self._buffers[slot]} is read in Python{where} and becomes a "
@@ -336,9 +345,9 @@ class Tracer(TorchFunctionMode):
                         "eager mode"
                     )
 
-    def _problem(self, text: str) -> None:
-        if text not in self.found.problems:
-            self.found.problems.append(text)
+    def _problem(self, rule: Rule, text: str) -> None:
+        where = ", ".join(filter(None, (self._module(), place())))
+        self.found.problems.append(Problem(rule, f"{text} ({where})", self._module()))
 
     # Slots
 
@@ -360,9 +369,10 @@ class Tracer(TorchFunctionMode):
                 self._dynamic.add(slot)
             elif value.grad_fn is not None:
                 self._problem(
+                    problems.EARLIER,
                     f"{self._module() or 'the model'} uses a tensor of shape {list(value.shape)} that "
                     f"no torch function of this call made ({value.grad_fn.name()}): state that an "
-                    "earlier call left in an attribute? Reset it before the model is compiled."
+                    "earlier call left in an attribute?",
                 )
             self.found.graph.constants[slot] = value.detach().clone()
         return slot
@@ -388,30 +398,16 @@ class Tracer(TorchFunctionMode):
         self._dynamic.update(s for s, of in self._storages.items() if of == storage)
 
     def slot(self, value: Any) -> Any:
-        """The slot of an output.
-
-        Raises:
-            TypeError: It is neither a tensor nor None.
-        """
+        """The slot of an output."""
         if value is None:
             return None
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"Unsupported output type {type(value).__name__}: models return tensors, and "
-                "tuples, lists and dictionaries of tensors"
-            )
+            self._problem(problems.OUTPUT, f"Unsupported output type {type(value).__name__}")
+            return None
         return Slot(self._slots_of(self._original(value)))
 
     def finish(self, outputs: Any) -> Traced:
         """Fold what is constant; the graph is then complete."""
-        if self._unsupported:
-            where = dict.fromkeys(m or "the model" for ms in self._unsupported.values() for m in ms)
-            self._problem(
-                f"Unsupported ops found in compiled model: [{', '.join(self._unsupported)}]. Not all "
-                "operations are supported yet by Graphcore's PyTorch compiler. Found in "
-                f"{', '.join(where)}; spikeport.targets.ipu.training_module rewrites the neurons of "
-                "SpikingJelly and snnTorch in torch's own operations."
-            )
         graph = self.found.graph
         graph.outputs = replace(outputs, self.slot)
         self._check_backward(tensors(outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from spikeport import deploy
 from spikeport.converters import neurons
 from spikeport.targets import get
 from spikeport.targets.ipu import simulator
+from spikeport.targets.script import importable
 
 
 class Net(nn.Module):
@@ -43,7 +45,7 @@ def test_a_network_runs_and_its_artifact_replays(dtype: str | None, tmp_path: Pa
     source = net()
     program = deploy.convert(source, (X,), target="ipu-sim", dtype=dtype)
     artifact = deploy.compile(program, tmp_path / "a")
-    assert (tmp_path / "a" / "device" / "model.poptorch").is_file()
+    assert (tmp_path / "a" / "device" / "model.simulated").is_file()
     with deploy.load(tmp_path / "a") as model:
         spikes = model(X[:3])  # a batch that is padded
         if dtype is None:
@@ -53,11 +55,31 @@ def test_a_network_runs_and_its_artifact_replays(dtype: str | None, tmp_path: Pa
     assert artifact.verify(0).ok
 
 
+def test_the_device_compiles_what_was_converted_for_the_simulation(tmp_path: Path) -> None:
+    source = net()
+    artifact = deploy.compile(deploy.convert(source, (X,), target="ipu-sim"), tmp_path / "a")
+    with pytest.raises(deploy.TargetUnavailableError, match="Poplar SDK"):
+        artifact.load(target="ipu")
+    with pytest.raises(
+        deploy.UsageError, match="for ipu-sim, and onnx loads artifacts for onnx; conv"
+    ):
+        artifact.load(target="onnx")
+    installed = types.ModuleType("poptorch")  # the same functions, as another module
+    vars(installed).update(
+        {n: v for n, v in vars(simulator.poptorch).items() if not n.startswith("__")}
+    )
+    with importable({"poptorch": installed}):
+        with deploy.load(tmp_path / "a", target="ipu") as model:
+            assert model.target == "ipu"
+            assert torch.equal(model(X), source(X).detach())
+        assert artifact.verify(target="ipu").ok
+
+
 def test_what_the_compiler_refuses(tmp_path: Path) -> None:
     program = deploy.convert(net(), (X,), target="ipu-sim")
-    refused = r"poptorch 3.4.0.* refused the program: Out of memory"
+    refused = r"(?s)poptorch 3.4.0.* refused the program:.*Out of memory"
     big = deploy.convert(net(), (X.repeat(200, 1, 1, 1),), target="ipu-sim", verify=False)
-    with simulator.settings(memory_mb=1), pytest.raises(deploy.CompileError, match=refused):
+    with simulator.settings(memory_mb=1), pytest.raises(deploy.UnsupportedError, match=refused):
         deploy.compile(big, tmp_path / "big")
     with pytest.raises(deploy.UsageError, match="ipu-sim has no option speed; it has none"):
         deploy.compile(program, tmp_path / "a", speed=2)
@@ -75,6 +97,6 @@ def test_an_executable_of_another_network(tmp_path: Path) -> None:
     program = deploy.convert(net(), (X,), target="ipu-sim")
     deploy.compile(program, tmp_path / "a", probe=False)
     device = tmp_path / "a" / "device"
-    (device / "model.poptorch").write_text("{}")
-    with pytest.raises(deploy.DeviceError, match="refused the executable.*is not a PopTorch file"):
+    (device / "model.simulated").write_text("{}")
+    with pytest.raises(deploy.DeviceError, match="refused model.simulated.*is not a PopTorch file"):
         get("ipu-sim").load(device, [], [], 0)

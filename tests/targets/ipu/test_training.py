@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from torch.utils.data import TensorDataset
 from spikeport.converters import losses, neurons
 from spikeport.converters.errors import (
     CheckpointError,
-    CompileError,
     SpikeportError,
     TargetUnavailableError,
+    UnsupportedError,
     UsageError,
 )
 from spikeport.targets import cuda, ipu
@@ -196,7 +198,7 @@ def test_blocks() -> None:
     split.step(x.repeat(3, 1), y.repeat(3))
     for name, value in plain.state()["net"].items():
         torch.testing.assert_close(split.state()["net"][name], value)
-    with pytest.raises(CompileError, match="poptorch 3.4.0.* refused the model"):
+    with pytest.raises(UnsupportedError, match="poptorch 3.4.0.* refused the model"):
         trainer(blocks=blocks).step(x, y)  # a pipeline of 2 needs 3 micro-batches
     trainer(blocks=blocks, execution="sharded").step(x, y)
     with pytest.raises(UsageError, match=r"no module 'fc3' to begin a block at; there are fc1"):
@@ -244,12 +246,10 @@ def test_an_sdk_is_rehearsed_on_the_simulation() -> None:
 
     class Reading(Net):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x * x.mean().item() if x.sum() > 0 else x)
+            return super().forward(x * x.mean().item())
 
     with importable({"poptorch": installed}):
-        with pytest.raises(
-            CompileError, match="(?s)aten::item.*aten::is_nonzero|aten::is_nonzero.*"
-        ):
+        with pytest.raises(UnsupportedError, match="aten::item is only supported in eager mode"):
             trainer(Reading(), simulator=False).step(*data(8))
         assert not compiled
         trainer(simulator=False).step(*data(8))
@@ -278,7 +278,7 @@ def test_wrong_arguments_all_at_once() -> None:
     ("x", "y", "text"),
     [
         (torch.zeros(9, 8), torch.zeros(9).long(), r"9 samples do not divide into 2 micro-batches"),
-        (torch.zeros(0, 8), torch.zeros(0).long(), "0 samples do not divide"),
+        (torch.zeros(0, 8), torch.zeros(0).long(), "there are no samples"),
         (torch.zeros(8, 8), torch.zeros(7).long(), "x has 8 samples and y 7"),
         (torch.zeros(8, 8).double(), torch.zeros(8).long(), "x is float64, which the device does"),
         (torch.zeros(8, 8), torch.zeros(8), r"y is torch.float32 \[8\]; allowed: classes"),
@@ -289,6 +289,17 @@ def test_wrong_arguments_all_at_once() -> None:
 def test_batches_that_do_not_fit(x: Tensor, y: Tensor, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         trainer(gradient_accumulation=2).step(x, y)
+
+
+def test_evaluation_takes_what_training_takes() -> None:
+    x, y = data(8)
+    for samples, label, text in (
+        (x[:0], y[:0], "there are no samples"),
+        (x.double(), y, "x is float64"),
+        (x, y + C, "and the network has 4 outputs"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            trainer().evaluate(samples, label)
 
 
 def test_a_last_partial_batch() -> None:
@@ -313,28 +324,99 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step() -> None:
         device.step(x, y)
 
 
-def test_forwards_that_the_compiler_refuses() -> None:
-    class Reading(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            scale = x.mean().item()
-            return super().forward(x * scale if x.sum() > 0 else x)
+class Step(torch.autograd.Function):
+    """A surrogate gradient as frameworks write it."""
 
-    with pytest.raises(CompileError) as caught:
-        trainer(Reading()).step(*data(8))
-    assert "aten::item is only supported in eager mode" in str(caught.value)
-    assert "aten::is_nonzero" in str(caught.value)
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        return (u > 0).float()
 
-    class Dynamic(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x + x[x > 0].mean() * x.nonzero().shape[0])
-
-    with pytest.raises(CompileError, match="shapes are static"):
-        trainer(Dynamic()).step(*data(8))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
-def test_losses_that_the_compiler_refuses() -> None:
-    with pytest.raises(CompileError, match="is a step|no other way|Couldn't find a loss"):
-        trainer(loss=lambda spikes, label: (spikes > 0).float().sum()).step(*data(8))
+class Stateful(nn.Module):
+    """A neuron of which no source knows, whose state is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("v", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.v + x
+        fired: Tensor = Step.apply(self.v - 1)
+        return fired
+
+
+class Refused(Net):
+    """Breaks every rule of a forward at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc0, self.first = nn.Linear(8, 8), Stateful()
+        self.readout = cuda.IFNode(keep_state=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * x.mean().item()
+        if x.sum() > 0:
+            x = x + 1
+        return super().forward(self.first(self.fc0(x + x[x > 0].mean())))
+
+
+def line(text: str, found: Callable[..., Any]) -> str:
+    """File and line of the code in a function that begins so."""
+    lines, start = inspect.getsourcelines(found)
+    place = next(i for i, code in enumerate(lines) if code.strip().startswith(text))
+    return f"{Path(__file__).name}:{start + place}"
+
+
+def test_all_that_the_compiler_refuses_is_found_at_once_by_module_and_line() -> None:
+    refused = Refused()
+    refused.fc2.double()
+    x, y = data(8)
+
+    def loss(spikes: Tensor, label: Tensor) -> Tensor:
+        return (spikes > 0).float().sum()
+
+    found = ipu.check(refused, x.double(), y, loss)
+    expected = {
+        ("kept-state", "readout"): "keep_state=True",
+        ("float64", "fc2"): "weight, bias of float64",
+        ("float64", ""): "samples of float64",
+        ("value-in-python", ""): line("if x.sum", Refused.forward),
+        ("dynamic-shape", ""): line("return super().forward(self.first", Refused.forward),
+        ("reassigned-buffer", "first"): line("self.v =", Stateful.forward),
+        ("stock-surrogate", "first"): line("fired:", Stateful.forward),
+        ("zero-gradient", ""): line("return (spikes", loss),
+    }
+    texts = {(f.rule, f.where): f.found for f in found}
+    assert texts.keys() == expected.keys()
+    assert all(text in texts[key] for key, text in expected.items())
+    reads = [f.found for f in found if f.rule == "value-in-python"]
+    assert "aten::item is only supported in eager mode" in reads[0]
+    assert line("x = x * x.mean", Refused.forward) in reads[0]
+    assert len(reads) == 2
+    assert all(f.fix and f.allowed for f in found)
+
+
+def test_a_network_that_trains_has_no_findings() -> None:
+    x, y = data(8)
+    assert not ipu.check(net(), x)
+    assert not ipu.check(net(), x, y, "mse")
+    (wrong,) = ipu.check(net(), x[:, 1:])
+    assert wrong.rule == "forward-fails"
+    with pytest.raises(UsageError, match="no loss 'ce'"):
+        ipu.check(net(), x, y, "ce")
+
+
+def test_a_step_raises_the_compilers_findings() -> None:
+    refused = Refused()
+    del refused.readout
+    with pytest.raises(UnsupportedError) as caught:
+        trainer(refused).step(*data(8))
+    rules = {f.rule for f in caught.value.findings}
+    assert rules == {"value-in-python", "dynamic-shape", "reassigned-buffer", "stock-surrogate"}
 
 
 def test_a_model_in_two_trainers() -> None:
@@ -350,7 +432,7 @@ def test_a_model_in_two_trainers() -> None:
 def test_out_of_memory_by_the_estimate() -> None:
     with (
         simulator.settings(memory_mb=1),
-        pytest.raises(CompileError, match="(?s)Out of memory.*most: net.lif1"),
+        pytest.raises(UnsupportedError, match="(?s)Out of memory.*most: net.lif1"),
     ):
         trainer().step(*data(4000))
 
