@@ -36,6 +36,7 @@ class Builder:
         self.program = program
         self.graph = fx.Graph()
         self.tensors: dict[str, torch.Tensor] = {}
+        self.terms = dict(program.terms)
         self._attrs: dict[str, fx.Node] = {}
         # What constants come before: the first call, once there is one.
         self._body = self.graph._root
@@ -82,7 +83,9 @@ class Builder:
     ) -> Program:
         """The new program; dead nodes and tensors that nothing uses are left out."""
         self.graph.output(tuple(results))
-        return seal(self.program, self.graph, self.tensors, report, sites, **changes)
+        return seal(
+            self.program, self.graph, self.tensors, report, sites, terms=self.terms, **changes
+        )
 
 
 def seal(

@@ -166,6 +166,8 @@ def _first_difference(
     with torch.no_grad(), sources.isolated(work):
         work(*copies(args))
     for path in seen:
+        if readings[path].cell is not None:
+            continue  # its potential is not its input
         multi = readings[path].step_mode == "m"
         x = inputs[path][0] if multi else torch.stack(inputs[path])
         y = outputs[path][0] if multi else torch.stack(outputs[path])

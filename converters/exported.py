@@ -242,6 +242,12 @@ class _Canonical(Builder):
         if target in _PARTS:
             self.env[n] = self._parts(n, args[0], path)
             return
+        if target is aten.lstm_cell.default:
+            self.env[n] = self._lstm_cell(*args, path=path)
+            return
+        if target is aten.select.int and (part := _stacked(*args)) is not None:
+            self.env[n] = part
+            return
         if (value := _made(n, args, kwargs)) is not None:
             self.env[n] = self.constant(f"made_{n.name}", value)
             return
@@ -337,6 +343,36 @@ class _Canonical(Builder):
         values = {i: self.tensors[str(p.target)] for i, p in parts.items()}
         initial = neuron.initial(values[0])
         return all(torch.equal(value, initial[i]) for i, value in values.items())
+
+    def _lstm_cell(
+        self,
+        x: Node,
+        state: Sequence[Node],
+        w_ih: Node,
+        w_hh: Node,
+        b_ih: Node | None = None,
+        b_hh: Node | None = None,
+        *,
+        path: str,
+    ) -> list[fx.Node]:
+        """h, c of an LSTM's cell in torch's order of rounding; Hochreiter and Schmidhuber 1997."""
+        h, c = state
+        size = shape(c)[1]
+        inputs = self.call(aten.linear.default, x, w_ih, b_ih, path=path)
+        past = self.call(aten.linear.default, h, w_hh, b_hh, path=path)
+        gates = self.call(aten.add.Tensor, past, inputs, path=path)
+        cuts = [(i * size, (i + 1) * size) for i in range(4)]
+        parts = [self.call(aten.slice.Tensor, gates, 1, *cut, path=path) for cut in cuts]
+        kinds = [aten.sigmoid, aten.sigmoid, aten.tanh, aten.sigmoid]
+        i, f, g, o = (
+            self.call(kind.default, part, path=path)
+            for kind, part in zip(kinds, parts, strict=True)
+        )
+        kept = self.call(aten.mul.Tensor, f, c, path=path)
+        new = self.call(aten.mul.Tensor, i, g, path=path)
+        c = self.call(aten.add.Tensor, kept, new, path=path)
+        squashed = self.call(aten.tanh.default, c, path=path)
+        return [self.call(aten.mul.Tensor, o, squashed, path=path), c]
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
@@ -448,6 +484,14 @@ def _made(n: fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
         return None
     made: torch.Tensor = n.target(*args, **kwargs)  # type: ignore[operator]
     return made
+
+
+def _stacked(x: Node, dim: int, index: int) -> Node | None:
+    """What was stacked at the place that a selection takes, if it is taken out of a stack."""
+    at = ops.dim(x, dim)
+    if x.target is not aten.stack.default or ops.dim(x, (*x.args, 0)[1]) != at:
+        return None
+    return x.args[0][index]
 
 
 def _same(x: fx.Node, kwargs: dict[str, Any]) -> bool:

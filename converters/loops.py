@@ -171,6 +171,10 @@ class Loops(Stepwise):
         sizes, dtype = self._step_shape(like), at.meta["val"].dtype
         zero = isinstance(first, Zero)
         initial = torch.zeros(sizes) if zero else self.value_of(first)
+        if initial is None and len(members) > 1 and _alike(first, members[1]):
+            # Where the input is the same at every step, all that a step takes of its own is what the
+            # step before gave: the state lies further back.
+            return self._copies(row)
         if initial is None:
             raise RefusedError(first, "a loop starts from what depends on the input", "state-init")
         kind = "delayed" if at.op != "call_function" else short(at.target).rpartition(".")[2]

@@ -219,6 +219,8 @@ class Program:
         history: What each pass did.
         captured: The program as it was captured, before any pass.
         rounded: Names of the weights that a cast changed; None before any cast.
+        terms: How large the terms are that a constant is the sum of, by its name: the network itself
+            adds them up one by one.
         examples: Inputs that the conversion was verified on.
         evidence: What the verification found.
         stepping: How its steps make up a call, if it computes one step; its graph then has the states
@@ -236,6 +238,7 @@ class Program:
     history: tuple[PassReport, ...] = ()
     captured: Program | None = None
     rounded: frozenset[str] | None = None
+    terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     examples: tuple[tuple[torch.Tensor, ...], ...] = ()
     evidence: Evidence | None = None
     stepping: Stepping | None = None

@@ -6,9 +6,10 @@ and K the number of terms of a sum, a layer y = W x + b has
 
     e(y) = |W| e(x) + e(W) |x| + e(b) + c sqrt(K) U (|W| |x| + |b|) + u |y|
 
-where sqrt(K) instead of K is the probabilistic bound of Higham and Mary (2019, SIAM J. Sci. Comput.
-41(5), doi:10.1137/18M1226312), and c makes a miss unlikely. Spikes are given, so they have no error;
-a membrane potential that the network returns has that of its steps, and where the potential is so
+where e(b) of a bias that a batch norm went into counts the terms that the network itself adds up, which
+may cancel, and sqrt(K) instead of K is the probabilistic bound of Higham and Mary (2019, SIAM J. Sci.
+Comput. 41(5), doi:10.1137/18M1226312), and c makes a miss unlikely. Spikes are given, so they have no
+error; a membrane potential that the network returns has that of its steps, and where the potential is so
 near the threshold that its spike is in doubt, the whole reset.
 """
 
@@ -171,7 +172,10 @@ class Bounds(fx.Interpreter):
         elif n.op == "get_attr":
             value = super().run_node(n).float()
             exact = self._rounded is not None and n.target not in self._rounded
-            pair = (value, torch.zeros_like(value) if exact else self._stored(value))
+            error = torch.zeros_like(value) if exact else self._stored(value)
+            if (terms := self._program.terms.get(str(n.target))) is not None:
+                error = error + self._sum(terms, 1)
+            pair = (value, error)
         elif n in self._carried:
             super().run_node(n)
             pair = self._carried[n]

@@ -149,6 +149,53 @@ class StandIn(nn.Module):
         super().__setattr__(name, value)
 
 
+class Fired:
+    """Fires neurons without a memory for a module that traces as it is: one operator a step.
+
+    Args:
+        path: Path of the module.
+        neuron: The neurons.
+        state: Where it is kept how far they are.
+    """
+
+    def __init__(self, path: str, neuron: Neuron, state: State) -> None:
+        self._path, self._neuron, self._steps = path, neuron, state
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has not fired since the forward, or the last restart, began."""
+        return self._path not in self._steps.v
+
+    def __call__(self, h: torch.Tensor, use: str = "") -> torch.Tensor:
+        """The spikes at a potential [N, ...]; each ``use`` has steps of its own."""
+        key = f"{self._path}:{use}" if use else self._path
+        state, t, _ = self._steps.v.get(key) or (torch.stack(self._neuron.initial(h)), 0, {})
+        params = [*self._neuron.tensors().values()]
+        spikes: torch.Tensor
+        spikes, state = NEURON_STEP(h, state, params, self._neuron.to_json(), t)
+        self._steps.v[key] = (state, t + 1, {})
+        return spikes
+
+    def compared(self, h: torch.Tensor) -> torch.Tensor:
+        """The same for a potential that the layer starts from, which is no step of it."""
+        fired: torch.Tensor = self._neuron.fired(h).to(h.dtype)
+        return fired
+
+    def restart(self) -> None:
+        """Begin anew."""
+        for key in [k for k in self._steps.v if k.partition(":")[0] == self._path]:
+            del self._steps.v[key]
+
+
+def _in_place(
+    path: str, reading: Reading, state: State, module: nn.Module, memories: Collection[str]
+) -> nn.Module:
+    """What stands in a neuron's place."""
+    if reading.cell is not None:
+        return reading.cell.trace(module, Fired(path, reading.neuron, state))
+    return StandIn.of(path, reading, state, module, memories)
+
+
 def wrap(
     net: nn.Module,
     readings: Mapping[str, Reading],
@@ -157,7 +204,7 @@ def wrap(
 ) -> None:
     """Put a stand-in in every neuron's place, under all names that it has."""
     stand_ins = {
-        id(module): StandIn.of(path, readings[path], state, module, memories.get(path, ()))
+        id(module): _in_place(path, readings[path], state, module, memories.get(path, ()))
         for path, module in net.named_modules()
         if path in readings
     }

@@ -279,7 +279,10 @@ def _probe_neurons(captured: Program, net: nn.Module, time: Time) -> dict[str, i
         assert isinstance(reading, Reading)
         if (readout := reading.readout) is not None:
             expected = torch.stack([*map(readout, site.neuron.states(x, reading.state))])
-        own = _own_spikes(module, reading, x.clone())  # it may write to it
+        if reading.cell is not None:
+            own = reading.cell.fire(module, x)
+        else:
+            own = _own_spikes(module, reading, x.clone())  # it may write to it
         if not torch.equal(expected, own):
             raise MismatchError(_differs(site, "the network's own module", own, expected, x))
         counts[site.name] = expected.numel()

@@ -116,9 +116,9 @@ def _restarted(
 
 
 def _moved(start: Any, now: Any) -> bool:
-    """Whether a state is another than at the start, where an empty one stands for zeros."""
-    empty = isinstance(start, torch.Tensor) and not start.numel()
-    return bool(now.any()) if empty else _differs(start, now)
+    """Whether a state is another than at the start, where zeros of any shape are alike."""
+    tensors = isinstance(start, torch.Tensor) and isinstance(now, torch.Tensor)
+    return bool(now.any()) if tensors and not start.any() else _differs(start, now)
 
 
 def _weights(net: nn.Module) -> list[Finding]:

@@ -21,7 +21,7 @@ from ..builder import Builder
 from ..neurons import Neuron
 from ..ops import Node, aten
 from ..program import NEURON, PassReport, Program, where
-from .fold_batch_norm import affine, obstacle
+from .fold_batch_norm import affine, into_layer, obstacle
 
 
 def absorb_batch_norm(program: Program) -> Program:
@@ -78,16 +78,15 @@ def _scaled_layer(
 ) -> tuple[Node, torch.Tensor]:
     """The layer whose output times s [C] is the norm's, and s."""
     layer: Any = norm.args[0]
-    x, weight, bias = (*layer.args, None)[:3]
+    x, weight = layer.args[:2]
     W = program.tensor(weight.target)
-    scale, shift = affine(norm, program)
+    scale, shift, terms = into_layer(norm, program)
     mantissa, exponent = torch.frexp(scale.abs())
     s = 2 * mantissa
     factor = torch.sign(scale) * torch.exp2(exponent.double() - 1)
-    if bias is not None:
-        shift = shift + scale * program.tensor(bias.target).double()
     stem = f"{weight.target.rpartition('.')[0]}.absorbed_{where(norm).replace('.', '_')}"
     scaled = W.double() * factor.reshape(-1, *[1] * (W.dim() - 1))
+    build.terms[f"{stem}_bias"] = (terms / s).float()
     node = build.call(
         layer.target,
         env[x],

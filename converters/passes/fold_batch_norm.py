@@ -73,15 +73,31 @@ def affine(norm: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, shift if beta is None else shift + beta
 
 
+def into_layer(norm: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale, shift, [C], of a norm and the layer before it: scale * W x + shift.
+
+    And how large the terms of the shift are, which the network adds up in the dtype that it has.
+    """
+    layer: Node = norm.args[0]
+    scale, shift = affine(norm, program)
+    mean, beta = (
+        program.tensor(p.target).double() if p else scale * 0 for p in (norm.args[3], norm.args[2])
+    )
+    terms = (scale * mean).abs() + beta.abs()
+    if len(layer.args) > 2 and layer.args[2] is not None:
+        bias = scale * program.tensor(layer.args[2].target).double()
+        shift, terms = shift + bias, terms + bias.abs()
+    return scale, shift, terms
+
+
 def _fold(program: Program, build: Builder, norm: Node, env: dict[Node, Node]) -> Node:
     layer = norm.args[0]
-    x, weight, bias = (*layer.args, None)[:3]
+    x, weight = layer.args[:2]
     W = program.tensor(weight.target)
-    scale, shift = affine(norm, program)
-    if bias is not None:
-        shift = shift + scale * program.tensor(bias.target).double()
+    scale, shift, terms = into_layer(norm, program)
     folded = W.double() * scale.reshape(-1, *[1] * (W.dim() - 1))
     stem = f"{weight.target.rpartition('.')[0]}.folded_{where(norm).replace('.', '_')}"
+    build.terms[f"{stem}_bias"] = terms.float()
     return build.call(
         layer.target,
         env[x],

@@ -14,13 +14,15 @@ from torch import nn
 
 from ..errors import Finding
 from ..surrogates import Surrogate
-from .base import Learning, Memory, Read, Reading, Source
+from .base import Cell, Fires, Learning, Memory, Read, Reading, Source
 from .native import Native
 from .snntorch import SnnTorch, isolated
 from .spikingjelly import SpikingJelly
 
 __all__ = [
     "SOURCES",
+    "Cell",
+    "Fires",
     "Learning",
     "Memory",
     "Reading",

@@ -15,6 +15,36 @@ from ..surrogates import KINDS, Surrogate
 
 
 @dataclass(frozen=True)
+class Cell:
+    """How a layer is traced whose neurons fire on what plain arithmetic makes of its input and its past.
+
+    Attributes:
+        trace: Makes, of the module and of what fires in its place, one that traces as it is.
+        fire: The module's own spikes at a potential.
+    """
+
+    trace: Callable[[nn.Module, Fires], nn.Module]
+    fire: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+class Fires(Protocol):
+    """Fires a layer's neurons, a step at each call."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has not fired since the forward, or the last restart, began."""
+
+    def __call__(self, h: torch.Tensor, use: str = "") -> torch.Tensor:
+        """The spikes at a potential [N, ...]; each ``use`` has steps of its own."""
+
+    def compared(self, h: torch.Tensor) -> torch.Tensor:
+        """The same for a potential that the layer starts from, which is no step of it."""
+
+    def restart(self) -> None:
+        """Begin anew."""
+
+
+@dataclass(frozen=True)
 class Reading:
     """What a module was read as.
 
@@ -29,6 +59,8 @@ class Reading:
         readout: For neurons that give no spikes: what a call returns of a state, [T, N, ...] or [N, ...].
         state: Place of that state in the declared ones; the membrane potential is the first.
         part: Name of the module's child that is the neuron, where the rest of it is plain arithmetic.
+        cell: For a neuron without a memory on top of a module that has one: how that is traced. The
+            places in ``states`` have no meaning then.
     """
 
     neuron: Neuron
@@ -40,6 +72,7 @@ class Reading:
     readout: Callable[[torch.Tensor], Any] | None = None
     state: int = 0
     part: str = ""
+    cell: Cell | None = None
 
     def spikes(self, output: Any) -> torch.Tensor:
         """The spikes, 0 and 1, in what a call returns."""

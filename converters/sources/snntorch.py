@@ -21,6 +21,8 @@ from ..errors import Finding
 from ..neurons import Neuron, ResetAt
 from ..surrogates import KINDS, Surrogate
 from .base import (
+    Cell,
+    Fires,
     Learning,
     Reading,
     comparison,
@@ -31,8 +33,10 @@ from .base import (
 )
 
 _Value = Callable[[torch.Tensor], Any]
-_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic")
-_RECURRENT = ("RLeaky", "RSynaptic")
+_LSTMS = ("SLSTM", "SConv2dLSTM")
+_KNOWN = ("Leaky", "Lapicque", "Synaptic", "Alpha", "RLeaky", "RSynaptic", *_LSTMS)
+#: Those whose potential is not only their neurons' own affair.
+_RECURRENT = ("RLeaky", "RSynaptic", *_LSTMS)
 #: What a neuron's state function, chosen when it was made, does at a reset.
 _RESETS: dict[str, tuple[int, Literal["hard", "soft", "none"]]] = {
     "_base_sub": (0, "soft"),
@@ -130,8 +134,8 @@ def _recurrent_gradient(module: Any, path: str) -> Finding:
     return Finding(
         rule="recurrent-gradient",
         where=path,
-        found=f"{_kind(module)}, which learns through its own last spike",
-        allowed="neurons whose last spikes pass no gradient",
+        found=f"{_kind(module)}, which learns through its own last output",
+        allowed="neurons whose last output passes no gradient",
         fix="use Leaky or Synaptic, and add its last spikes to its input in the network's forward",
     )
 
@@ -141,15 +145,77 @@ def _lists_instances(kind: type) -> bool:
 
 
 def _neuron(module: Any) -> Reading:
-    kind = _kind(module)
+    kind, fires = _kind(module), comparison(module.spike_grad) or ">"
+    states = _STATES.get(kind, {"mem": 0})
+    if kind in _LSTMS or getattr(module, "all_to_all", False):
+        neuron = Neuron(
+            neurons.Heaviside, v_threshold=_value(module.threshold), reset="none", fires=fires
+        )
+        return Reading(neuron, step_mode="s", states=states, cell=Cell(_cell, _fire))
     return Reading(
-        _declaration(module, _value, comparison(module.spike_grad) or ">"),
+        _declaration(module, _value, fires),
         step_mode="s",
-        states=_STATES.get(kind, {"mem": 0}),
+        states=states,
         returns_state=bool(module.output or not module.init_hidden),
         gain=None if _no_gain(module) else _gain(module).detach().float(),
         restart=("reset_mem", f"init_{kind.lower()}"),
     )
+
+
+def _fire(module: Any, h: torch.Tensor) -> torch.Tensor:
+    spikes: torch.Tensor = module.spike_grad(h - module.threshold)
+    return spikes
+
+
+def _cell(module: Any, fires: Fires) -> nn.Module:
+    """The module with another way to fire, its states attributes where they were buffers."""
+    traced: Any = type(type(module).__name__, (_Cell, type(module)), {})
+    made = traced.__new__(traced)
+    made.__dict__.update(module.__dict__)
+    own = {*_STATES[_kind(module)], "reset_mechanism_val"}
+    made._buffers = {n: b for n, b in module._buffers.items() if n not in own}
+    made.reset_mechanism_val = int(module.reset_mechanism_val)
+    made.state_function = getattr(made, module.state_function.__name__)
+    made.fires, made.graded = fires, not _no_gain(module)
+    return made  # type: ignore[no-any-return]
+
+
+class _Cell(nn.Module):
+    """What comes before the methods of a layer whose arithmetic traces as it is."""
+
+    fires: Fires
+    graded: bool
+    #: The potential that it fired at last, and what it fired.
+    fired: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        if self.fires.fresh:
+            self._forget()
+        return super().forward(*args, **named)
+
+    def reset_mem(self) -> Any:
+        self.fires.restart()
+        self._forget()
+        return super().reset_mem()  # type: ignore[misc]
+
+    def fire(self, mem: torch.Tensor) -> torch.Tensor:
+        spikes = self.fires(mem)
+        self.fired = mem, spikes
+        return spikes * _gain(self) if self.graded else spikes
+
+    def mem_reset(self, mem: torch.Tensor) -> torch.Tensor:
+        """Where the last potential was above the threshold."""
+        at, spikes = self.fired
+        if self.reset_mechanism_val == _RESETS["_base_int"][0]:
+            return torch.zeros_like(mem)
+        if at is None:
+            return self.fires.compared(mem)
+        return spikes if mem is at else self.fires(mem, "reset")  # type: ignore[return-value]
+
+    def _forget(self) -> None:
+        self.fired = None, None
+        for name in _STATES[_kind(self)]:
+            setattr(self, name, torch.zeros(0))
 
 
 def _kind(module: Any) -> str:
@@ -211,6 +277,7 @@ _STATES = {
     "Alpha": {"syn_exc": 1, "syn_inh": 2, "mem": 0},
     "RLeaky": {"spk": 1, "mem": 0},
     "RSynaptic": {"spk": 2, "syn": 1, "mem": 0},
+    **{name: {"syn": 1, "mem": 0} for name in _LSTMS},
 }
 
 
@@ -274,14 +341,6 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             "inhibition=True, where one neuron's spike depends on all others' membranes",
             "inhibition=False",
             "compute the winner in the network's forward, from the spikes",
-        )
-    if getattr(module, "all_to_all", False):
-        yield finding(
-            "all-to-all",
-            "all_to_all=True, where each neuron hears the spikes of all",
-            "all_to_all=False, a neuron that hears its own",
-            "use Leaky or Synaptic, and add a layer of its last spikes to its input in the network's "
-            "forward",
         )
     if module.state_quant:
         yield finding(

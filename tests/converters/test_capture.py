@@ -265,6 +265,19 @@ def test_permuted_drives() -> None:
     captured(net, rand(3, 3, 3))
 
 
+def test_a_step_taken_out_of_a_stack_is_that_step() -> None:
+    def run(self: Any, x: torch.Tensor) -> Any:
+        spikes = torch.stack([self.spike(x[t]) for t in range(T)], dim=-1)
+        return spikes[..., -1], spikes[0]
+
+    program = captured(Net(run, spike=SingleStep()), rand(T, N, 3))
+    selected = [
+        n.args[0].op for n in program.nodes("call_function") if short(n.target) == "aten.select"
+    ]
+    assert selected.count("placeholder") == T
+    assert len(selected) == T + 1
+
+
 def test_dropout_and_batch_norm_evaluate() -> None:
     net = nn.Sequential(
         nn.Flatten(2), nn.Linear(6, 4), nn.Dropout(0.5), IFNode(), nn.Flatten(0, 1),

@@ -166,12 +166,26 @@ def recurrent() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("made", [leaky, lapicque, synaptic, alpha, recurrent])
+def together() -> list[Any]:
+    """Each neuron hears the last spikes of all, through a layer that the module has."""
+    torch.manual_seed(0)
+    made = itertools.product(RESETS, (True, False))
+    wide = {"linear_features": F}
+    return [
+        *(snn.RLeaky(beta=0.8, reset_mechanism=r, reset_delay=d, **wide) for r, d in made),
+        snn.RLeaky(beta=beta(F), threshold=beta(F), learn_beta=True, init_hidden=True, **wide),
+        *(snn.RSynaptic(alpha=0.5, beta=0.6, reset_mechanism=r, **wide) for r in RESETS),
+        snn.RSynaptic(alpha=0.5, beta=beta(F), init_hidden=True, output=True, **wide),
+    ]
+
+
+@pytest.mark.parametrize("made", [leaky, lapicque, synaptic, alpha, recurrent, together])
 def test_zero_differing_values(made: Callable[[], list[Any]]) -> None:
     """Spikes and states, bit for bit, as captured, re-rolled and lowered."""
     net = Loop(*made())
     programs = list(forms(capture(net, (normal(T, N, F),))))
-    assert not any(n.target is NEURON_STEP for n in programs[1].graph.nodes)
+    stepped = any(n.target is NEURON_STEP for n in programs[1].graph.nodes)
+    assert stepped == (made is together)
     fired = 0.0
     for drive in DRIVES:
         x = drive(T, N, F, seed=3)
@@ -181,6 +195,58 @@ def test_zero_differing_values(made: Callable[[], list[Any]]) -> None:
             for i, (ours, theirs) in enumerate(zip(form(x), expected, strict=True)):
                 assert torch.equal(ours, theirs), (form.history[-1].name, i)
     assert 0.1 < fired < 2.5
+
+
+class LSTMs(nn.Module):
+    """Spiking LSTMs, pooled ones among them, and one whose states never fit and start anew each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        low = {"threshold": 0.05}
+        self.flat = nn.ModuleList(
+            [
+                *(snn.SLSTM(F, F, reset_mechanism=r, **low) for r in RESETS),
+                snn.SLSTM(F, 7, **low),
+                snn.SLSTM(F, F, init_hidden=True, output=True, **low),
+            ]
+        )
+        self.images = nn.ModuleList(
+            [
+                *(snn.SConv2dLSTM(1, 2, 3, reset_mechanism=r, **low) for r in RESETS),
+                snn.SConv2dLSTM(1, 2, 3, max_pool=2, reset_mechanism="subtract", **low),
+                snn.SConv2dLSTM(1, 2, (3, 5), avg_pool=2, **low),
+            ]
+        )
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        results = []
+        for lstm in (*self.flat, *self.images):
+            state = lstm.reset_mem()
+            steps = []
+            for x_t in x:
+                given = x_t if lstm in self.flat else x_t.reshape(-1, 1, 10, 10)
+                out = lstm(given) if lstm.init_hidden else lstm(given, *state)
+                state = out[1:]
+                steps.append(out)
+            results += [torch.stack(part) for part in zip(*steps, strict=True)]
+        return results
+
+
+def test_spiking_lstms() -> None:
+    """As captured bit for bit; re-rolled, a product of all steps may sum in another order."""
+    net = LSTMs()
+    captured, *rest = forms(capture(net, (normal(T, N, F),)))
+    for drive in DRIVES:
+        x = drive(T, N, F, seed=3)
+        expected = reference(net, x)
+        assert 0.05 < expected[0].mean() < 0.95
+        for ours, theirs in zip(captured(x), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        for form in rest:
+            for i, (ours, theirs) in enumerate(zip(form(x), expected, strict=True)):
+                atol = 0 if i % 3 == 0 else 1e-6
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 # Networks as they are written
@@ -313,11 +379,39 @@ def test_one_step_inside_the_forward(made: Callable[[], nn.Module]) -> None:
     """A single call is no time loop outside where the forward itself starts the neuron anew."""
     net = made()
     size = (3, 64) if isinstance(net, Tutorial) else (1, 2, 2, 8, 8)
+    with torch.no_grad():
+        net(normal(2 * size[0], *size[1:]))  # leaves states of another batch
     rolled = reroll_time(capture(net, (normal(*size),)))
     assert {site.layout for site in rolled.sites} == {"stepped"}
     x = normal(*size, seed=2)
     for ours, theirs in zip(rolled(x), reference(net, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+class Still(nn.Module):
+    """A static input, and neurons that hear each other's last spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lif = nn.Linear(64, 20), snn.RLeaky(beta=0.9, linear_features=20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spk, mem = self.lif.reset_mem()
+        spikes = []
+        for _ in range(4):
+            spk, mem = self.lif(self.fc(x), spk, mem)
+            spikes.append(spk)
+        return torch.stack(spikes)
+
+
+def test_a_static_input_is_stepped_where_spikes_come_back() -> None:
+    """At the first step nothing is of that step but the neurons: the rest is copied all the same."""
+    torch.manual_seed(0)
+    net, x = Still(), normal(3, 64) * 3
+    program = deploy.convert(net, (x,), target="reference", time="stepped")
+    spikes = reference(net, x)
+    assert torch.equal(program(x), spikes)
+    assert 0.1 < spikes.mean() < 0.9
 
 
 # What is refused
@@ -337,9 +431,8 @@ class Look(snn.Leaky):  # type: ignore[misc, name-defined]
         (lambda: snn.Leaky(beta=0.9, graded_spikes_factor=0.0), "graded-spikes"),
         (lambda: snn.Leaky(beta=beta(F).double()), "parameter-dtype"),
         (lambda: Look(beta=0.9), "look-alike-neuron"),
-        (lambda: snn.RLeaky(beta=0.9, linear_features=F), "all-to-all"),
-        (lambda: snn.RSynaptic(alpha=0.9, beta=0.9, linear_features=F), "all-to-all"),
-        (lambda: snn.SLSTM(F, F), "unknown-neuron"),
+        (lambda: snn.LeakyParallel(F, F), "unknown-neuron"),
+        (lambda: snn.SLSTM(F, F, threshold=-0.5), "negative-threshold"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Inhibition")

@@ -372,6 +372,20 @@ def test_float32_without_norms_is_bit_exact() -> None:
     assert all(layer.flips == 0 for layer in evidence.layers)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_norm_that_cancels_the_bias_before_it(dtype: str) -> None:
+    """Where the input is 0, as an image's background is, the network's own rounding is all there is."""
+    net = Net()
+    for conv, norm in ((net.conv1, net.norm1), (net.conv2, net.norm2)):
+        assert conv.bias is not None
+        nn.init.constant_(conv.bias, 0.3)
+        nn.init.uniform_(norm.running_mean, 0.29, 0.31)
+        nn.init.uniform_(norm.running_var, 1e-3, 3e-3)
+        nn.init.zeros_(norm.bias)
+    x = X * (X > 1.5)
+    assert convert(net, (x,), "lynxi-sim", dtype=dtype).evidence is not None
+
+
 def test_the_probes_hit_every_threshold() -> None:
     """A grid of the threshold alone would miss the neurons that leak towards -0.3."""
     for node in (LIFNode(v_reset=-0.3), LIFNode(3.0, v_reset=0.2, decay_input=False), IFNode(),
