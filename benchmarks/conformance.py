@@ -3,6 +3,7 @@
     python benchmarks/conformance.py                        every source that is importable
     python benchmarks/conformance.py --source native nir    these alone
     python benchmarks/conformance.py --keep cells.json      add to the cells of earlier runs
+    python benchmarks/conformance.py --jobs 8               in as many processes; default: one a core
 
 A cell is one neuron of one source (its reset, its parameters and how they are given, one value for all,
 for each channel, or learned) in one time mode on one target. Each has its own input [T, N, C], whose N
@@ -26,6 +27,7 @@ import inspect
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import sys
@@ -475,20 +477,47 @@ def run(
     return outputs
 
 
-def matrix(
-    chosen: Iterable[Variant], targets: Sequence[str], times: Sequence[Time]
-) -> Iterator[list[Cell]]:
-    """The cells, some at a time."""
+#: Variants of one kind that are converted together, as places in the list of all; targets; time mode.
+Task = tuple[tuple[int, ...], tuple[str, ...], Time]
+#: The list of all, in each process.
+_chosen: list[Variant] = []
+
+
+def tasks(chosen: Sequence[Variant], targets: Sequence[str], times: Sequence[Time]) -> list[Task]:
+    """The work in pieces."""
     groups = collections.defaultdict(list)
-    for v in chosen:
-        groups[v.source, v.neuron, v.steps].append(v)
-    for (source, kind, steps), members in groups.items():
+    for i, v in enumerate(chosen):
+        groups[v.source, v.neuron, v.steps].append(i)
+    found: list[Task] = []
+    for (_, _, steps), members in groups.items():
         size = max(1, TOGETHER * STEPS // steps)
-        start = time.perf_counter()
         for mode, at in itertools.product(times, range(0, len(members), size)):
-            yield cells(members[at : at + size], targets, mode)
-        seconds = time.perf_counter() - start
-        print(f"{source} {kind} T={steps}: {len(members)}, {seconds:.0f} s", file=sys.stderr)
+            found.append(((*members[at : at + size],), (*targets,), mode))
+    return found
+
+
+def matrix(
+    names: Sequence[str], every: int, targets: Sequence[str], times: Sequence[Time], jobs: int
+) -> Iterator[list[Cell]]:
+    """The cells of each ``every``-th variant of these sources, some at a time."""
+    work, start = tasks(variants(names)[::every], targets, times), time.perf_counter()
+    # Variants hold functions, so each process makes its own list of them.
+    with multiprocessing.get_context("spawn").Pool(jobs, _prepare, (names, every)) as pool:
+        for done, found in enumerate(pool.imap(_cells, work), 1):
+            yield found
+            seconds = time.perf_counter() - start
+            print(f"{done} of {len(work)}, {seconds:.0f} s: {found[0]}", file=sys.stderr)
+
+
+def _prepare(names: Sequence[str], every: int) -> None:
+    torch.set_num_threads(1)  # the tensors are small
+    logging.getLogger("spikeport").setLevel(logging.ERROR)  # what goes into metadata is no refusal
+    _chosen.extend(variants(names)[::every])
+
+
+def _cells(task: Task) -> list[Cell]:
+    places, targets, mode = task
+    return cells([_chosen[i] for i in places], targets, mode)
 
 
 def runnable(targets: Iterable[str]) -> list[str]:
@@ -552,8 +581,6 @@ def table(found: Sequence[Cell]) -> str:
 
 
 def main() -> int:
-    torch.set_num_threads(1)  # the tensors are small
-    logging.getLogger("spikeport").setLevel(logging.ERROR)  # what goes into metadata is no refusal
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", choices=SOURCES, help="default: all importable")
     parser.add_argument("--target", nargs="+", default=list(TARGETS), help="default: all")
@@ -561,18 +588,20 @@ def main() -> int:
         "--time", nargs="+", choices=TIMES, default=list(TIMES), help="default: all"
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th neuron alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="cells of all runs, as JSON")
     args = parser.parse_args()
     there = [n for n, (m, _) in SOURCES.items() if importlib.util.find_spec(m) is not None]
     targets = runnable(args.target)
-    chosen = variants(args.source or there)[:: args.every]
+    chosen = args.source or there
     found: list[Cell] = []
     kept = []
     if args.keep and args.keep.is_file():
         kept = [Cell(**c) for c in json.loads(args.keep.read_text(encoding="utf-8"))]
-    anew = set(itertools.product({v.source for v in chosen}, targets, args.time))
+    own = {v.source for v in variants(chosen)}
+    anew = set(itertools.product(own, targets, args.time))
     kept = [c for c in kept if (c.source, c.target, c.time) not in anew]
-    for some in matrix(chosen, targets, args.time):
+    for some in matrix(chosen, args.every, targets, args.time, args.jobs):
         found += some
         if args.keep:
             cells_so_far = json.dumps([asdict(c) for c in kept + found])

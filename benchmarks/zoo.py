@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                              every builder; prints the table
     python benchmarks/zoo.py sew_resnet18 spikformer_ti   these alone
     python benchmarks/zoo.py --rewrite                    rewritten and checked for each target, not run
+    python benchmarks/zoo.py --jobs 8                     in as many processes, lines as they come
 
 Float32. Each network is converted, which verifies it layer by layer (s: seconds, nodes: operators of
 the result), compiled, loaded, and compared with the source layer by layer on another batch than the
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
+import multiprocessing
 import platform
 import sys
 import tempfile
@@ -33,7 +36,7 @@ from spikeport.converters.capture import capture
 from spikeport.deploy.pipeline import rewrite_for
 from spikeport.targets.lynxi.simulator import options
 
-TARGETS = ("reference", "onnx", "lynxi-sim")
+TARGETS = ("reference", "onnx", "lynxi-sim", "ipu-sim")
 #: Whole architectures on small images: what a convolution computes does not depend on its image's size.
 _IMAGE, _TOKENS, _CIFAR = (3, 32, 32), (3, 64, 64), (3, 32, 32)
 
@@ -291,6 +294,28 @@ def rewrite(net: nn.Module, x: torch.Tensor, targets: Sequence[str]) -> Iterator
         yield target, Row(len(calls), seconds, verdict=f"{verdict}, rank {max(ranks)}")
 
 
+def rows(name: str, targets: Sequence[str], rewriting: bool) -> list[str]:
+    """The table's lines of one network."""
+    net, batch = build(name)
+    found: Iterator[tuple[str, Row]]
+    if rewriting:
+        found = rewrite(net, batch(1), targets)
+    else:
+        found = ((target, convert(net, batch, 1, target)) for target in targets)
+    return [f"{name:27} {target:10} {row}" for target, row in found]
+
+
+def apart(task: tuple[str, tuple[str, ...], bool]) -> list[str]:
+    """:func:`rows` in a process of its own; what stops it is a line as well."""
+    torch.set_num_threads(1)
+    name, targets, _ = task
+    try:
+        return rows(*task)
+    except Exception as error:
+        said = f"FAILED: {type(error).__name__}: {error}".splitlines()[0]
+        return [f"{name:27} {target:10} {Row(verdict=said)}" for target in targets]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="BUILDER", help="all unless given")
@@ -298,19 +323,22 @@ def main() -> None:
         "--target", action="append", choices=(*TARGETS, "cuda"), help="may be repeated"
     )
     parser.add_argument("--rewrite", action="store_true", help="rewrite and check, do not run")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes, a thread each")
     args = parser.parse_args()
-    targets = args.target or TARGETS
-    threads = f"{torch.get_num_threads()} threads"
+    names, targets = args.names or [*ZOO], tuple(args.target or TARGETS)
+    threads = f"{args.jobs} processes" if args.jobs else f"{torch.get_num_threads()} threads"
     print(f"python {platform.python_version()}, torch {torch.__version__}, {threads}, float32")
     print(f"{'builder':27} {'target':10} {'nodes':>5} {'s':>6} {'rate':>6}  verdict")
-    for name in args.names or ZOO:
-        net, batch = build(name)
-        if args.rewrite:
-            rows = rewrite(net, batch(1), targets)
-        else:
-            rows = ((target, convert(net, batch, 1, target)) for target in targets)
-        for target, row in rows:
-            print(f"{name:27} {target:10} {row}", flush=True)
+    if not args.jobs:
+        for name in names:
+            print(*rows(name, targets, args.rewrite), sep="\n", flush=True)
+        return
+    groups = [targets] if args.rewrite else [(target,) for target in targets]
+    tasks = [(name, group, args.rewrite) for name, group in itertools.product(names, groups)]
+    # A new process for each: networks of hundreds of megabytes leave their memory behind.
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for lines in pool.imap_unordered(apart, tasks):
+            print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
