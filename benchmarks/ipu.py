@@ -504,8 +504,7 @@ def deployment(folder: Path, limit: int | None) -> str:
                 f"{report.device_accuracy:.2%}, same predictions {report.agreement:.2%}"
             )
             if report.probed:
-                text += f"; spikes of {report.probed} images differ within rounding alone: "
-                text += str(report.explained)
+                text += f"; spikes of {report.probed} differ by rounding alone: {report.explained}"
             if differ := list(report.disagreeing):
                 other = deploy.compare(net, model, [test[differ]], layers=len(differ))
                 text += f"; those of the {other.probed} that differ: {other.explained}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -68,7 +69,7 @@ def _findings(error: Exception) -> list[Finding]:
     return [
         Finding(
             rule=problem.rule.name,
-            where=problem.module.removeprefix("net").removeprefix("."),
+            where=re.sub(r"^net(\.|$)", "", problem.module),  # TrainingModule.net
             found=" ".join(problem.text.splitlines()),
             allowed=problem.rule.allowed,
             fix=problem.rule.fix,

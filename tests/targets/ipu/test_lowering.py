@@ -182,6 +182,11 @@ def test_fused_nodes(mode: Any) -> None:
     check(lambda: cuda.ParametricLIFNode(step_mode=mode, v_reset=None), steps=mode == "s")
 
 
+def test_fused_nodes_change_their_type_in_any_release_of_torch() -> None:
+    model = ipu.training_module(nn.Sequential(nn.Linear(2, 2), cuda.ParametricLIFNode()), "mse")
+    assert {p.dtype for p in model.half().parameters()} == {torch.half}
+
+
 # What a compiler sees
 
 
