@@ -173,7 +173,7 @@ class _StepTime(Loops):
         rule = rule if rule and at is n and error.rule == "mixes-time" else error.rule
         finding = Finding(
             rule=rule,
-            where=where(at),
+            where=where(at) or next(filter(None, map(where, at.users)), ""),
             found=str(error),
             allowed=_ALLOWED[rule],
             fix=_FIXES[rule],

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ..errors import Finding
+from ..errors import Finding, UsageError
+from ..neurons import Alpha
 from ..surrogates import Surrogate
 from .base import Cell, Fires, Learning, Memory, Read, Reading, Source
 from .native import Native
@@ -49,12 +50,39 @@ def read_all(net: nn.Module) -> Iterator[tuple[str, nn.Module, Read]]:
     """Every module of the network that a source has something to say about."""
     for path, module in net.named_modules():
         for source in SOURCES:
-            if (reading := source.read(module, path)) is not None:
+            if (reading := _read(source, module, path)) is not None:
                 part = reading.part if isinstance(reading, Reading) else ""
                 if part:
                     path, module = f"{path}.{part}" if path else part, module.get_submodule(part)
                 yield path, module, _altered(module, path) or reading
                 break
+
+
+def _read(source: Source, module: nn.Module, path: str) -> Read | None:
+    """What a source has to say, where values that no neuron can have are findings too."""
+    try:
+        reading = source.read(module, path)
+    except UsageError as error:
+        found, _, allowed = str(error).partition("; allowed: ")
+        return [_parameter(module, path, found, allowed or "what its declaration takes")]
+    if not isinstance(reading, Reading) or reading.neuron.dynamics is Alpha:
+        return reading  # Alpha's tau is a factor
+    times = {n: v for n, v in reading.neuron.params.items() if n == "tau" or n.startswith("tau_")}
+    wrong = {n: t.min().item() for n, v in times.items() if ((t := torch.as_tensor(v)) <= 0).any()}
+    return [
+        _parameter(module, path, f"{name} is {value:g}", "time constants above 0")
+        for name, value in wrong.items()
+    ] or reading
+
+
+def _parameter(module: nn.Module, path: str, found: str, allowed: str) -> Finding:
+    return Finding(
+        rule="parameter",
+        where=path,
+        found=f"{found} in this {type(module).__name__}",
+        allowed=allowed,
+        fix="look at what set it: the network's code, or a training run that diverged",
+    )
 
 
 def learning(

@@ -23,7 +23,8 @@ from ...converters.passes import Pass
 from ...converters.program import Program, short
 from ...converters.sources.nir import NirNetwork, Unit
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
-from .export import OPERATORS, Exporter
+from .cycles import export
+from .export import OPERATORS
 
 _FILE = "model.nir"
 #: The time step for which time constants are written unless the user says another.
@@ -68,13 +69,13 @@ class Nir:
 
     def inspect(self, program: Program) -> list[Finding]:
         """What of the program NIR cannot say, and what metadata have to say in its place."""
-        return Exporter(program, DEFAULT_DT).run().findings
+        return export(program, DEFAULT_DT).findings
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Write ``model.nir``; the option ``dt`` is the time step, ``strict`` refuses metadata."""
         dt, strict = _options(options)
         nir = _nir()
-        done = Exporter(program, dt).run()
+        done = export(program, dt)
         wrong = [f for f in done.findings if strict or f.severity == "error"]
         if wrong:
             raise UnsupportedError("NIR cannot say this network:", wrong)

@@ -8,6 +8,7 @@ and gates are a SumPool2d or a sum, and a Threshold.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,9 @@ from torch import fx
 from ...converters.errors import Finding, UsageError
 from ...converters.neurons import Neuron
 from ...converters.ops import RESHAPE, Node, aten, dim, shape, slice_args
-from ...converters.program import NEURON, NEURON_STEP, STATE, Program, short, where
+from ...converters.program import NEURON, STATE, Program, short, where
 from ...converters.sources.nir import Unit
-from ...converters.sources.nir.neurons import continuous, metadata
+from ...converters.sources.nir.neurons import continuous, heard, metadata
 
 #: What is done with a readout over time, which is outside of NIR and stands in the Output's metadata.
 OVER_TIME = ("steps", "mean", "sum", "last")
@@ -44,7 +45,8 @@ class Signal:
         sources: The nodes whose sum it is, in order.
         shape: Its shape at one step, of one sample.
         layout: How the program holds it: ``"stepped"`` [T, N, ...], ``"flat"`` [TN, ...], ``"static"``
-            [N, ...], ``"alone"`` [1, N, ...]; ``"merged"`` [T, all the rest]; after a reduction over time
+            [N, ...], ``"step"`` likewise, other at each step, ``"alone"`` [1, N, ...]; ``"merged"``
+            [T, all the rest]; after a reduction over time
             ``"reduced"`` [N, ...] or all of it in one dimension.
         binary: Whether it is 0 and 1 only.
         over_time: What is done with its steps.
@@ -92,42 +94,44 @@ class Exporter:
 
     def run(self) -> Exported:
         """The graph, whole if there is no finding that is an error."""
-        for n in self.program.nodes("call_function"):
-            if n.target is NEURON_STEP:
-                self._node = n
-                self._tell(
-                    "recurrence",
-                    "neurons whose input depends on their own earlier output, unrolled over time",
-                    "networks that compute a layer's steps at once",
-                    "write the cycle with the nir package itself, or convert for another target",
-                )
-        if self.done.findings:
-            return self.done  # all else of an unrolled network would only repeat it
         if self.steps == 0:
-            self._tell(
+            self.tell(
                 "steps",
                 "no layer of neurons, or several with other numbers of time steps",
                 "one number of time steps",
                 "give all layers of neurons the same number of steps",
             )
             return self.done
-        specs = iter(self.program.inputs)
-        for i, n in enumerate(self.program.nodes("placeholder")):
-            self.signals[n] = self._input(n, next(specs).name, i)
+        inputs = self.program.nodes("placeholder")
+        for i, (spec, n) in enumerate(zip(self.program.inputs, inputs, strict=False)):
+            self._guarded(n, functools.partial(self.input, n, spec.name, i))
         for n in self.program.nodes("call_function"):
-            self._node = n
             # What depends on something refused is no finding itself.
-            if all(a.op == "get_attr" or a in self.signals for a in n.all_input_nodes):
-                try:
-                    self.signals[n] = OPERATORS.get(n.target, _unknown)(self, n)
-                except NotInNir as error:
-                    found = f"{short(n.target)}: {error}"
-                    self._tell("operator", found, "what a node of NIR computes", error.fix)
-        for i, (spec, n) in enumerate(zip(self.program.outputs, self.program.results, strict=True)):
+            if all(a.op == "get_attr" or a in self.signals for a in self.wanted(n)):
+                self._guarded(n, functools.partial(self.emit, n))
+        for i, (spec, n) in enumerate(
+            zip(self.program.outputs, self.program.results, strict=False)
+        ):
             if (signal := self.signals.get(n)) is not None:
-                self._node = n
-                self._output(signal, spec.name, i)
+                self._guarded(n, functools.partial(self.output, signal, spec.name, i))
         return self.done
+
+    def emit(self, n: Node) -> Signal | None:
+        """The signal of a call; None for what no other node takes."""
+        return OPERATORS.get(n.target, _unknown)(self, n)
+
+    def wanted(self, n: Node) -> list[Node]:
+        """What a call takes."""
+        return n.all_input_nodes  # type: ignore[no-any-return]
+
+    def _guarded(self, n: Node, make: Callable[[], Signal | None]) -> None:
+        self._node = n
+        try:
+            if (signal := make()) is not None:
+                self.signals[n] = signal
+        except NotInNir as error:
+            what = short(n.target) if n.op == "call_function" else str(n.target)
+            self.tell("operator", f"{what}: {error}", "what a node of NIR computes", error.fix)
 
     # What the exporters of operators call
 
@@ -139,7 +143,7 @@ class Exporter:
         """The same of a node that is made already."""
         if not x.shape:
             raise NotInNir("a signal of one number for each sample", "keep a dimension of size 1")
-        name = self._unique(name or where(self._node) or self._node.name)
+        name = self.unique(name or where(self._node) or self._node.name)
         self.done.units[name] = unit
         self.done.edges += [(source, name) for source in x.sources]
         return replace(x, sources=(name,), shape=tuple(shape), binary=False)
@@ -165,9 +169,45 @@ class Exporter:
         known = isinstance(n, fx.Node) and n.op == "get_attr"
         return self.program.tensor(str(n.target)) if known else None
 
+    def population(self, x: Signal, neuron: Neuron, fires: bool) -> Signal:
+        """The node of a layer of neurons; what it gives."""
+        try:
+            node = continuous(neuron, x.shape, self.dt, fires)
+        except (UsageError, ValueError) as error:
+            raise NotInNir(
+                f"{error}; the neuron is {neuron.describe()}",
+                "use a neuron that NIR has, or another target",
+            ) from error
+        for reason in node.unsaid:
+            self.warn(
+                "metadata",
+                f"{reason}; the node's metadata say it",
+                "tools that read the metadata; others compute another neuron",
+                "train with what NIR says, or see that the reader takes the metadata",
+            )
+        name = self.unique(where(self._node) or self._node.name)
+        scale = heard(neuron)
+        loop = "" if scale is None else self.unique(f"{name}.hears")
+        unit = Unit(node.kind, node.fields, metadata(neuron, node.unsaid, loop))
+        signal = self.add_unit(unit, x, x.shape, name)
+        if scale is not None:
+            wide = np.ascontiguousarray(np.broadcast_to(scale, x.shape), dtype=np.float32)
+            self.done.units[loop] = Unit("Scale", {"scale": wide})
+            self.done.edges += [(name, loop), (loop, name)]
+        return signal
+
+    def readout(self, x: Signal, neuron: Neuron, index: int) -> Signal:
+        """The node of a layer whose state of this index is read; what it gives."""
+        if neuron.reset != "none" or index != 0:
+            raise NotInNir(
+                "the state of a neuron that fires and resets",
+                "return its spikes alone, or read the membrane of neurons that do not fire",
+            )
+        return self.population(x, neuron, fires=False)
+
     def warn(self, rule: str, found: str, allowed: str, fix: str) -> None:
         """Say what only the metadata hold."""
-        self._tell(rule, found, allowed, fix, "warning")
+        self.tell(rule, found, allowed, fix, "warning")
 
     def lead(self, layout: str) -> tuple[int, ...]:
         """The leading dimensions of a value in a layout."""
@@ -176,12 +216,12 @@ class Exporter:
 
     # Ports
 
-    def _input(self, n: Node, name: str, position: int) -> Signal:
-        self._node = n
+    def input(self, n: Node, name: str, position: int) -> Signal:
+        """An Input."""
         layout = self._layout_of_input(n)
         lead = self.lead(layout)
         size = shape(n)[len(lead) :]
-        name = self._unique(name)
+        name = self.unique(name)
         said = {"position": position, "over_time": "same" if layout == "static" else "steps"}
         self.done.units[name] = Unit("Input", {"shape": np.array(size)}, said)
         return Signal((name,), size, layout)
@@ -201,24 +241,36 @@ class Exporter:
                     stack.append(user)
         return "stepped" if shape(n)[:2] == self.lead("stepped") else "static"
 
-    def _output(self, signal: Signal, name: str, position: int) -> None:
-        name = self._unique(name)
+    def output(self, signal: Signal, name: str, position: int) -> None:
+        """An Output."""
+        name = self.unique(name)
         said = {"position": position, "over_time": signal.over_time}
         if signal.layout == "static":
             said["over_time"] = "last"
         self.done.units[name] = Unit("Output", {"shape": np.array(signal.shape)}, said)
         self.done.edges += [(source, name) for source in signal.sources]
 
-    def _unique(self, name: str) -> str:
+    def unique(self, name: str) -> str:
+        """A name that no node has yet."""
         name = name.replace("/", "_")  # which would be a group inside a group of the file
         k, unique = 1, name
         while unique in self.done.units:
             k, unique = k + 1, f"{name}_{k + 1}"
         return unique
 
-    def _tell(self, rule: str, found: str, allowed: str, fix: str, severity: Any = "error") -> None:
-        path = "" if self._node is None else where(self._node)
-        node = "" if self._node is None else self._node.name
+    def tell(
+        self,
+        rule: str,
+        found: str,
+        allowed: str,
+        fix: str,
+        severity: Any = "error",
+        place: str | None = None,
+    ) -> None:
+        """Note a finding once, at the present node unless there is a ``place``."""
+        n = self._node if place is None else None
+        path = place or ("" if n is None else where(n))
+        node = "" if n is None else n.name
         if (path, found) not in self._told:
             self._told.add((path, found))
             self.done.findings.append(
@@ -250,20 +302,13 @@ def _same(export: Exporter, n: Node) -> Signal:
 
 def _neuron(export: Exporter, n: Node) -> Signal:
     x = export.signal(n.args[0])
-    neuron = _declaration(export, n)
-    signal = _population(export, x, neuron, fires=True)
+    signal = export.population(x, _declaration(export, n), fires=True)
     return replace(signal, layout=_after(n), binary=True)
 
 
 def _readout(export: Exporter, n: Node) -> Signal:
     x = export.signal(n.args[0])
-    neuron = _declaration(export, n)
-    if neuron.reset != "none" or n.args[5] != 0:
-        raise NotInNir(
-            "the state of a neuron that fires and resets",
-            "return its spikes alone, or read the membrane of neurons that do not fire",
-        )
-    return replace(_population(export, x, neuron, fires=False), layout=_after(n))
+    return replace(export.readout(x, _declaration(export, n), n.args[5]), layout=_after(n))
 
 
 def _declaration(export: Exporter, n: Node) -> Neuron:
@@ -273,25 +318,6 @@ def _declaration(export: Exporter, n: Node) -> Neuron:
 
 def _after(n: Node) -> str:
     return "stepped" if n.args[3] == "stepped" else "flat"
-
-
-def _population(export: Exporter, x: Signal, neuron: Neuron, fires: bool) -> Signal:
-    try:
-        node = continuous(neuron, x.shape, export.dt, fires)
-    except (UsageError, ValueError) as error:
-        raise NotInNir(
-            f"{error}; the neuron is {neuron.describe()}",
-            "use a neuron that NIR has, or another target",
-        ) from error
-    for reason in node.unsaid:
-        export.warn(
-            "metadata",
-            f"{reason}; the node's metadata say it",
-            "tools that read the metadata; others compute another neuron",
-            "train with what NIR says, or see that the reader takes the metadata",
-        )
-    unit = Unit(node.kind, node.fields, metadata(neuron, node.unsaid))
-    return export.add_unit(unit, x, x.shape)
 
 
 def _unknown(export: Exporter, n: Node) -> Signal:
@@ -403,7 +429,7 @@ def _reshape(export: Exporter, n: Node) -> Signal:
         for layout in ("flat", "stepped"):
             if size == (*export.lead(layout), *x.shape):
                 return replace(x, layout=layout)
-    layouts = ("static",) if x.layout == "static" else ("flat", "stepped")
+    layouts = (x.layout,) if x.layout in ("static", "step") else ("flat", "stepped")
     fits = []
     for layout in layouts:
         lead = export.lead(layout)

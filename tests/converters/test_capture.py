@@ -15,7 +15,15 @@ from torch import nn
 from spikeport.converters import sources
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import CaptureError, Findings, UsageError
-from spikeport.converters.neurons import IF, IFNode, LIFNode, Neuron, ParametricLIFNode
+from spikeport.converters.neurons import (
+    IF,
+    LIF,
+    IFNode,
+    LIFNode,
+    Neuron,
+    Node,
+    ParametricLIFNode,
+)
 from spikeport.converters.passes import (
     flatten_time,
     fold_batch_norm,
@@ -719,6 +727,32 @@ def test_weights_that_are_not_finite() -> None:
 def test_a_neurons_parameter_that_is_not_finite() -> None:
     net = nn.Sequential(LIFNode(v_threshold=nn.Parameter(torch.tensor([1.0, float("nan"), 1.0]))))
     assert rules(findings(net, rand(T, N, 3))) == [("non-finite-weight", "0")]
+
+
+def test_neurons_that_there_cannot_be() -> None:
+    """All of them are named, and with what is wrong elsewhere."""
+    lif = {"v_rest": 0.0, "tau": torch.tensor([2.0, -1.0, 0.0])}
+    sources.register(Odd, lambda module: Reading(Neuron(IF, v_threshold=float("nan"))))
+    net = nn.Sequential(Node(LIF, **lif), nn.Linear(3, 3), LIFNode(tau=-2.0), IFNode(), Odd())
+    with torch.no_grad():
+        net[1].bias[0] = float("nan")
+    found = findings(net, rand(T, N, 3))
+    assert set(rules(found)) == {
+        ("parameter", "0"),
+        ("non-finite-weight", "1"),
+        ("parameter", "2"),
+        ("parameter", "4"),
+    }
+    text = "\n".join(map(str, found))
+    assert "tau is -1 in this Node" in text
+    assert "v_threshold is nan in this Odd" in text
+
+
+class Odd(nn.Module):
+    """A neuron whose declaration fails."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x > 0).float()
 
 
 @pytest.mark.parametrize("shape", [(3,), ()])

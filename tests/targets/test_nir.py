@@ -26,6 +26,7 @@ from spikeport.converters.errors import (
 )
 from spikeport.converters.neurons import IFNode, LIFNode, Neuron, Node, Readout
 from spikeport.converters.sources.nir import NirNetwork
+from spikeport.converters.sources.nir.layers import Cell
 from spikeport.converters.sources.nir.neurons import continuous, metadata
 from spikeport.deploy.cli import main
 
@@ -321,14 +322,177 @@ def test_all_that_nir_cannot_say_is_found_at_once() -> None:
         assert part in text, text
 
 
-def test_a_cycle_is_refused_by_name() -> None:
-    edges = [("input", "a"), ("a", "w"), ("w", "a"), ("a", "output")]
-    ports = {"input": nir.Input(np.array([3])), "output": nir.Output(np.array([3]))}
-    spike = nir.IF(np.ones(3), np.ones(3), np.zeros(3))
-    cycle = {**ports, "a": spike, "w": nir.Linear(np.eye(3, dtype=np.float32))}
-    graph = nir.NIRGraph(cycle, edges, type_check=False)
-    (found,) = deploy.check(graph, (torch.rand(4, 2, 3),), ["nir"], dt=1.0)
-    assert (found.rule, found.where) == ("recurrence", "a.layer")
+# Cycles
+
+
+def cycle(edges: str, **nodes: Any) -> nir.NIRGraph:
+    """Neurons of three, from x to y."""
+    nodes = {"x": nir.Input(np.array([3])), "y": nir.Output(np.array([3])), **nodes}
+    pairs = [tuple(edge.split("-")) for edge in edges.split()]
+    return nir.NIRGraph(nodes, pairs, type_check=False)
+
+
+def spiking() -> nir.LIF:
+    tau = np.array([2.0, 4.0, 3.0]) * DT
+    return nir.LIF(tau, tau / DT, np.zeros(3), np.ones(3), np.full(3, -0.25))
+
+
+def mixing(seed: int, scale: float = 1.0) -> nir.Affine:
+    random = np.random.default_rng(seed)
+    weight, bias = (random.integers(-8, 9, size) / 8 * scale for size in ((3, 3), (3,)))
+    return nir.Affine(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def held(steps: int) -> nir.Delay:
+    return nir.Delay(np.full(3, steps * DT))
+
+
+CYCLES = {
+    "itself": lambda: cycle("x-a a-w w-a a-y", a=spiking(), w=mixing(0)),
+    "at-once": lambda: cycle("x-a a-a a-y", a=spiking()),
+    "two": lambda: cycle(
+        "x-a a-u u-b b-w w-a b-y", a=spiking(), b=spiking(), u=mixing(1), w=mixing(2)
+    ),
+    "delayed": lambda: cycle("x-a a-d d-w w-a a-y", a=spiking(), w=mixing(3), d=held(2)),
+}
+
+
+@pytest.mark.parametrize("name", CYCLES)
+def test_cycles_are_written_as_edges_that_go_back(name: str, tmp_path: Path) -> None:
+    """Held against an interpreter of NIR's equations, which holds back what goes back by one step."""
+    source, x = CYCLES[name](), GRID[..., :3] * 2
+    net = NirNetwork(source, DT)
+    path = compiled(net, (x,), tmp_path, dt=DT)
+    assert 0.05 < net(x).mean() < 0.8
+    assert torch.equal(deploy.load(path)(x), net(x))
+    written = nir.read(file(path))
+    kinds, found = (
+        sorted(kind for node in g.nodes.values() if (kind := type(node).__name__) != "Scale")
+        for g in (source, written)
+    )
+    assert found == kinds  # but for the gains, which are nodes of their own
+    (values,) = interpret(written, DT, x.numpy())
+    assert np.array_equal(values, net(x).numpy())
+
+
+def test_a_neuron_that_hears_itself_is_a_loop_and_is_declared(tmp_path: Path) -> None:
+    """Its own order of sums stands in the metadata; read without them, on a grid, it is the same."""
+    V = torch.tensor([0.5, -0.25, 1.0])
+    neuron = Node(neurons.RLeaky, beta=0.5, V=V, fires=">", v_reset=0.0)
+    x = GRID[..., :3] * 2
+    path = compiled(nn.Sequential(nn.Identity(), neuron), (x,), tmp_path, dt=DT)
+    assert torch.equal(deploy.load(path)(x), neuron(x))
+    written = nir.read(file(path))
+    assert {("1", "1.hears"), ("1.hears", "1")} <= {*written.edges}
+    for node in written.nodes.values():
+        node.metadata.pop("spikeport", None)
+    assert torch.equal(NirNetwork(written, DT)(x), neuron(x))
+    (found,) = interpret(written, DT, x.numpy())
+    assert np.array_equal(found, neuron(x).numpy())
+    contradicting = nir.read(file(path))
+    contradicting.nodes["1.hears"].scale[0] = 2.0
+    with pytest.raises(CaptureError) as caught:
+        NirNetwork(contradicting, DT)
+    assert [(f.rule, f.where) for f in caught.value.findings] == [("nir-loop", "1")]
+
+
+class Looped(nn.Module):
+    """Two layers of neurons step by step; ``step`` says what they hear."""
+
+    def __init__(self, step: Any, first: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b = (
+            Cell(Neuron(neurons.LIF, {"tau": 2.0, "v_rest": 0.0}), True) for _ in "ab"
+        )
+        self.step, self.first = step, first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.a.reset()
+        self.b.reset()
+        a = b = torch.full_like(x[0], self.first)
+        steps = []
+        for x_t in x:
+            a, b = self.step(self, x_t, a, b)
+            steps.append(a + b)
+        return torch.stack(steps)
+
+
+def ahead(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+    a = self.a(x + 0.5 * b)
+    return a, self.b(x + a)
+
+
+def crossed(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+    return self.a(2 * x + 0.5 * b), self.b(x - 0.5 * a)
+
+
+@pytest.mark.parametrize("step", [ahead, crossed])
+def test_values_that_are_used_a_step_later(step: Any, tmp_path: Path) -> None:
+    net, x = Looped(step), 3 * GRID
+    path = compiled(net, (x,), tmp_path, dt=DT)
+    assert 0.05 < net(x).mean() < 1.5
+    assert torch.equal(deploy.load(path)(x), net(x))
+
+
+def test_the_order_that_nir_computes_a_cycle_in() -> None:
+    """Through a Scale, a is further from the input than b, so that b would be held back for a."""
+
+    def far(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+        a = self.a(3 * x + 0.5 * b)
+        return a, self.b(x + a)
+
+    (found,) = deploy.check(Looped(far), (GRID,), ["nir"]).errors
+    assert (found.rule, found.where) == ("recurrence", "a")
+
+
+@pytest.mark.snntorch
+def test_what_no_neuron_of_nir_computes_is_written_as_its_arithmetic(tmp_path: Path) -> None:
+    """Neurons that hear all spikes of their layer, added last: Scale, Affine, Threshold and Delay."""
+    snn = pytest.importorskip("snntorch")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lif = snn.RLeaky(beta=0.5, linear_features=5, threshold=0.4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spk, mem = self.lif.reset_mem()
+            steps = []
+            for x_t in x:
+                spk, mem = self.lif(x_t, spk, mem)
+                steps.append(spk)
+            return torch.stack(steps)
+
+    net = Net()
+    path = compiled(net, (GRID,), tmp_path, dt=DT)
+    assert 0.1 < net(GRID).mean() < 0.9
+    assert torch.equal(deploy.load(path)(GRID), net(GRID))
+    told = deploy.check(net, (GRID,), ["nir"])
+    assert {(f.rule, f.severity) for f in told} == {("recurrence", "warning")}
+    with pytest.raises(UnsupportedError, match="Delay of its own"):
+        compiled(net, (GRID,), tmp_path / "strict", strict=True)
+
+
+def test_what_comes_back_starts_from_silence() -> None:
+    (found,) = deploy.check(Looped(ahead, first=1.0), (GRID,), ["nir"]).errors
+    assert (found.rule, found.target) == ("recurrence", "nir")
+    assert "have not fired" in found.found
+
+
+def test_a_cycle_that_cannot_be_run_step_by_step() -> None:
+    def step(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+        return self.a(x + 0.5 * b), self.b(x * self.x.mean(0) + a)
+
+    class Net(Looped):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            object.__setattr__(self, "x", x)
+            y = super().forward(x)
+            object.__delattr__(self, "x")
+            return y
+
+    found = deploy.check(Net(step), (GRID,), ["nir"]).errors
+    assert {f.rule for f in found} == {"recurrence"}
 
 
 # Bad input

@@ -24,6 +24,7 @@ from ...errors import CaptureError, Finding, UsageError
 from ...neurons import Neuron
 from .graph import HEADLINE, NEURONS, Graph, Unit, finding, read, time_step
 from .layers import Delay, Neurons, build
+from .neurons import without_own_loops
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class NirNetwork(nn.Module):
 
     def __init__(self, source: Any, dt: float | None = None) -> None:
         super().__init__()
-        self.graph = graph = read(source)
+        graph, findings = without_own_loops(read(source))
+        self.graph = graph
         self.dt = time_step(graph, dt)
         self._parts = tuple(parts(graph))
         cyclic = {name for part in self._parts if part.cyclic for name in part.nodes}
-        findings = []
         self._paths = {}
         for name, unit in graph.units.items():
             try:

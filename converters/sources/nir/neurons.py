@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ... import neurons
-from ...errors import UsageError
+from ...errors import Finding, UsageError
 from ...neurons import Neuron
-from .graph import Unit
+from .graph import Graph, Unit, finding
 
 #: Where the declaration of a node lies in its metadata.
 KEY = "spikeport"
@@ -140,10 +140,51 @@ def continuous(neuron: Neuron, shape: tuple[int, ...], dt: float, fires: bool = 
             fields["v_threshold"] = _exceeded(neuron)
             fields["v_reset"] = _array(neuron.v_reset if neuron.reset == "hard" else 0.0)
             unsaid += _unsaid_of_reset(neuron)
+        if heard(neuron) is not None:
+            unsaid.append(
+                "what it hears of its own last spikes is added last; NIR's sums come before"
+            )
         if (_array(neuron.v_0) != 0).any():
             unsaid.append("v_0 is not 0; NIR does not say where v starts")
     wide = {n: np.ascontiguousarray(np.broadcast_to(v, shape)) for n, v in fields.items()}
     return Continuous(kind, wide, tuple(unsaid))
+
+
+def heard(neuron: Neuron) -> np.ndarray[Any, Any] | None:
+    """What a neuron's own last spikes are multiplied by before they are added to its input."""
+    recurrent = neuron.dynamics in (neurons.RLeaky, neurons.RSynaptic)
+    return _array(neuron.params["V"]) if recurrent else None
+
+
+def without_own_loops(graph: Graph) -> tuple[Graph, list[Finding]]:
+    """The graph without the loops that their neurons' metadata have already; and what is wrong."""
+    findings, dropped = list[Finding](), set[str]()
+    for name, unit in graph.units.items():
+        if (loop := unit.metadata.get(KEY, {}).get("hears")) is None:
+            continue
+        own = graph.units.get(loop)
+        scale = heard(_declared(unit.metadata[KEY]))
+        if (
+            own is None
+            or own.kind != "Scale"
+            or (graph.into(loop), graph.after(loop)) != ([name], [name])
+            or scale is None
+            or not np.allclose(own.fields["scale"], scale, rtol=1e-6, atol=0)
+        ):
+            findings.append(
+                finding(
+                    "loop",
+                    name,
+                    f"its metadata declare a neuron that hears itself through {loop}, and the graph says "
+                    "something else",
+                    "a Scale of the declared factor, from its output to its input",
+                    "write the graph again, or take the declaration out of its metadata",
+                )
+            )
+        dropped.add(loop)
+    units = {name: unit for name, unit in graph.units.items() if name not in dropped}
+    edges = tuple(edge for edge in graph.edges if not dropped & {*edge})
+    return replace(graph, units=units, edges=edges), findings
 
 
 def _exceeded(neuron: Neuron) -> np.ndarray[Any, Any]:
@@ -161,10 +202,15 @@ def _unsaid_of_reset(neuron: Neuron) -> list[str]:
     return [f"reset_at is {neuron.reset_at}; NIR's is now"] * (neuron.reset_at != "now")
 
 
-def metadata(neuron: Neuron, unsaid: tuple[str, ...]) -> dict[str, Any]:
-    """What goes with a node so that it is read again as it was declared."""
+def metadata(neuron: Neuron, unsaid: tuple[str, ...], hears: str = "") -> dict[str, Any]:
+    """What goes with a node so that it is read again as it was declared.
+
+    ``hears`` names the node through which it hears its own spikes.
+    """
     tensors = {n: t.item() if t.dim() == 0 else t.numpy() for n, t in neuron.tensors().items()}
     entry = {"declaration": neuron.to_json(), "describe": neuron.describe()}
+    if hears:
+        entry["hears"] = hears
     return {
         KEY: {**entry, "unsaid": "; ".join(unsaid), **({"tensors": tensors} if tensors else {})}
     }
@@ -254,6 +300,8 @@ _CHARGES: dict[str, Callable[[Mapping[str, Any], float], tuple[str, dict[str, An
     "ParametricLIF": _parametric_lif,
     "Leaky": _leaky,
     "Lapicque": _lapicque,
+    "RLeaky": _leaky,
     "Synaptic": _synaptic,
+    "RSynaptic": _synaptic,
     "CubaLIF": _cuba,
 }
