@@ -16,7 +16,7 @@ from . import store
 from .artifact import Artifact
 
 _LIMIT_GIB = 10
-#: Seconds after which a directory that is no entry is what a process left that was killed.
+#: Seconds after which a directory that is no entry is what a killed process left.
 _ABANDONED = 24 * 3600
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Cache:
 
     @classmethod
     def of_user(cls) -> Cache:
-        """That in ``$SPIKEPORT_CACHE``, or ``~/.cache/spikeport``, of ``$SPIKEPORT_CACHE_GIB``, or 10 GiB.
+        """That in ``$SPIKEPORT_CACHE`` or ``~/.cache/spikeport``, with ``$SPIKEPORT_CACHE_GIB`` or 10 GiB.
 
         Raises:
             UsageError: The limit is no number.
@@ -111,7 +111,7 @@ class Cache:
                 _logger.info("removed from the cache, for room: %s", entry)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """(time of the last use, size in bytes, directory) of each; what is abandoned is removed."""
+        """(time of the last use, bytes, directory) of each; what killed processes left is removed."""
         for directory in self.root.iterdir():
             if not directory.is_dir():
                 continue
