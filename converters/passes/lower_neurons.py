@@ -83,15 +83,21 @@ def _power_of_two(value: float) -> bool:
 
 
 class _Emitter:
-    """Emits the nodes of one neuron; constants are named after its path."""
+    """Emits the nodes of one neuron, each once; constants are named after its path."""
 
     def __init__(self, build: Builder, path: str, site: str, dtype: torch.dtype) -> None:
         self.build, self.path, self.dtype = build, path, dtype
         self.stem = f"{site.replace('#', '_')}.constant"
         self.constants: list[torch.Tensor] = []
+        self.emitted: dict[Any, Node] = {}
 
-    def __call__(self, target: Any, *args: Any) -> _Value:
-        return _Value(self, self.build.call(target, *map(self._argument, args), path=self.path))
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> _Value:
+        # A reset at the next step compares what the spikes of this one came from.
+        args = tuple(map(self._argument, args))
+        key = (target, args, *kwargs.items())
+        if key not in self.emitted:
+            self.emitted[key] = self.build.call(target, *args, path=self.path, **kwargs)
+        return _Value(self, self.emitted[key])
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, _Value):
@@ -125,6 +131,8 @@ class _Emitter:
         """As torch.where; where everything is constant it is computed."""
         if not isinstance(condition, _Value):
             return torch.where(torch.as_tensor(condition), a, b)
+        if isinstance(a, _Value) and isinstance(b, _Value) and _one_less(a.node, b.node):
+            return b - self.number(condition)  # one operator for two, and as exact
         a, b = self._argument(a), self._argument(b)
         overload = {
             (True, True): aten.where.self,
@@ -133,6 +141,15 @@ class _Emitter:
             (False, False): aten.where.Scalar,
         }[isinstance(a, fx.Node), isinstance(b, fx.Node)]
         return self(overload, condition, a, b)
+
+    def number(self, condition: _Value) -> _Value:
+        """1 where the condition holds, else 0."""
+        return self(aten._to_copy.default, condition, dtype=self.dtype)
+
+
+def _one_less(a: Node, b: Node) -> bool:
+    """Whether a is b - 1."""
+    return a.target is aten.sub.Tensor and a.args == (b, 1.0)
 
 
 class _Lower(Builder):
@@ -192,13 +209,14 @@ class _Lower(Builder):
         self, neuron: Neuron, state: tuple[Any, ...], x: _Value, t: int
     ) -> tuple[Node, tuple[Any, ...]]:
         """Spikes in the dtype of x, and the state after the step."""
-        emit, dtype = x.emit, x.node.meta["val"].dtype
-        fired, state, _ = neuron.step(state, x, neuron.fired, emit.where, t)
-        cast = self.call(aten._to_copy.default, fired.node, path=emit.path, dtype=dtype)
+        fired, state, _ = neuron.step(state, x, neuron.fired, x.emit.where, t)
         # The charge may multiply the last step's spikes, which a boolean does not take.
-        spikes = _Value(emit, cast)
+        spikes = x.emit.number(fired)
         parts = zip(state[1:], neuron.dynamics.states, strict=True)
-        return cast, (state[0], *(spikes if name == SPIKES else part for part, name in parts))
+        return spikes.node, (
+            state[0],
+            *(spikes if name == SPIKES else part for part, name in parts),
+        )
 
     def _multi_step(self, n: Node) -> None:
         site = self.sites[n.name]
