@@ -259,6 +259,11 @@ class _Canonical(Builder):
             self.call(operator.getitem, self.env[n], 0, path=path)
 
     def _spelled(self, target: Any, args: Any, kwargs: Any, path: str, n: fx.Node) -> fx.Node:
+        if target in _POOLS and len(shape(args[0])) == 1 + _POOLS[target]:
+            # Without a batch; each row is pooled alone all the same.
+            rows = self.call(aten.unsqueeze.default, args[0], 1, path=path)
+            pooled = self._spelled(target, (rows, *args[1:]), kwargs, path, n)
+            return self.call(aten.squeeze.dim, pooled, 1, path=path)
         if target in (aten._unsafe_view.default, aten.reshape.default, aten.view.default):
             return self.call(aten.reshape.default, args[0], list(n.meta["val"].shape), path=path)
         if target is aten.expand.default:
@@ -405,6 +410,13 @@ class _Canonical(Builder):
         return self.call(aten.cat.default, parts, dim, path=path)
 
 
+#: Pooling, with the number of dimensions that it is over.
+_POOLS = {
+    aten.max_pool1d.default: 1,
+    aten.avg_pool1d.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.avg_pool2d.default: 2,
+}
 #: Adaptive max pooling, and the pooling that it is with windows of one size.
 _ADAPTIVE_MAX = {
     aten.adaptive_max_pool1d.default: aten.max_pool1d.default,

@@ -93,9 +93,9 @@ class CycleExporter(Exporter):
         """The graph, whole if there is no finding that is an error."""
         for n, state in zip(self.states, self.stepping.states, strict=True):
             if not _of_neuron(n):
-                self._node = n
                 fires = self.after[n].target is operator.getitem
-                self.signals[n] = Signal((n.name,), tuple(state.initial.shape[1:]), "step", fires)
+                size = tuple(state.initial.shape[1:])
+                self.signals[n] = Signal((_later(n),), size, "step", fires)
         super().run()
         if not any(f.severity == "error" for f in self.done.findings):
             self._close()
@@ -123,11 +123,11 @@ class CycleExporter(Exporter):
 
     def output(self, signal: Signal, name: str, position: int) -> None:
         """An Output, with what is done over time to what it holds."""
-        how = self._over_time[position]
-        if how == "steps" and self.stepping.outputs[position] != 0:
-            raise NotInNir(
-                "an output whose steps are not its first dimension", "return [T, N, ...]"
-            )
+        how, axis = self._over_time[position], self.stepping.outputs[position]
+        if axis is None:
+            how = "last"
+        elif axis != 0:
+            raise NotInNir(f"an output whose dimension {axis} is time", "return [T, N, ...]")
         super().output(replace(signal, over_time=how), name, position)
 
     # Neurons
@@ -163,7 +163,7 @@ class CycleExporter(Exporter):
     def _close(self) -> None:
         """Put what each state is after a step in the place of the state."""
         later = {
-            n.name: self.signals[self.after[n]].sources for n in self.states if n in self.signals
+            _later(n): self.signals[self.after[n]].sources for n in self.states if n in self.signals
         }
         edges = list[tuple[str, str, int]]()
         for a, b in self.done.edges:
@@ -266,7 +266,7 @@ class CycleExporter(Exporter):
             if k == 0 or (a, b) in plain:
                 placed[a, b] = None
                 continue
-            name = f"{a}.later" if k == 1 else f"{a}.later_{k}"
+            name = self.unique(f"{a}.later" if k == 1 else f"{a}.later_{k}")
             units[name] = Unit("Delay", {"delay": np.full(self._shapes[a], k * self.dt)})
             placed[a, name] = placed[name, b] = None
         kinds = {
@@ -274,6 +274,11 @@ class CycleExporter(Exporter):
         }
         ports = (tuple(sorted(kinds["Input"])), tuple(sorted(kinds["Output"])))
         return Graph(units, tuple(placed), *ports)
+
+
+def _later(n: Node) -> str:
+    """What stands for the sources of a state until they are known; no node is called so."""
+    return f"/{n.name}"
 
 
 def _pairs(edges: Sequence[tuple[str, str, int]]) -> set[tuple[str, str]]:

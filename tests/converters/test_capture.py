@@ -673,6 +673,10 @@ def test_a_branch_on_an_integer_kept_as_a_tensor(value: torch.Tensor) -> None:
             lambda x: F.avg_pool1d(x[0], 2),
             ["aten.select", "aten.unsqueeze", "aten.avg_pool2d", "aten.squeeze"],
         ),
+        (
+            lambda x: F.max_pool1d(x[0, 0], 2),
+            ["aten.select", "aten.select", "aten.unsqueeze", "aten.max_pool1d", "aten.squeeze"],
+        ),
     ],
 )
 def test_pooling_that_targets_have(run: Callable[..., Any], operators: list[str]) -> None:

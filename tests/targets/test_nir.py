@@ -399,12 +399,12 @@ def test_a_neuron_that_hears_itself_is_a_loop_and_is_declared(tmp_path: Path) ->
 class Looped(nn.Module):
     """Two layers of neurons step by step; ``step`` says what they hear."""
 
-    def __init__(self, step: Any, first: float = 0.0) -> None:
+    def __init__(self, step: Any, first: float = 0.0, end: Any = torch.stack) -> None:
         super().__init__()
         self.a, self.b = (
             Cell(Neuron(neurons.LIF, {"tau": 2.0, "v_rest": 0.0}), True) for _ in "ab"
         )
-        self.step, self.first = step, first
+        self.step, self.first, self.end = step, first, end
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.a.reset()
@@ -414,7 +414,7 @@ class Looped(nn.Module):
         for x_t in x:
             a, b = self.step(self, x_t, a, b)
             steps.append(a + b)
-        return torch.stack(steps)
+        return self.end(steps)
 
 
 def ahead(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
@@ -426,9 +426,16 @@ def crossed(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any
     return self.a(2 * x + 0.5 * b), self.b(x - 0.5 * a)
 
 
-@pytest.mark.parametrize("step", [ahead, crossed])
-def test_values_that_are_used_a_step_later(step: Any, tmp_path: Path) -> None:
-    net, x = Looped(step), 3 * GRID
+@pytest.mark.parametrize(
+    ("step", "end"),
+    [
+        (ahead, torch.stack),
+        (crossed, lambda steps: torch.stack(steps).mean(0)),
+    ],
+    ids=["steps", "mean"],
+)
+def test_values_that_are_used_a_step_later(step: Any, end: Any, tmp_path: Path) -> None:
+    net, x = Looped(step, end=end), 3 * GRID
     path = compiled(net, (x,), tmp_path, dt=DT)
     assert 0.05 < net(x).mean() < 1.5
     assert torch.equal(deploy.load(path)(x), net(x))
@@ -443,6 +450,21 @@ def test_the_order_that_nir_computes_a_cycle_in() -> None:
 
     (found,) = deploy.check(Looped(far), (GRID,), ["nir"]).errors
     assert (found.rule, found.where) == ("recurrence", "a")
+
+
+def test_what_a_loop_ends_with(tmp_path: Path) -> None:
+    class Net(Looped):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.a.reset()
+            a = torch.zeros_like(x[0])
+            for x_t in x:
+                a = self.a(x_t + 0.5 * a)
+            return a
+
+    net, x = Net(ahead), 3 * GRID
+    path = compiled(net, (x,), tmp_path, dt=DT)
+    assert 0.05 < net(x).mean() < 0.95
+    assert torch.equal(deploy.load(path)(x), net(x))
 
 
 @pytest.mark.snntorch
