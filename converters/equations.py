@@ -274,7 +274,12 @@ def _declare(
     homogeneous = potentials is not None
     declared = Dynamics(name, charge, names, defaults, states, potentials or (), homogeneous)
     _probe(declared)
-    _REGISTRY[name] = declared
+    return registered(declared)
+
+
+def registered(declared: Dynamics) -> Dynamics:
+    """This kind, which :func:`named` finds from now on."""
+    _REGISTRY[declared.name] = declared
     return declared
 
 

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,10 @@ import torch
 from torch import fx
 
 from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
+from ...converters.neurons import Neuron
 from ...converters.ops import aten, steps
 from ...converters.passes import Pass
+from ...converters.precompute import precomputed
 from ...converters.program import NEURON, NEURON_STEP, Program
 from ...converters.surrogates import ATan
 from .. import graphs
@@ -166,6 +169,7 @@ class _Executor(graphs.ChannelsInnermost):
     extra_traceback = False  # a node's text would go into the middle of an error's
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+        _precompute(module)
         super().__init__(module.to(device))
         for n in module.graph.find_nodes(op="call_function", target=aten.conv2d.default):
             at = n.args[1]
@@ -226,6 +230,25 @@ class _Executor(graphs.ChannelsInnermost):
             spikes, after = _neuron(x.unsqueeze(0), params, state if t else None, spec, final=True)
             return spikes.squeeze(0), after
         return super().call_function(target, args, kwargs)
+
+
+def _precompute(module: fx.GraphModule) -> None:
+    """Give the neurons what they would compute of their parameters alone."""
+    for n in module.graph.nodes:
+        if n.target not in (NEURON, NEURON_STEP):
+            continue
+        at = 2 if n.target is NEURON else 3
+        tensors = (attrgetter(p.target)(module) for p in n.args[at - 1])
+        neuron = Neuron.from_json(n.args[at], tensors)
+        if (known := precomputed(neuron)) is neuron:
+            continue
+        params = []
+        for name, value in known.tensors().items():
+            module.register_buffer(f"{n.name}_{name}", value)
+            with module.graph.inserting_before(n):
+                params.append(module.graph.get_attr(f"{n.name}_{name}"))
+        n.update_arg(at - 1, params)
+        n.update_arg(at, known.to_json())
 
 
 def _window(node: fx.Node) -> tuple[int, int] | None:

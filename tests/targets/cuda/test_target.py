@@ -382,3 +382,35 @@ def test_all_steps_equal_one_call(kind, shape, dtype, tmp_path):
                 assert torch.equal(steps[-1], found[-1])
                 assert model.state["spikes.v"].dtype == torch.float32
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_what_a_neuron_computes_of_its_parameters_is_computed_here(
+    step_mode, tmp_path, monkeypatch
+) -> None:
+    """A GPU's sigmoid is another in the last bit; on this grid that would cost spikes."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spikes = cuda.ParametricLIFNode(init_tau=2.7, step_mode=step_mode, backend="torch")
+
+        def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+            if step_mode == "m":
+                return self.spikes(x_seq)
+            return torch.stack([self.spikes(x) for x in x_seq])
+
+    net = Learned().eval()
+    x = torch.randint(-4, 20, (T, N, 6), generator=torch.Generator().manual_seed(2)) / 8
+    artifact, sources = _compiled(net, x, tmp_path / "learned"), list[str]()
+    compiled = kernels.compiled
+
+    def spy(source: str, name: str) -> Any:
+        sources.append(source)
+        return compiled(source, name)
+
+    monkeypatch.setattr(kernels, "compiled", spy)
+    with deploy.load(artifact) as model, torch.no_grad():
+        assert torch.equal(model(x), net(x))
+    assert sources
+    assert not [s for s in sources if "sigmoid" in s]
