@@ -291,6 +291,12 @@ class _Canonical(Builder):
             return self.call(aten.amax.default, args[0], [args[1]], *args[2:], path=path)
         if target in _ADAPTIVE_MAX and _only_first(n):
             return self._adaptive_max(n, args[0], path)
+        if target is aten.max.default:
+            return self.call(aten.amax.default, args[0], [*range(len(shape(args[0])))], path=path)
+        if target is aten.mm.default:
+            return self.call(aten.matmul.default, *args, path=path)
+        if target is aten.fill.Tensor:
+            return self.call(aten.expand.default, args[1], list(n.meta["val"].shape), path=path)
         if target is aten.copy.default:
             like = args[0].meta["val"]
             return self.call(aten.expand.default, args[1], list(like.shape), path=path)

@@ -3,6 +3,7 @@
     b + x W                        of addmm
     b - a                          of rsub
     max(x, -x)                     of abs
+    sqrt(sum of x x)               of the Euclidean norm
     pool2d of [1, 1, rest, K]      of amax over K values
     (x - m) / sqrt(var + eps)      of layer and group norm, m and var being means
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
@@ -119,6 +120,14 @@ class _Decompose(Builder):
     def abs(self, n: Node) -> Node:
         (x,) = self.given(n)
         return self.emit(aten.maximum.default, x, self.emit(aten.neg.default, x))
+
+    def vector_norm(self, n: Node) -> Node | None:
+        x, order, dims, keep, _ = self.given(n)
+        if order != 2:
+            return None
+        dims = [*range(len(shape(x)))] if dims is None else dims
+        total = self.emit(aten.sum.dim_IntList, self.emit(aten.mul.Tensor, x, x), dims, keep)
+        return self.emit(aten.sqrt.default, total)
 
     def amax(self, n: Node) -> Node:
         x, dims, _ = self.given(n)
@@ -257,6 +266,7 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
     aten.rsub.Tensor: _Decompose.rsub,
     aten.abs.default: _Decompose.abs,
     aten.amax.default: _Decompose.amax,
+    aten.linalg_vector_norm.default: _Decompose.vector_norm,
     aten.adaptive_avg_pool2d.default: _Decompose.adaptive_average,
     aten.layer_norm.default: _Decompose.layer_norm,
     aten.group_norm.default: _Decompose.group_norm,

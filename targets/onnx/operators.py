@@ -486,6 +486,17 @@ def _reduce(op: str, since: int) -> Exporter:
     return emit
 
 
+def _norm(e: Emitter, n: Node) -> str:
+    """ReduceL2 or ReduceL1; ONNX has no other norm."""
+    x, order = n.args[0], _argument(n, 1, "ord", 2)
+    if order not in (1, 2):
+        raise NotInOnnx(f"the norm of order {order}")
+    given = _argument(n, 2, "dim", None)
+    axes = [ops.dim(x, d) for d in given or range(len(shape(x)))]
+    keep = bool(_argument(n, 3, "keepdim", False))
+    return _axes(e, f"ReduceL{order:g}", e.value(x, _dtype(n)), axes, keep, 18)
+
+
 def _variance(e: Emitter, n: Node) -> str:
     """Var, whose divisor is the number of values less ``correction`` (or ``unbiased``, 1)."""
     x = n.args[0]
@@ -640,6 +651,7 @@ OPERATORS: dict[Any, Exporter] = {
     aten.sum.dim_IntList: _reduce("ReduceSum", 13),
     aten.sum.default: _reduce("ReduceSum", 13),
     aten.amax.default: _reduce("ReduceMax", 18),
+    aten.linalg_vector_norm.default: _norm,
     aten.amin.default: _reduce("ReduceMin", 18),
     aten.var.dim: _variance,
     aten.var.correction: _variance,

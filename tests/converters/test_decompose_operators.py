@@ -35,6 +35,8 @@ CASES = {
     "amax over the image": (lambda x: x.amax((2, 3)), IMAGE),
     "amax over time and width": (lambda x: x.amax((0, 3)), IMAGE),
     "amax over everything": (lambda x: x.amax(), IMAGE),
+    "Euclidean norm": (lambda x: torch.norm(x, dim=1, keepdim=True), IMAGE),
+    "Euclidean norm of everything": (torch.norm, IMAGE),
     "layer norm": (nn.LayerNorm((6, 5)), IMAGE),
     "layer norm without weights": (nn.LayerNorm(5, elementwise_affine=False), IMAGE),
     "group norm": (nn.GroupNorm(2, 4), IMAGE),
