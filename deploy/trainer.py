@@ -86,6 +86,11 @@ class TorchTrainer:
 
     def __init__(self, net: nn.Module, options: Options, ranks: Ranks, classes: int) -> None:
         device = options.torch_device
+        if not hasattr(torch.amp, "GradScaler"):
+            raise UsageError(
+                f"training with torch needs torch 2.6 or later, and this is torch {torch.__version__}; "
+                "beside an IPU's SDK train with --target ipu or ipu-sim"
+            )
         if not any(p.requires_grad for p in net.parameters()):
             raise UsageError("the network has no parameters that learn; there is nothing to train")
         if options.backend is not None:
