@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..converters.errors import UsageError
+from ..converters.errors import UnsupportedError, UsageError
 from ..converters.losses import rates
 from ..targets import ipu
+from . import data
 from .options import Options
 from .ranks import Ranks
 from .trainer import check_outputs
@@ -39,8 +40,15 @@ class IpuTrainer:
         parameters: dict[str, Any] = (
             {"momentum": options.momentum} if options.optimizer == "sgd" else {}
         )
+        try:
+            module = ipu.training_module(net, options.loss)
+        except UnsupportedError as error:
+            # What the trace would refuse at the first step, so that all is said at once.
+            sample = data.load(options.data, split="train", limit=options.batch_size)
+            findings = ipu.check(net, sample.x, sample.y, options.loss)
+            raise UnsupportedError(error.headline, findings) from error
         self._trainer = ipu.trainer(
-            ipu.training_module(net, options.loss),
+            module,
             options.optimizer,
             options.lr,
             device_iterations=options.device_iterations,

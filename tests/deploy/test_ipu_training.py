@@ -168,6 +168,7 @@ def test_what_cannot_train(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path, "fc", (), target="ipu")
     with pytest.raises(UsageError, match=r"ce_count takes spikes \[T, N, C\]"):
         run(folder, tmp_path, "fc", (), target="ipu-sim", loss="ce_count")
-    kept = f"{Path(__file__).parent / 'spiking_net.py'}:Kept"
-    with pytest.raises(UnsupportedError, match="kept-state"):
-        run(folder, tmp_path, kept, (), target="ipu-sim")
+    both = f"{Path(__file__).parent / 'spiking_net.py'}:KeptAndAsking"
+    with pytest.raises(UnsupportedError) as refused:
+        run(folder, tmp_path, both, (), target="ipu-sim")
+    assert {f.rule for f in refused.value.findings} == {"kept-state", "value-in-python"}
