@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("snntorch")
+import tutorials  # noqa: E402 -- after what it needs
 pytestmark = pytest.mark.snntorch
-
-
-@pytest.fixture(scope="module")
-def tutorials() -> Any:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    import tutorials
-
-    yield tutorials
-    sys.path.pop(0)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +21,7 @@ def tutorials() -> Any:
         ),
     ],
 )
-def test_a_tutorial_computes_on_a_target_what_it_says(
-    tutorials: Any, name: str, target: str
-) -> None:
+def test_a_tutorial_computes_on_a_target_what_it_says(name: str, target: str) -> None:
     net, batch = tutorials.build(name)
     row = tutorials.convert(net, batch, 2, target)
     assert row.verdict.startswith("equal")

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("spikingjelly.activation_based.model.masnn", reason="needs SpikingJelly 2.0.0")
+import zoo  # noqa: E402 -- after what it needs
 pytestmark = pytest.mark.spikingjelly
-
-
-@pytest.fixture(scope="module")
-def zoo() -> Any:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    import zoo
-
-    yield zoo
-    sys.path.pop(0)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +20,7 @@ def zoo() -> Any:
         ),
     ],
 )
-def test_a_network_is_rewritten_for_every_target(zoo: Any, name: str) -> None:
+def test_a_network_is_rewritten_for_every_target(name: str) -> None:
     net, batch = zoo.build(name)
     rows = dict(zoo.rewrite(net, batch(1), ("reference", "onnx", "lynxi-sim")))
     assert all(row.verdict.startswith("converts") for row in rows.values())
@@ -41,7 +29,7 @@ def test_a_network_is_rewritten_for_every_target(zoo: Any, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
-def test_a_network_computes_on_a_target_what_was_trained(zoo: Any, target: str) -> None:
+def test_a_network_computes_on_a_target_what_was_trained(target: str) -> None:
     net, batch = zoo.build("FashionMNISTNet")
     row = zoo.convert(net, batch, 1, target)
     assert row.verdict == "equal" or row.verdict.startswith("rounding flips")
