@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("snntorch")
-import tutorials  # noqa: E402 -- after what it needs
+
+import tutorials
+
 pytestmark = pytest.mark.snntorch
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("spikingjelly.activation_based.model.masnn", reason="needs SpikingJelly 2.0.0")
-import zoo  # noqa: E402 -- after what it needs
+
+import zoo
+
 pytestmark = pytest.mark.spikingjelly
 
 
