@@ -93,7 +93,7 @@ def fan_in(node: Node) -> int:
     if isinstance(weight, fx.Node) and "conv_transpose" in str(node.target):
         kernel = shape(weight)[2:]
         return int(shape(weight)[0] * torch.Size(kernel).numel())
-    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+    if node.target in (aten.matmul.default, aten.bmm.default):
         first: Any = node.args[0]
         return shape(first)[-1]
     return 1

@@ -86,7 +86,7 @@ class _Stack:
         first = self.n.args[0]
         if target is aten.cat.default:
             return self._cat
-        if target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+        if target in (aten.matmul.default, aten.bmm.default):
             return self._matmul
         # In all others time comes with the first operand; the rest are weights.
         if not isinstance(first, fx.Node) or {self.one(first)} != {*self.stacked}:

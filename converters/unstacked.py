@@ -357,6 +357,5 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.cat.default: _Unstack._join,
     aten.stack.default: _Unstack._join,
     aten.matmul.default: _Unstack._product,
-    aten.mm.default: _Unstack._product,
     aten.bmm.default: _Unstack._product,
 }

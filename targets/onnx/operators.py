@@ -604,7 +604,6 @@ OPERATORS: dict[Any, Exporter] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
-    aten.mm.default: _matmul,
     aten.addmm.default: _addmm,
     aten.batch_norm.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
