@@ -32,8 +32,9 @@ from torch import fx
 from .. import ops
 from ..errors import Finding, UnsupportedError
 from ..loops import Loops
+from ..neurons import Neuron
 from ..ops import Node, aten, shape
-from ..program import NEURON, STATE, PassReport, Program, TensorSpec, short, where
+from ..program import NEURON, STATE, PassReport, Program, Site, TensorSpec, short, where
 from ..stepping import Stepping
 from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Value
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
@@ -301,8 +302,8 @@ class _StepTime(Loops):
         key = _identity(n)
         if key not in self.calls:
             drive = self._drive(n, x, value, layout)
-            site = next(s for m, s in self.single.items() if _identity(m) == key)
-            self.calls[key] = self.layer(site, drive, n)
+            sites = (s for m, s in self.single.items() if _identity(m) == key)
+            self.calls[key] = self.layer(next(sites, None) or self._silent(n), drive, n)
         call = self.calls[key]
         if n.target is NEURON:
             node = self.call(operator.getitem, call, 0, path=path)
@@ -315,6 +316,12 @@ class _StepTime(Loops):
         if layout == "stepped":
             return Steps(node, 0, T)
         return Steps(node, 0, T, 1, shape(n)[0] // T, bare=False)
+
+    def _silent(self, n: Node) -> Site:
+        """A layer of which only the states are used."""
+        _, params, spec, layout, T = n.args[:5]
+        neuron = Neuron.from_json(spec, [self.program.tensor(p.target) for p in params])
+        return Site(where(n) or n.name, where(n), neuron, T, layout, (), ())
 
     def _drive(self, n: Node, x: Node, value: Value, layout: str) -> Node:
         """One step [N, ...] of a neuron's input."""

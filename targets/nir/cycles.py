@@ -67,9 +67,9 @@ class CycleExporter(Exporter):
     def emit(self, n: Node) -> Signal | None:
         """The signal of a node; None for what stays inside of a neuron."""
         if n.target is NEURON_STEP:
-            return replace(self._fires(n), binary=True)
+            return replace(self._fires(n), binary=True) if _spikes_are_used(n) else None
         if n.target is operator.getitem:
-            return self.signals[n.args[0]] if n.args[1] == 0 else None
+            return self.signals.get(n.args[0]) if n.args[1] == 0 else None
         if n.target is aten.stack.default and all(a in self.states for a in n.args[0]):
             return None
         if n.target is aten.select.int and n.args[0].target is operator.getitem:
@@ -86,7 +86,7 @@ class CycleExporter(Exporter):
         if state or (n.target is aten.stack.default and n.args[0][0] in self.states):
             return []
         if n.target is aten.select.int and n.args[0].target is operator.getitem:
-            return [n.args[0].args[0]]
+            return [n.args[0].args[0].args[0]]
         return super().wanted(n)
 
     def run(self) -> Exported:
@@ -288,6 +288,11 @@ def _pairs(edges: Sequence[tuple[str, str, int]]) -> set[tuple[str, str]]:
 def _lone(sources: Sequence[str], passed: set[str]) -> bool:
     """Whether a signal is that of one node at which steps are taken."""
     return len(sources) == 1 and sources[0] not in passed
+
+
+def _spikes_are_used(n: Node) -> bool:
+    """Whether a layer is more than its potential, which a node of its own gives."""
+    return any(u.target is operator.getitem and u.args[1] == 0 and u.users for u in n.users)
 
 
 def _of_neuron(n: Node) -> bool:

@@ -467,6 +467,14 @@ def test_what_a_loop_ends_with(tmp_path: Path) -> None:
     assert torch.equal(deploy.load(path)(x), net(x))
 
 
+def test_a_readout_after_a_loop(tmp_path: Path) -> None:
+    """No spikes of the readout are used: it is a layer by its state alone."""
+    net, x = nn.Sequential(Looped(ahead), Readout(neurons.LIF, tau=2.0, v_rest=0.0)), 3 * GRID
+    path = compiled(net, (x,), tmp_path, dt=DT)
+    assert net(x).std() > 0.1
+    assert torch.equal(deploy.load(path)(x), net(x))
+
+
 @pytest.mark.snntorch
 def test_what_no_neuron_of_nir_computes_is_written_as_its_arithmetic(tmp_path: Path) -> None:
     """Neurons that hear all spikes of their layer, added last: Scale, Affine, Threshold and Delay."""
