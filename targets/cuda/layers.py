@@ -56,7 +56,7 @@ class LayerByLayer(nn.Sequential):
             else:
                 spikes = node(x_seq)
             x = spikes.flatten(0, 1)
-            del layers[: 1 + (norm is not None) + (window != (1, 1))]
+            layers = layers[1 + (norm is not None) + (window != (1, 1)) :]
         return _unfold(x, x_seq)
 
     def step_by_step(self, x_seq: torch.Tensor) -> torch.Tensor:
