@@ -1,5 +1,6 @@
 """Training: the loop, its checkpoints, going on from one, several processes, and what is refused."""
 
+import copy
 import json
 import os
 import re
@@ -370,6 +371,21 @@ def test_network_that_cannot_be_trained():
             UsageError, match=re.escape(f"gives {found} for 5 samples of 10 classes")
         ):
             trainer.step(torch.zeros(5, 1, 28, 28), torch.zeros(5, dtype=torch.long))
+
+
+def test_a_training_on_a_gpu_goes_on_without_one():
+    """There the learning rate is a tensor."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    state = copy.deepcopy(TorchTrainer(net, Options(), Ranks(), 10).state())
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"lr": torch.tensor(0.025), "fused": True}
+    trainer = TorchTrainer(net, Options(), Ranks(), 10)
+    trainer.load(state)
+    trainer.step(torch.rand(4, 1, 28, 28), torch.arange(4))
+    trainer.end_epoch()
+    (group,) = trainer.state()["optimizer"]["param_groups"]
+    assert isinstance(group["lr"], float)
+    assert 0 < group["lr"] <= 0.025
 
 
 def test_backends(make):
