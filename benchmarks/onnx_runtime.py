@@ -71,19 +71,19 @@ def speed(table: Table) -> None:
         spikingjelly(csnn),
         images[:32],
     )
-    sew, x = _sew_resnet18()
-    _faster(table, f"{_SEW}, batch 1", 2.0, sew, spikingjelly(sew), x)
+    sew, batch = _sew_resnet18()
+    for n in (1, 4):
+        _faster(table, f"{_SEW}, batch {n}", 2.0, sew, spikingjelly(sew), batch(n))
     fc = trained()
     for n in (1, 128):
         _faster(table, f"snnTorch's tutorial, 25 steps, batch {n}", 10.0, fc, fc, images[:n])
 
 
-def _sew_resnet18() -> tuple[nn.Module, torch.Tensor]:
+def _sew_resnet18() -> tuple[nn.Module, Callable[[int], torch.Tensor]]:
     zoo.ZOO["sew_resnet18"] = zoo.Builder(
         "sew_resnet", (3, 224, 224), options=(("cnf", "ADD"),), neuron="IFNode"
     )
-    net, batch = zoo.build("sew_resnet18")
-    return net, batch(1)
+    return zoo.build("sew_resnet18")
 
 
 def _faster(
@@ -168,7 +168,8 @@ class Chain(nn.Module):
 
 def conversion(table: Table) -> None:
     """Seconds of a conversion, and how they grow."""
-    table.at_most(f"{_SEW}: seconds to convert and verify", 30, _convert(*_sew_resnet18()))
+    sew, batch = _sew_resnet18()
+    table.at_most(f"{_SEW}: seconds to convert and verify", 30, _convert(sew, batch(1)))
     depths = (16, 64)
     each = []
     for depth in depths:
