@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -33,12 +32,11 @@ from snntorch import surrogate, utils
 from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
-from zoo import Row
+from zoo import Row, compared
 
 from spikeport import deploy
 from spikeport.converters import sources
 from spikeport.deploy import data
-from spikeport.targets.lynxi.simulator import options
 
 #: The threshold of neurons that are not meant to fire.
 _NEVER = 20000
@@ -498,12 +496,8 @@ def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target
         return Row(verdict=f"REFUSED ({len(reasons)}): {reasons[0]}")
     seconds = time.perf_counter() - start
     calls = list(program.nodes("call_function"))
-    x, labels = batch(n), torch.zeros(n, dtype=torch.long)
-    with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
-        deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
-        with deploy.load(f"{folder}/artifact") as model:
-            outputs, spikes = model.probe(x)
-            report = deploy.compare(net, model, [(x, labels)], layers=n)
+    x = batch(n)
+    outputs, spikes, report = compared(net, program, x, n)
     with torch.no_grad():
         expected = net(x)
     rate = mean(s.mean().item() for s in spikes.values())

@@ -247,6 +247,19 @@ class Row:
         return f"{self.nodes:5} {self.seconds:6.1f} {rate:>6}  {self.verdict}"
 
 
+def compared(
+    net: nn.Module, program: Any, x: torch.Tensor, n: int
+) -> tuple[Any, dict[str, Any], Any]:
+    """Compile, load, run x of n samples: outputs, spikes by layer, and the comparison with the network."""
+    labels = torch.zeros(n, dtype=torch.long)
+    with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
+        deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
+        with deploy.load(f"{folder}/artifact") as model:
+            outputs, spikes = model.probe(x)
+            report = deploy.compare(net, model, [(x, labels)], layers=n)
+    return outputs, spikes, report
+
+
 def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target: str) -> Row:
     """Convert, which verifies layer by layer; compile, load, and compare on another batch."""
     start = time.perf_counter()
@@ -257,15 +270,10 @@ def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target
         return Row(verdict=f"REFUSED ({len(reasons)}): {reasons[0]}")
     seconds = time.perf_counter() - start
     nodes = sum(1 for _ in program.nodes("call_function"))
-    with tempfile.TemporaryDirectory() as folder, options(storage="float32"):
-        try:
-            deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
-        except deploy.CompileError as error:
-            return Row(nodes, seconds, verdict=f"REFUSED by the compiler: {error}")
-        with deploy.load(f"{folder}/artifact") as model:
-            x = batch(n)
-            _, spikes = model.probe(x)
-            report = deploy.compare(net, model, [(x, torch.zeros(n, dtype=torch.long))], layers=n)
+    try:
+        _, spikes, report = compared(net, program, batch(n), n)
+    except deploy.CompileError as error:
+        return Row(nodes, seconds, verdict=f"REFUSED by the compiler: {error}")
     rate = sum(s.mean().item() for s in spikes.values()) / len(spikes)
     differing = sum(sum(layer.differing) > 0 for layer in report.layers)
     verdict = "equal" if not differing else f"rounding flips spikes in {differing} layers"

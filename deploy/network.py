@@ -192,7 +192,10 @@ def _said(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+    said = f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+    if isinstance(error, ModuleNotFoundError):
+        said += "; install the package that has it (pip install --no-deps leaves torch as it is)"
+    return said
 
 
 def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
