@@ -93,6 +93,10 @@ class Tape:
             return self.const(0.0)
         if op == "mul" and (minus := [e for e in exprs if e.op == "const" and e.value == -1]):
             return self.emit("neg", exprs[1] if minus[0] is exprs[0] else exprs[0])
+        if op == "add" and (less := [e for e in exprs if e.op == "neg"]):
+            return self.emit("sub", exprs[1] if less[0] is exprs[0] else exprs[0], less[0].args[0])
+        if op == "sub" and exprs[1].op == "neg":
+            return self.emit("add", exprs[0], exprs[1].args[0])
         if op == "sub" and exprs[0].op == "const" and exprs[0].value == 0:
             return self.emit("neg", exprs[1])
         if op == "pow" and exprs[1].value == 2:

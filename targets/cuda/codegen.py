@@ -1,10 +1,10 @@
 """Triton source of a neuron's kernels, written from its declaration.
 
 One program works on a tile of neurons for all T time steps, in chunks of ``steps``. The state stays in
-registers, in float32 whatever the dtype of x. The forward pass reads x and writes the spikes; where
-there are more chunks than one and a backward pass will come, it also keeps the state at the start of
-each chunk. The backward pass reads x and the gradient of the spikes, computes the chunk's states again,
-and runs the recursion of the derivatives in reverse.
+registers, in float32 whatever the dtype of x. The forward pass reads x and writes the spikes; where a
+backward pass will come, it also keeps the state at the start of each chunk but the first. The backward
+pass reads x and the gradient of the spikes, computes the chunk's states again, and runs the recursion of
+the derivatives in reverse.
 
 A batch norm before the neuron is part of its kernels: x is then ``(y - mean) * scale + shift``, and the
 derivatives that the norm's own backward pass sums over a channel are those in ``shift`` and ``scale``.
@@ -16,6 +16,7 @@ gradient goes to the first that fired, or to the window's first neuron if none d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,7 +76,7 @@ class Forward:
         initial: Whether it starts from a state that is given.
         final: Whether it gives the last state.
         v_seq: Whether it gives v after each step.
-        checkpoints: Whether it keeps the state at the start of each chunk.
+        checkpoints: Whether it keeps the state at the start of each chunk but the first.
     """
 
     initial: bool = False
@@ -102,6 +103,19 @@ class Backward:
     v_seq: bool = False
     into_x: Literal["x", "norm"] | None = "x"
     wrt: tuple[str, ...] = ()
+
+
+#: 1 / x as one instruction, exact to a bit in the last place; and as Triton's interpreter knows it.
+RECIPROCAL = """\
+def reciprocal(x):
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+"""
+RECIPROCAL_INTERPRETED = """\
+def reciprocal(x):
+    return 1.0 / x
+"""
 
 
 class _Step:
@@ -158,30 +172,71 @@ class _Text:
     ) -> list[str]:
         """Lines that compute the results; their names."""
         names: dict[int, str] = {}
-        for e in needed(results):
+        values = needed(results)
+        parts = _parts(values, results, step.forward)
+        for e in values:
             if e.op == "const":
                 names[e.index] = repr(e.value)
             elif e.op == "input":
                 names[e.index] = given[e.value]
             elif e.op == "detach":
                 names[e.index] = names[e.args[0].index]
-            else:
+            elif e not in parts.values():
                 names[e.index] = f"e{e.index}_{suffix}"
-                args = [names[a.index] for a in e.args]
-                self(f"{names[e.index]} = {_code(e, args, exact=e.index < step.forward)}")
+                self(f"{names[e.index]} = {_code(e, parts.get(e), names, step.forward)}")
         return [names[r.index] for r in results]
 
 
+def _parts(values: list[Expr], results: list[Expr], forward: int) -> dict[Expr, Expr]:
+    """Operations that are computed as part of another, by that other: nothing else needs their value.
+
+    A derivative is a sum of products, each of which makes one operation with its sum: derivatives need
+    not be rounded as torch rounds them. 1 - spikes is as exact from the comparison.
+    """
+    uses = Counter([*(a for e in values for a in e.args), *results])
+    parts: dict[Expr, Expr] = {}
+    for e in values:
+        for a in reversed(e.args):
+            product = e.op in ("add", "sub") and a.op == "mul" and forward <= a.index
+            if uses[a] == 1 and a not in parts and (product or _no_spike(e, a)):
+                parts[e] = a
+                break
+    return parts
+
+
+def _no_spike(e: Expr, spike: Expr) -> bool:
+    """Whether a value is 1 - spike."""
+    one = e.args[0]
+    return e.op == "sub" and one.op == "const" and one.value == 1 and spike.op.startswith("fire")
+
+
+_FIRES = {"fire_ge": ">=", "fire_gt": ">"}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
-def _code(e: Expr, args: list[str], exact: bool) -> str:
-    """One operation; ``exact`` divisions are rounded as torch rounds them."""
-    a, b, c = (*args, "", "", "")[:3]
+def _code(e: Expr, part: Expr | None, names: Mapping[int, str], forward: int) -> str:
+    """One operation, or two; those of the forward pass are rounded as torch rounds them."""
+
+    def name(of: Expr) -> str:
+        return names[of.index]
+
+    if part is not None and part.op == "mul":
+        first, second = map(name, part.args)
+        if e.args[0] is part:
+            added = name(e.args[1])
+            return f"tl.fma({first}, {second}, {added if e.op == 'add' else f'-{added}'})"
+        first = first if e.op == "add" else f"-{first}"
+        return f"tl.fma({first}, {second}, {name(e.args[0])})"
+    if part is not None:
+        h, threshold = map(name, part.args)
+        return f"tl.where({h} {_FIRES[part.op]} {threshold}, 0.0, 1.0)"
+    a, b, c = (*map(name, e.args), "", "", "")[:3]
     if e.op in _INFIX:
         return f"{a} {_INFIX[e.op]} {b}"
+    if e.op in _FIRES:
+        return f"tl.where({a} {_FIRES[e.op]} {b}, 1.0, 0.0)"
     if e.op == "div":
-        return f"tl.div_rn({a}, {b})" if exact else f"{a} / {b}"
+        return f"tl.div_rn({a}, {b})" if e.index < forward else _quotient(e, a, b)
     if e.op == "pow":
         return _power(a, e.args[1])
     return {
@@ -192,9 +247,17 @@ def _code(e: Expr, args: list[str], exact: bool) -> str:
         "tanh": f"2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
         "relu": f"tl.where({a} < 0.0, 0.0, {a})",
         "where": f"tl.where({a}, {b}, {c})",
-        "fire_ge": f"tl.where({a} >= {b}, 1.0, 0.0)",
-        "fire_gt": f"tl.where({a} > {b}, 1.0, 0.0)",
     }[e.op]
+
+
+def _quotient(e: Expr, a: str, b: str) -> str:
+    """a / b to within the last bits."""
+    over, under = e.args
+    if under.op == "const":
+        return f"{a} * {1.0 / under.value!r}"
+    return (
+        f"reciprocal({b})" if over.op == "const" and over.value == 1 else f"{a} * reciprocal({b})"
+    )
 
 
 def _power(a: str, exponent: Expr) -> str:
@@ -313,6 +376,10 @@ class _Kernel:
         at = f"x_ptr + ({t}) * tl.cast(x_time, tl.int64) + n_x{w}"
         return f"tl.load({at}{self.mask(other=True)}).to(tl.float32)"
 
+    def checkpoint(self, i: int) -> str:
+        """Where part i of the state at the start of a chunk is kept."""
+        return f"((chunk - 1) * {len(self.step.names)} + {i}) * M64"
+
     def store(self, pointer: str, base: str, value: str, w: str = "") -> None:
         """Write the tile, in the pointer's dtype."""
         value = f"tl.cast({value}, {pointer}.dtype.element_ty)"
@@ -373,11 +440,13 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
 
     def chunk(steps: int, looped: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
-        states = len(step.names)
-        for w in k.members if asked.checkpoints else ():
-            for i, part in enumerate(step.names):
-                at = f"(chunk * {states} + {i}) * M64"
-                k.store("checkpoints_ptr", at, f"q_{part}{w}", w)
+        if asked.checkpoints:
+            p("if chunk > 0:")
+            p.indent += 1
+            for w in k.members:
+                for i, part in enumerate(step.names):
+                    k.store("checkpoints_ptr", k.checkpoint(i), f"q_{part}{w}", w)
+            p.indent -= 1
         for i in range(steps):
             for w in k.members:
                 p(f"x_{i}{w} = {k.load_x(f't + {i}', w)}")
@@ -421,7 +490,7 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
     for wanted, pointer in (
         (asked.v_seq, "g_v_seq_ptr"),
         (asked.final, "g_final_ptr"),
-        (asked.initial and not kept, "initial_ptr"),
+        (asked.initial, "initial_ptr"),
         (kept, "checkpoints_ptr"),
         (asked.into_x is not None, "g_x_ptr"),
         (asked.initial, "g_initial_ptr"),
@@ -442,15 +511,18 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
             p(f"gq_{part}{w} = {given}")
     for parameter in asked.wrt:
         p(f"gp_{parameter} = {k.block('0.0')}")
+    k.initial(asked.initial, after="_start")
+
+    later = "within & (chunk > 0)" if spec.masked else "chunk > 0"
 
     def chunk(steps: int, looped: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
-        if not kept:
-            k.initial(asked.initial, after="_0")
-        for w in k.members if kept else ():
+        for w in k.members:
             for i, part in enumerate(step.names):
-                at = f"(chunk * {len(step.names)} + {i}) * M64"
-                p(f"q_{part}{w}_0 = {k.load('checkpoints_ptr', at, w)}")
+                start = f"q_{part}{w}_start"
+                at = f"checkpoints_ptr + ({k.checkpoint(i)}) + n{w}"
+                load = f"tl.load({at}, mask={later}, other={start})"
+                p(f"q_{part}{w}_0 = {load if kept else start}")
         for i in range(steps):
             for w in k.members:
                 p(f"x_{i}{w} = {k.load_x(f't + {i}', w)}")

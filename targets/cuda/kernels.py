@@ -6,7 +6,7 @@ import hashlib
 import linecache
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -16,7 +16,16 @@ import torch
 
 from ...converters.errors import DeviceError, TargetUnavailableError
 from ...converters.neurons import Neuron
-from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_source
+from .codegen import (
+    NORM,
+    RECIPROCAL,
+    RECIPROCAL_INTERPRETED,
+    Backward,
+    Forward,
+    Spec,
+    backward_source,
+    forward_source,
+)
 
 #: Time steps of a chunk. Measured on an H200: a chunk's states live in registers, and every further
 #: chunk costs a state that is kept in memory.
@@ -24,6 +33,8 @@ CHUNK = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Layers and inputs whose arrangement is remembered.
 _CALLS = 4096
+#: Most registers of a thread that works on 16-bit numbers in a loop over chunks: so 16 warps find room.
+_REGISTERS = 128
 #: Most states of a window's neurons in one chunk: those of 2 x 2 over 16 steps.
 _MOST_STATES = 4 * CHUNK
 
@@ -51,16 +62,21 @@ def triton() -> Any:
 
 @cache
 def compiled(source: str, name: str) -> Any:
-    """The kernel of this source."""
+    """The kernel of this source, which may call ``reciprocal``, see ``codegen``."""
     package = triton()
     import triton.language as tl
 
-    file = f"<spikeport {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    # Triton reads the source of a function through linecache, and so do tracebacks.
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {"tl": tl, "__name__": __name__}
-    exec(compile(source, file, "exec"), scope)
-    return package.jit(scope[name])
+    for text, function in (
+        (RECIPROCAL_INTERPRETED if interpreted() else RECIPROCAL, "reciprocal"),
+        (source, name),
+    ):
+        file = f"<spikeport {function} {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
+        # Triton reads the source of a function through linecache, and so do tracebacks.
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        exec(compile(text, file, "exec"), scope)
+        scope[function] = package.jit(scope[function])
+    return scope[name]
 
 
 @dataclass(frozen=True)
@@ -306,7 +322,7 @@ class Plan:
         spec: What the kernels' source is written from.
         names: Names of the parameters.
         reads: How they are read.
-        warps: Warps of a program.
+        launch: What Triton is told besides: warps of a program, registers of a thread.
     """
 
     out: Layout
@@ -314,7 +330,7 @@ class Plan:
     spec: Spec
     names: tuple[str, ...]
     reads: tuple[Reads, ...]
-    warps: int
+    launch: Mapping[str, int]
 
 
 @lru_cache(_CALLS)
@@ -327,18 +343,22 @@ def _plan(
     detach_reset: bool,
     window: tuple[int, int],
     backward: bool,
+    half: bool,
 ) -> Plan:
     out = lay.windows(window)
     loop = lay.T > CHUNK
     steps = min(lay.T, CHUNK)
     members = math.prod(window)
-    warps, per_thread = _program(steps, members, loop, backward)
+    declared = Neuron.from_json(neuron, [torch.empty(())] * len(params))
+    warps, per_thread = _program(steps, members, len(declared.starts), backward)
     block = 32 * warps * per_thread
+    launch = {"num_warps": warps}
+    if loop and backward and half:
+        launch["maxnreg"] = _REGISTERS
     tile = channel_tile(out, block) if norm else flat_tile(out, block)
     channel = (lay.shape[2], *(1,) * (len(lay.shape) - 3)) if norm else ()
-    own = Neuron.from_json(neuron, [torch.empty(())] * len(params)).tensors()
     shapes = dict.fromkeys(NORM, channel) if norm else {}
-    shapes |= dict(zip(own, params, strict=True))
+    shapes |= dict(zip(declared.tensors(), params, strict=True))
     reads = tuple(_reads(lay, tile, shape) for shape in shapes.values())
     spec = Spec(
         neuron,
@@ -355,7 +375,7 @@ def _plan(
         norm,
         window,
     )
-    return Plan(out, tile, spec, tuple(shapes), reads, warps)
+    return Plan(out, tile, spec, tuple(shapes), reads, launch)
 
 
 @dataclass(frozen=True)
@@ -389,7 +409,8 @@ class Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
         shapes = tuple(p.shape for p in params)
-        plan = _plan(lay, bool(norm), shapes, neuron, surrogate, detach_reset, window, backward)
+        how = (neuron, surrogate, detach_reset, window, backward, x.itemsize == 2)
+        plan = _plan(lay, bool(norm), shapes, *how)
         tensors = zip(plan.reads, (*norm, *params), strict=True)
         return cls(x, lay, plan, tuple(read.tensor(lay, tensor) for read, tensor in tensors))
 
@@ -402,11 +423,6 @@ class Call:
     def spec(self) -> Spec:
         """What the source is written from."""
         return self.plan.spec
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks, the tail included."""
-        return -(-self.lay.T // CHUNK) if self.spec.loop else 1
 
     def launch(self, source: str, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Run a kernel of :mod:`.codegen` on its tensors."""
@@ -422,11 +438,11 @@ class Call:
         elsewhere = self.x.is_cuda and self.x.device.index != torch.cuda.current_device()
         with torch.cuda.device(self.x.device) if elsewhere else nullcontext():
             # Products and sums are rounded one by one, as torch rounds them: spikes are the same.
-            kernel, warps = compiled(source, name), self.plan.warps
-            kernel[tile.grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+            kernel = compiled(source, name)
+            kernel[tile.grid](*arguments, enable_fp_fusion=False, **self.plan.launch)
 
 
-def _program(steps: int, members: int, loop: bool, backward: bool) -> tuple[int, int]:
+def _program(steps: int, members: int, states: int, backward: bool) -> tuple[int, int]:
     """Warps of a program, and neurons, or windows of ``members`` neurons, of each of its threads.
 
     Measured on an H200: several a thread make wide loads, until their states fill its registers, which
@@ -434,9 +450,9 @@ def _program(steps: int, members: int, loop: bool, backward: bool) -> tuple[int,
     """
     if members > 1:
         return 8, 2 if steps * members <= CHUNK else 1
-    if steps <= CHUNK // 2 or (loop and not backward):
+    if steps <= CHUNK // 2 or not backward:
         return 8, 4
-    return 4 if loop else 8, 2
+    return 4, 4 if states == 1 else 2
 
 
 def forward(call: Call, asked: Forward, tensors: Sequence[torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ...converters.equations import named
 from ...converters.errors import TargetUnavailableError
 from .codegen import NORM, Backward, Forward
-from .kernels import CHUNK, Call, layout
+from .kernels import CHUNK, Call, Layout, layout
 from .kernels import backward as run_backward
 from .kernels import forward as run_forward
 
@@ -89,8 +89,7 @@ def fused_neuron(
     v = lay.empty(x) if v_seq else _nothing(x)
     last = lay.state(x, states) if final else _nothing(x)
     keep = checkpoints and call.spec.loop
-    shape = (call.chunks, states, lay.N) if keep else (0,)
-    kept = x.new_empty(shape, dtype=torch.float32)
+    kept = x.new_empty(_kept(lay, states, checkpoints), dtype=torch.float32)
     asked = Forward(initial is not None, final, v_seq, keep)
     tensors = [spikes]
     tensors += [v] if v_seq else []
@@ -131,16 +130,19 @@ def _(
     last = torch.empty_strided(
         shape, (lay.N, *lay.strides[1:]), dtype=torch.float32, device=x.device
     )
-    keep = checkpoints and lay.T > CHUNK
-    kept = x.new_empty((-(-lay.T // CHUNK), states, lay.N), dtype=torch.float32)
     return (
         spikes,
         last if final else _nothing(x),
         torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
         if v_seq
         else _nothing(x),
-        kept if keep else x.new_empty(0, dtype=torch.float32),
+        x.new_empty(_kept(lay, states, checkpoints), dtype=torch.float32),
     )
+
+
+def _kept(lay: Layout, states: int, checkpoints: bool) -> tuple[int, int, int]:
+    """The shape of the states that the backward pass starts its chunks from, but the first chunk."""
+    return (max(lay.T - 1, 0) // CHUNK if checkpoints else 0, states, lay.N)
 
 
 def fused_neuron_backward(
@@ -178,7 +180,7 @@ def fused_neuron_backward(
     given = [call.out.align(g_spikes)]
     given += [lay.align(g_v_seq)] if g_v_seq is not None else []
     given += [lay.align_state(g_final)] if g_final is not None else []
-    given += [lay.align_state(initial)] if initial is not None and not call.spec.loop else []
+    given += [lay.align_state(initial)] if initial is not None else []
     given += [checkpoints] if call.spec.loop else []
     into_initial = [g_initial] if initial is not None else []
     flags = (initial is not None, g_final is not None, g_v_seq is not None)
