@@ -105,6 +105,9 @@ class Backward:
     wrt: tuple[str, ...] = ()
 
 
+#: Steps before its use that the gradient of the spikes is loaded: all of a chunk's fill the registers.
+_AHEAD = 8
+
 #: 1 / x as one instruction, exact to a bit in the last place; and as Triton's interpreter knows it.
 RECIPROCAL = """\
 def reciprocal(x):
@@ -513,6 +516,9 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
         p(f"gp_{parameter} = {k.block('0.0')}")
     k.initial(asked.initial, after="_start")
 
+    def gradient(i: int) -> None:
+        p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
+
     later = "within & (chunk > 0)" if spec.masked else "chunk > 0"
 
     def chunk(steps: int, looped: bool) -> None:
@@ -526,8 +532,8 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
         for i in range(steps):
             for w in k.members:
                 p(f"x_{i}{w} = {k.load_x(f't + {i}', w)}")
-        for i in range(steps):
-            p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
+        for i in range(max(0, steps - _AHEAD), steps):
+            gradient(i)
         for i in range(steps - 1):
             for w in k.members:
                 given = k.given(i, w, asked.initial, looped, f"_{i}")
@@ -535,6 +541,8 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
                 for part, value in zip(step.names, after, strict=True):
                     p(f"q_{part}{w}_{i + 1} = {k.block(value)}")
         for i in reversed(range(steps)):
+            if i >= _AHEAD:
+                gradient(i - _AHEAD)
             if k.pooled:
                 _pooling_backward(k, asked, i, looped)
             for w in k.members:
