@@ -300,12 +300,15 @@ class TestState:
         assert torch.equal(torch.stack([single(x_t) for x_t in x]), whole)
         assert torch.equal(single.v, node.v)
 
-    def test_gradients_flow_through_a_kept_state_until_it_is_detached(self, device: str) -> None:
+    @pytest.mark.parametrize("T", [6, 23, 43])
+    def test_gradients_flow_through_a_kept_state_until_it_is_detached(
+        self, T: int, device: str
+    ) -> None:
         for detach in (False, True):
             grads = []
             for backend in ("torch", "fused"):
                 node = cuda.LIFNode(tau=3.0, keep_state=True, backend=backend)
-                x = drive(6, 1, 30, device=device).requires_grad_()
+                x = drive(T, 1, 30, device=device).requires_grad_()
                 node(x[:3])
                 if detach:
                     node.detach()
