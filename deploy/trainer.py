@@ -157,8 +157,10 @@ class TorchTrainer:
         self._ranks.spread(self.net.buffers())
 
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-        """Mean loss and accuracy, see :class:`Trainer`."""
-        with self._amp:
+        """Mean loss and accuracy, see :class:`Trainer`, of what a checkpoint holds: no autocast."""
+        from ..targets.graphs import exact_sums
+
+        with exact_sums(self._options.torch_device):
             return evaluate(self.net, x, y, self._options.batch_size, self._ranks, self._loss)
 
     def state(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,28 @@ class ChannelsInnermost(fx.Interpreter):
         if target in _SPATIAL and args[0].dim() == 4:
             args = (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
         return super().call_function(target, args, kwargs)
+
+
+@contextmanager
+def exact_sums(device: torch.device) -> Iterator[None]:
+    """Products are summed in float32 and never rounded to TF32, as the verification's bounds allow.
+
+    Algorithms are deterministic, so that an artifact's recorded outputs come again bit for bit.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(matmul, name) for name in names}
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        with (
+            torch.cuda.device(device),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)

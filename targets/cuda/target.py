@@ -299,7 +299,7 @@ class _Launched:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs, where the first input lies."""
         device = self._device
-        with _device_errors(device, self._need), _exact(device), torch.inference_mode():
+        with _device_errors(device, self._need), graphs.exact_sums(device), torch.inference_mode():
             outputs = self._executor.run(*(x.to(device) for x in inputs))
             return [y.to(inputs[0].device, copy=True) for y in outputs]
 
@@ -323,7 +323,7 @@ class _Captured:
         self._turn = threading.Lock()
         with _device_errors(device, need):
             self._executor = _Executor(module, device)
-        with _device_errors(device, need), _exact(device), torch.inference_mode():
+        with _device_errors(device, need), graphs.exact_sums(device), torch.inference_mode():
             # A stream of its own: libraries keep a workspace for each, which a graph goes on using.
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -360,31 +360,6 @@ class _Captured:
         self._graph.reset()
         self._inputs, self._outputs = [], []
         self._executor.module.to("meta")
-
-
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """Sums in float32 without TF32, which is what the verification's bounds allow.
-
-    Algorithms are deterministic, so that an artifact's recorded outputs come again bit for bit.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction")
-    before = {name: getattr(matmul, name) for name in names}
-    for name in names:
-        setattr(matmul, name, False)
-    try:
-        with (
-            torch.cuda.device(device),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
 
 
 @contextmanager

@@ -373,6 +373,16 @@ def test_network_that_cannot_be_trained():
             trainer.step(torch.zeros(5, 1, 28, 28), torch.zeros(5, dtype=torch.long))
 
 
+def test_a_training_with_autocast_is_evaluated_without():
+    """As the checkpoint's float32 weights are used."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    x, y = torch.rand(8, 1, 28, 28), torch.arange(8)
+    for amp in (False, True):
+        assert TorchTrainer(net, Options(amp=amp), Ranks(), 10).evaluate(x, y) == evaluate(
+            net, x, y
+        )
+
+
 def test_a_training_on_a_gpu_goes_on_without_one():
     """There the learning rate is a tensor."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
