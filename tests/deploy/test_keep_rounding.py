@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from networks import equal
+from random_networks import RANDOM, stacks
 from torch import nn
 
 from spikeport import deploy
@@ -149,6 +152,30 @@ def test_float16_cannot_keep_it() -> None:
         deploy.convert(net, x, "lynxi-sim", keep_rounding=True)
     with pytest.raises(deploy.UsageError, match="without keep_rounding"):
         deploy.check(net, x, ["lynxi-sim"], keep_rounding=True)
+
+
+def test_nir_leaves_rounding_to_others() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 3), IFNode()), (torch.rand(T, N, 4),)
+    (finding,) = deploy.check(net, x, ["nir"], keep_rounding=True)
+    assert (finding.rule, finding.fix) == ("rounding", "convert without keep_rounding")
+
+
+@pytest.mark.slow
+def test_50_random_networks_bit_for_bit(tmp_path: Path) -> None:
+    @settings(RANDOM, max_examples=50)
+    @given(stack=stacks())
+    def every(stack: tuple[nn.Module, tuple[torch.Tensor, ...]]) -> None:
+        net, inputs = stack
+        with torch.no_grad():
+            expected = net(*inputs)
+        for target in TARGETS:
+            program = deploy.convert(net, inputs, target, dtype="float32", keep_rounding=True)
+            with options(storage="float32"):
+                deploy.compile(program, tmp_path / target, cache=False, probe=False, overwrite=True)
+                with deploy.load(tmp_path / target) as model:
+                    assert equal(model(*inputs), expected), target
+
+    every()
 
 
 def test_on_the_command_line(
