@@ -3,13 +3,16 @@
     python benchmarks/zoo.py                              every builder; prints the table
     python benchmarks/zoo.py sew_resnet18 spikformer_ti   these alone
     python benchmarks/zoo.py --rewrite                    rewritten and checked for each target, not run
+    python benchmarks/zoo.py --keep-rounding              each with the network's own rounding kept
     python benchmarks/zoo.py --jobs 8                     in as many processes, lines as they come
 
 Float32. Each network is converted, which verifies it layer by layer (s: seconds, nodes: operators of
 the result), compiled, loaded, and compared with the source layer by layer on another batch than the
 one it was converted with. "equal": no spike differs there. "rounding flips spikes": some do, and where
-they part first the membrane lies at the threshold within the rounding of that layer. "rate" is the
-mean firing rate over layers, so that a silent network shows. lynxi-sim stores in float32 here.
+they part first the membrane lies at the threshold within the rounding of that layer; such a network is
+converted once more, with keep_rounding, and the verdict says what comes of that. There "equal bit for
+bit" is equal in every spike and in every bit of the outputs. "rate" is the mean firing rate over layers,
+so that a silent network shows. lynxi-sim stores in float32 here.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from spikeport import deploy
 from spikeport import targets as registry
@@ -260,18 +264,40 @@ def compared(
     return outputs, spikes, report
 
 
-def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target: str) -> Row:
-    """Convert, which verifies layer by layer; compile, load, and compare on another batch."""
+def convert(
+    net: nn.Module,
+    batch: Callable[[int], torch.Tensor],
+    n: int,
+    target: str,
+    keep_rounding: bool = False,
+) -> Row:
+    """Convert, which verifies layer by layer; compile, load, and compare on another batch.
+
+    Where rounding flips spikes, once more with ``keep_rounding``.
+    """
+    example, x = batch(n), batch(n)
+    row = _row(net, example, x, n, target, keep_rounding)
+    if keep_rounding or not row.verdict.startswith("rounding"):
+        return row
+    kept = _row(net, example, x, n, target, keep_rounding=True)
+    return replace(row, verdict=f"{row.verdict}; with keep_rounding {kept.verdict}")
+
+
+def _row(
+    net: nn.Module, example: torch.Tensor, x: torch.Tensor, n: int, target: str, keep_rounding: bool
+) -> Row:
     start = time.perf_counter()
     try:
-        program = deploy.convert(net, (batch(n),), target, dtype="float32")
+        program = deploy.convert(
+            net, (example,), target, dtype="float32", keep_rounding=keep_rounding
+        )
     except (deploy.FindingsError, deploy.UsageError, deploy.MismatchError) as error:
         reasons = getattr(error, "findings", None) or [error]
         return Row(verdict=f"REFUSED ({len(reasons)}): {reasons[0]}")
     seconds = time.perf_counter() - start
     nodes = sum(1 for _ in program.nodes("call_function"))
     try:
-        _, spikes, report = compared(net, program, batch(n), n)
+        outputs, spikes, report = compared(net, program, x, n)
     except deploy.CompileError as error:
         return Row(nodes, seconds, verdict=f"REFUSED by the compiler: {error}")
     rate = sum(s.mean().item() for s in spikes.values()) / len(spikes)
@@ -279,7 +305,21 @@ def convert(net: nn.Module, batch: Callable[[int], torch.Tensor], n: int, target
     verdict = "equal" if not differing else f"rounding flips spikes in {differing} layers"
     if not report.explained:
         verdict = f"DIFFERS: {report.divergence}"
+    elif keep_rounding and not differing and _same(net, x, outputs):
+        verdict = "equal bit for bit"
     return Row(nodes, seconds, rate, verdict)
+
+
+def _same(net: nn.Module, x: torch.Tensor, outputs: Any) -> bool:
+    """Whether outputs are those of the network in every bit."""
+    from spikingjelly.activation_based import functional
+
+    functional.reset_net(net)
+    with torch.no_grad():
+        expected = net(x)
+    functional.reset_net(net)
+    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def rewrite(net: nn.Module, x: torch.Tensor, targets: Sequence[str]) -> Iterator[tuple[str, Row]]:
@@ -302,21 +342,21 @@ def rewrite(net: nn.Module, x: torch.Tensor, targets: Sequence[str]) -> Iterator
         yield target, Row(len(calls), seconds, verdict=f"{verdict}, rank {max(ranks)}")
 
 
-def rows(name: str, targets: Sequence[str], rewriting: bool) -> list[str]:
+def rows(name: str, targets: Sequence[str], rewriting: bool, keep_rounding: bool) -> list[str]:
     """The table's lines of one network."""
     net, batch = build(name)
     found: Iterator[tuple[str, Row]]
     if rewriting:
         found = rewrite(net, batch(1), targets)
     else:
-        found = ((target, convert(net, batch, 1, target)) for target in targets)
+        found = ((target, convert(net, batch, 1, target, keep_rounding)) for target in targets)
     return [f"{name:27} {target:10} {row}" for target, row in found]
 
 
-def apart(task: tuple[str, tuple[str, ...], bool]) -> list[str]:
+def apart(task: tuple[str, tuple[str, ...], bool, bool]) -> list[str]:
     """:func:`rows` in a process of its own; what stops it is a line as well."""
     torch.set_num_threads(1)
-    name, targets, _ = task
+    name, targets, *_ = task
     try:
         return rows(*task)
     except Exception as error:
@@ -331,18 +371,20 @@ def main() -> None:
         "--target", action="append", choices=(*TARGETS, "cuda"), help="may be repeated"
     )
     parser.add_argument("--rewrite", action="store_true", help="rewrite and check, do not run")
+    parser.add_argument("--keep-rounding", action="store_true", help="convert all with it")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes, a thread each")
     args = parser.parse_args()
     names, targets = args.names or [*ZOO], tuple(args.target or TARGETS)
     threads = f"{args.jobs} processes" if args.jobs else f"{torch.get_num_threads()} threads"
     print(f"python {platform.python_version()}, torch {torch.__version__}, {threads}, float32")
     print(f"{'builder':27} {'target':10} {'nodes':>5} {'s':>6} {'rate':>6}  verdict")
+    how = args.rewrite, args.keep_rounding
     if not args.jobs:
         for name in names:
-            print(*rows(name, targets, args.rewrite), sep="\n", flush=True)
+            print(*rows(name, targets, *how), sep="\n", flush=True)
         return
     groups = [targets] if args.rewrite else [(target,) for target in targets]
-    tasks = [(name, group, args.rewrite) for name, group in itertools.product(names, groups)]
+    tasks = [(name, group, *how) for name, group in itertools.product(names, groups)]
     # A new process for each: networks of hundreds of megabytes leave their memory behind.
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
         for lines in pool.imap_unordered(apart, tasks):

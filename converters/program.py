@@ -225,6 +225,7 @@ class Program:
         evidence: What the verification found.
         stepping: How its steps make up a call, if it computes one step; its graph then has the states
             as further inputs and outputs.
+        keeps_rounding: Whether its layers are to round as those of the network do.
     """
 
     module: fx.GraphModule
@@ -242,6 +243,7 @@ class Program:
     examples: tuple[tuple[torch.Tensor, ...], ...] = ()
     evidence: Evidence | None = None
     stepping: Stepping | None = None
+    keeps_rounding: bool = False
 
     @property
     def graph(self) -> fx.Graph:

@@ -147,7 +147,9 @@ class Artifact:
         return (
             f"{self.path}: {m['source']['class']} for {m['target']}, {sdk}, "
             + ("stepped, " if m.get("stepping") else f"T={m['T']}, ")
-            + f"batch={m['batch']}, {m['dtype']}{found}"
+            + f"batch={m['batch']}, {m['dtype']}"
+            + (", the network's rounding kept" if m.get("keeps_rounding") else "")
+            + found
         )
 
 

@@ -182,6 +182,7 @@ def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
         "T": program.T if program.stepping is None else None,
         "batch": program.batch,
         "dtype": dtype_name(program.dtype),
+        "keeps_rounding": program.keeps_rounding,
         "inputs": _ports(program, program.graph_inputs, program.nodes("placeholder"))[
             : len(program.inputs)
         ],

@@ -13,7 +13,7 @@ from torch import nn
 from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
-from ..converters.passes import Pass, stepped
+from ..converters.passes import Pass, keeping_rounding, stepped
 from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
@@ -29,6 +29,7 @@ def check(
     dtype: str | None = None,
     *,
     time: Time = "unrolled",
+    keep_rounding: bool = False,
     dt: float | None = None,
 ) -> Findings:
     """Everything that would stop the network on these targets; nothing is compiled.
@@ -39,6 +40,7 @@ def check(
         targets: Names of targets.
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
         time: ``"unrolled"`` or ``"stepped"``, as in :func:`convert`.
+        keep_rounding: As in :func:`convert`.
         dt: Time step of a NIR graph.
     """
     if isinstance(targets, str):
@@ -51,7 +53,7 @@ def check(
     found: list[Finding] = []
     for target in chosen:
         try:
-            program, _ = _rewrite(captured, target, _dtype(target, dtype), time)
+            program, _ = _rewrite(captured, target, _dtype(target, dtype), time, keep_rounding)
             found += registry.check(program, target)
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
@@ -65,6 +67,7 @@ def convert(
     *,
     dtype: str | None = None,
     time: Time = "unrolled",
+    keep_rounding: bool = False,
     verify: bool = True,
     dt: float | None = None,
 ) -> Program:
@@ -78,6 +81,8 @@ def convert(
         dtype: ``"float16"`` or ``"float32"``; the target's own unless given.
         time: ``"unrolled"``: a call of the result is a call of the network, all time steps from v_0; or
             ``"stepped"``: it is one step, with every state as a further input and output.
+        keep_rounding: Whether layers round as the network's own do: batch norms stay operators instead of
+            going into weights, and no layer is computed on other rows than there. Slower; float32 only.
         verify: Whether source and result are run and compared.
         dt: Time step of a NIR graph, in the unit of its time constants; the one that its metadata say
             unless given.
@@ -86,12 +91,13 @@ def convert(
         CaptureError: The network cannot become a graph.
         UnsupportedError: The rewritten graph breaks rules of the target.
         MismatchError: They differ, and rounding does not explain it.
+        UsageError: The target has no such dtype or time, or the dtype cannot keep the rounding.
     """
     chosen = registry.get(target)
     net = _network(net, dt)
     captured = capture(net, args)
     captured.examples = (tuple(x.detach().clone() for x in args),)
-    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time)
+    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time, keep_rounding)
     errors = registry.check(program, chosen).errors
     if errors:
         raise UnsupportedError(f"{target} cannot run this network:", errors)
@@ -114,26 +120,34 @@ def _dtype(target: Target, name: str | None) -> torch.dtype:
     return _DTYPES[name]
 
 
-def passes(target: Target, dtype: torch.dtype, time: Time) -> tuple[Pass, ...]:
+def passes(
+    target: Target, dtype: torch.dtype, time: Time, keep_rounding: bool = False
+) -> tuple[Pass, ...]:
     """The rewrites that a target needs for all time steps or for one.
 
     Raises:
-        UsageError: ``time`` is neither, or the target does not take it.
+        UsageError: ``time`` is neither, or the target does not take it, or ``dtype`` rounds otherwise.
     """
     if time not in target.capabilities.times:
         allowed = ", ".join(sorted(target.capabilities.times))
         raise UsageError(f"time is {time!r}; allowed for {target.name}: {allowed}")
+    if keep_rounding and dtype != torch.float32:
+        raise UsageError(
+            f"keep_rounding keeps that of float32, and in {dtype} every value is rounded once more; "
+            'convert with dtype="float32" (--dtype float32), or without keep_rounding'
+        )
     own = target.passes(dtype)
-    return stepped(own) if time == "stepped" else own
+    own = stepped(own) if time == "stepped" else own
+    return keeping_rounding(own) if keep_rounding else own
 
 
 def _rewrite(
-    captured: Program, target: Target, dtype: torch.dtype, time: Time
+    captured: Program, target: Target, dtype: torch.dtype, time: Time, keep_rounding: bool = False
 ) -> tuple[Program, Program | None]:
     """The program for the target, and the program before a cast, if there was one."""
-    program = replace(captured, target=target.name, captured=captured)
+    program = replace(captured, target=target.name, captured=captured, keeps_rounding=keep_rounding)
     uncast = None
-    for rewrite in passes(target, dtype, time):
+    for rewrite in passes(target, dtype, time, keep_rounding):
         before, program = program, rewrite(program)
         if program.dtype != before.dtype:
             uncast = before

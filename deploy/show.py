@@ -46,18 +46,20 @@ def steps(
     target: str,
     dtype: torch.dtype | None = None,
     time: Time = "unrolled",
+    keep_rounding: bool = False,
 ) -> list[Step]:
     """The capture and each pass of a target, in order.
 
     Raises:
         CaptureError: The network cannot become a graph.
         UnsupportedError: It cannot be run step by step, if that is asked.
+        UsageError: The target has no such dtype or time, or the dtype cannot keep the rounding.
     """
     chosen = registry.get(target)
     program = capture(net, args)
     found = [Step(program.history[-1], program)]
     program = replace(program, target=target)
-    for rewrite in passes(chosen, dtype or chosen.default_dtype(), time):
+    for rewrite in passes(chosen, dtype or chosen.default_dtype(), time, keep_rounding):
         program = rewrite(program)
         found.append(Step(program.history[-1], program))
     return found

@@ -43,7 +43,9 @@ def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read(directory: Path) -> fx.GraphModule:
     """What :func:`write` wrote."""
     graph = graph_from_data(json.loads((directory / _GRAPH).read_text(encoding="utf-8")))
-    return fx.GraphModule(load_file(directory / _WEIGHTS), graph)
+    # In memory of torch's own: the order in which a library adds up follows the alignment.
+    tensors = {name: tensor.clone() for name, tensor in load_file(directory / _WEIGHTS).items()}
+    return fx.GraphModule(tensors, graph)
 
 
 def channels_innermost(net: nn.Module) -> nn.Module:

@@ -2,22 +2,26 @@
 
 Neurons stay single operators, run by the reference of their declaration. It is fast as well: what
 does not depend on time is computed once, batch norms are folded, and convolutions and pooling run with
-channels innermost.
+channels innermost. A program that keeps the network's rounding runs as torch runs the network.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..converters.errors import UsageError
 from ..converters.passes import Pass
 from ..converters.program import Program
 from . import graphs
 from .base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
+
+_SETTINGS = "settings.json"
 
 
 class Reference:
@@ -47,7 +51,9 @@ class Reference:
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Write the graph and its weights."""
         chosen(self.name, options, {})
-        return Compiled({}, graphs.write(program, directory))
+        settings = json.dumps({"channels_innermost": not program.keeps_rounding})
+        (directory / _SETTINGS).write_text(settings, encoding="utf-8")
+        return Compiled({}, (*graphs.write(program, directory), _SETTINGS))
 
     def load(
         self,
@@ -58,13 +64,16 @@ class Reference:
     ) -> Loaded:
         """Read the graph and its weights."""
         only_device(self.name, device)
-        return _Model(graphs.ChannelsInnermost(graphs.read(directory)))
+        file, module = directory / _SETTINGS, graphs.read(directory)
+        # Artifacts of before there was a choice have no such file.
+        faster = not file.exists() or json.loads(file.read_bytes())["channels_innermost"]
+        return _Model(graphs.ChannelsInnermost(module) if faster else fx.Interpreter(module))
 
 
 class _Model:
     """A graph on the CPU."""
 
-    def __init__(self, executor: graphs.ChannelsInnermost) -> None:
+    def __init__(self, executor: fx.Interpreter) -> None:
         self._executor = executor
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

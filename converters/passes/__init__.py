@@ -33,6 +33,18 @@ def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     return (*passes[:at], step_time, *passes[at:])
 
 
+def keeping_rounding(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """A target's passes without those that let layers round otherwise and that it can do without.
+
+    Batch norms stay out of weights, and an operator has the rows that it has in the network: on others
+    a library may add up in another order.
+    """
+    left = {absorb_batch_norm, fold_batch_norm, hoist_time_invariant}
+    if step_time not in passes:  # it takes apart again what re-rolling puts together
+        left.add(reroll_time)
+    return tuple(one for one in passes if one not in left)
+
+
 __all__ = [
     "Pass",
     "absorb_batch_norm",
@@ -42,6 +54,7 @@ __all__ = [
     "fold_batch_norm",
     "fold_constants",
     "hoist_time_invariant",
+    "keeping_rounding",
     "lower_neurons",
     "reroll_time",
     "step_time",

@@ -61,6 +61,11 @@ def net_arguments(parser: argparse.ArgumentParser, inputs: bool) -> None:
             help="all time steps in one call (unrolled), or one step with its states as further inputs "
             "and outputs (stepped)",
         )
+        parser.add_argument(
+            "--keep-rounding",
+            action="store_true",
+            help="layers round as the network's own do: no batch norm goes into weights; slower",
+        )
 
 
 def artifact_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,9 @@ def _run(args: argparse.Namespace) -> int:
     from ..pipeline import check
 
     net, inputs = network(args)
-    findings = check(net, inputs, args.target, args.dtype, time=args.time)
+    findings = check(
+        net, inputs, args.target, args.dtype, time=args.time, keep_rounding=args.keep_rounding
+    )
     document = {"ok": not findings.errors, "findings": [f.to_dict() for f in findings]}
     answer(args, findings, document)
     return FOUND if findings.errors else OK

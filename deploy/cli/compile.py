@@ -41,7 +41,13 @@ def _run(args: argparse.Namespace) -> int:
     with progress(total=2, unit="step") as bar:
         bar.set_description("convert and verify" if args.verify else "convert")
         program = convert(
-            net, inputs, args.target, dtype=args.dtype, time=args.time, verify=args.verify
+            net,
+            inputs,
+            args.target,
+            dtype=args.dtype,
+            time=args.time,
+            keep_rounding=args.keep_rounding,
+            verify=args.verify,
         )
         bar.update()
         bar.set_description("compile")

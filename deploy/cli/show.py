@@ -24,7 +24,7 @@ def _run(args: argparse.Namespace) -> int:
 
     net, inputs = network(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    found = steps(net, inputs, args.target, dtype, args.time)
+    found = steps(net, inputs, args.target, dtype, args.time, args.keep_rounding)
     names = [step.report.name for step in found]
     if args.only is not None:
         if args.only not in names:

@@ -29,7 +29,7 @@ from .capabilities import CAPABILITIES
 
 #: What a user may set, with this project's defaults: the form in which lyngor is given the network
 #: (``"Pytorch"``, or ``"ONNX"`` where its PyTorch is too old for the module), and arguments of its
-#: ``Builder.build``.
+#: ``Builder.build``, which folds batch norms from ``opt_level`` 3 on.
 _OPTIONS: dict[str, Any] = {
     "model_type": "Pytorch",
     "apu_only": True,
@@ -95,7 +95,8 @@ class Lynxi:
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Build with lyngor into ``directory``."""
-        taken = chosen(self.name, options, _OPTIONS)
+        level = {"opt_level": 2} if program.keeps_rounding else {}
+        taken = chosen(self.name, options, {**_OPTIONS, **level})
         building = dict(taken)
         if (kind := building.pop("model_type")) not in ("Pytorch", "ONNX"):
             raise UsageError(f"model_type is {kind!r}; allowed: Pytorch, ONNX")

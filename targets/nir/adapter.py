@@ -30,6 +30,15 @@ _FILE = "model.nir"
 #: The time step for which time constants are written unless the user says another.
 DEFAULT_DT = 1e-4
 
+_ROUNDING = Finding(
+    rule="rounding",
+    where="",
+    target="nir",
+    found="keep_rounding",
+    allowed="a NIR graph states equations; how they round is up to the tool that computes them",
+    fix="convert without keep_rounding",
+)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -69,6 +78,8 @@ class Nir:
 
     def inspect(self, program: Program) -> list[Finding]:
         """What of the program NIR cannot say, and what metadata have to say in its place."""
+        if program.keeps_rounding:
+            return [_ROUNDING]
         return export(program, DEFAULT_DT).findings
 
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:

@@ -23,7 +23,8 @@ where the chip rounds             after every operation of the graph; a bias is 
 width of the accumulator          float32, in the host's order; float16 on demand, in index order
 exp, sigmoid, sqrt, ...           float32 rounded once; the chip's tables have errors of their own
 zeros, NaN, subnormals            IEEE; a zero from max, min and pooling is +0
-what is folded                    batch norms, from ``opt_level`` 3, computed in float64
+what is folded                    batch norms, from ``opt_level`` 3, computed in float64; those that
+                                  stay are a multiplication and an addition
 partition                         node by node, in runs of one side; CPU parts in float32
 limits of memory and cores        none: a network may build here and be too large for the chip
 time                              none: neither building nor running takes what the chip takes

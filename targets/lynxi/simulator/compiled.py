@@ -160,7 +160,8 @@ def read(path: Path) -> Compiled:
             if hashlib.sha256(data[name]).hexdigest() != stamp["sha256"][name]:
                 raise CorruptError(f"{net / 'apu_0' / name} is not what was built; build again")
         graph = Graph.from_dict(json.loads(data[_GRAPH]))
-        params = load_tensors(data[_PARAMS])
+        # In memory of torch's own: the order in which a library adds up follows the alignment.
+        params = {name: tensor.clone() for name, tensor in load_tensors(data[_PARAMS]).items()}
         options = Options(**{**stamp["options"], "optimise": current().optimise})
         run_batch, target = int(stamp["run_batch"]), str(stamp["target"])
     except FileNotFoundError as error:

@@ -121,7 +121,13 @@ def live(graph: Graph) -> Graph:
     return result
 
 
-_NORMS = ("aten::batch_norm", "BatchNormalization")
+def _scale_and_shift(norm: Node, graph: Graph, params: Params) -> tuple[Tensor, Tensor]:
+    """A batch norm as ``x * scale + shift``, [C], in float64."""
+    mean, variance, weight, bias = (
+        params[graph.nodes[j].attrs["name"]].double() for j in norm.inputs[1:]
+    )
+    scale = weight * (variance + norm.attrs["eps"]).rsqrt()
+    return scale, bias - mean * scale
 
 
 def fold_batch_norm(graph: Graph, params: Params) -> tuple[Graph, Params]:
@@ -132,23 +138,17 @@ def fold_batch_norm(graph: Graph, params: Params) -> tuple[Graph, Params]:
     """
     nodes, params = [replace(n) for n in graph.nodes], dict(params)
     uses = graph.uses()
-    for i, add in enumerate(graph.nodes):
-        if add.op != "add" or add.source not in _NORMS:
+    for i, norm in enumerate(graph.nodes):
+        if norm.op != "batch_norm":
             continue
-        m = add.inputs[0]
-        mul = graph.nodes[m]
-        b = mul.inputs[0]
+        b = norm.inputs[0]
         base = graph.nodes[b]
-        if base.op not in ("conv", "dense") or uses[b] != 1 or uses[m] != 1:
+        if base.op not in ("conv", "dense") or uses[b] != 1:
             continue
         if any(graph.nodes[j].op != CONST for j in base.inputs[1:]):
             continue
         weight, *old = [params[graph.nodes[j].attrs["name"]].double() for j in base.inputs[1:]]
-        scale, shift = (
-            params[graph.nodes[n.inputs[1]].attrs["name"]].double().flatten() for n in (mul, add)
-        )
-        # The two constants of the norm, and the two of its base, lie before ``i``: the folded
-        # ones take the places of the norm's.
+        scale, shift = _scale_and_shift(norm, graph, params)
         w_name, b_name = f"{base.scope or 'top'}.{i}.weight", f"{base.scope or 'top'}.{i}.bias"
         params[w_name] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).float()
         params[b_name] = (old[0] * scale + shift if old else shift).float()
@@ -157,6 +157,33 @@ def fold_batch_norm(graph: Graph, params: Params) -> tuple[Graph, Params]:
         nodes[i] = replace(base, inputs=(base.inputs[0], len(nodes), len(nodes) + 1))
         nodes += [w_node, b_node]
     return ordered(Graph(nodes, graph.inputs, graph.outputs, graph.notes)), params
+
+
+def split_batch_norm(graph: Graph, params: Params) -> tuple[Graph, Params]:
+    """A multiplication and an addition for each batch norm: the chip rounds after both."""
+    result, params = Graph([], [], [], graph.notes), dict(params)
+    place: list[int] = []
+
+    def add(node: Node) -> int:
+        result.nodes.append(node)
+        return len(result.nodes) - 1
+
+    for i, node in enumerate(graph.nodes):
+        if node.op != "batch_norm":
+            place.append(add(replace(node, inputs=tuple(place[j] for j in node.inputs))))
+            continue
+        at = place[node.inputs[0]]
+        affine = _scale_and_shift(node, graph, params)
+        for op, value in zip(("mul", "add"), affine, strict=True):
+            name = f"{node.scope or 'top'}.{i}.{op}"
+            params[name] = value.float().reshape(-1, *[1] * (len(node.shape) - 2))
+            shape = tuple(params[name].shape)
+            constant = add(Node(CONST, (), {"name": name}, shape, "float", node.scope))
+            at = add(replace(node, op=op, inputs=(at, constant), attrs={}))
+        place.append(at)
+    result.inputs = [replace(p, value=place[p.value]) for p in graph.inputs]
+    result.outputs = [replace(p, value=place[p.value]) for p in graph.outputs]
+    return result, params
 
 
 def ordered(graph: Graph) -> Graph:
@@ -216,8 +243,9 @@ def compile_graph(
     check(graph, options, apu_only=apu_only, target=target)
     if opt_level >= 3:
         graph, params = fold_batch_norm(graph, params)
-    else:
-        graph = ordered(graph)
+    if options.storage == "float16":
+        graph, params = split_batch_norm(graph, params)
+    graph = ordered(graph)
     partition(graph, everything_on_cpu=target != "apu")
     used: Params = {}
     for node in graph.nodes:

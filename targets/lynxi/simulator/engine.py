@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import accumulate, aten
 from .graph import CONST, FOREIGN, INPUT, Graph, Node, torch_type
-from .ops import OPS, channels_last, conv_into, conv_shape
+from .ops import OPS, channels_last, conv_into, conv_shape, torch_conv
 from .options import Options
 
 Step = Callable[[list[Tensor]], Tensor]
@@ -57,6 +57,8 @@ def _define(node: Node, args: Sequence[Tensor], options: Options) -> Tensor:
     op = OPS[node.op]
     if op.reduces and options.accumulate == "float16" and not node.on_cpu:
         return accumulate.run(node.op, args, node.attrs)
+    if node.op == "conv" and options.storage == "float32":
+        return torch_conv(args, node.attrs)
     return op.run(args, node.attrs)
 
 
@@ -220,7 +222,7 @@ class Engine:
             return lambda args: args[0]
         if node.op == "cast" and (kinds[0] == "bool" or node.dtype == "bool"):
             return self._wide(node, kinds)
-        if node.op == "conv" and len(node.shape) == 4:
+        if node.op == "conv" and len(node.shape) == 4 and storage is torch.float16:
             return self._convolution(node)
         if node.op == "dense":
             weights = [self._wide_constant(j) for j in node.inputs[1:]]

@@ -168,19 +168,12 @@ class Lowering(GraphWriter):
     def batch_norm(
         self, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, eps: float
     ) -> Ref:
-        """A batch normalisation of [N, C, ...] by known statistics, as ``x * scale + shift``."""
-        ref = self.ref(x)
+        """A batch normalisation of [N, C, ...] by known statistics."""
         if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
             raise LyngorError("a batch normalisation without fixed statistics; call net.eval()")
-        scale = (variance.double() + eps).rsqrt()
-        if isinstance(weight, Tensor):
-            scale = weight.double() * scale
-        shift = -mean.double() * scale
-        if isinstance(bias, Tensor):
-            shift = shift + bias.double()
-        shape = [-1] + [1] * (len(self.shape(ref)) - 2)
-        product = self.emit("mul", ref, scale.float().reshape(shape))
-        return self.emit("add", product, shift.float().reshape(shape))
+        weight = weight if isinstance(weight, Tensor) else torch.ones_like(mean)
+        bias = bias if isinstance(bias, Tensor) else torch.zeros_like(mean)
+        return self.emit("batch_norm", x, mean, variance, weight, bias, eps=eps)
 
     def dense(self, x: Any, weight: Any, bias: Any) -> Ref:
         """``x @ weight.T + bias``."""

@@ -352,7 +352,7 @@ class Model:
         for port in self._inputs:
             part = buffer[at : at + port.nbytes]
             # torch reads at the element's alignment, which a part behind an odd size lacks.
-            data = np.frombuffer(part.tobytes(), port.dtype).copy()
-            tensors.append(torch.from_numpy(data).reshape(port.shape))
+            data = np.frombuffer(part.tobytes(), port.dtype)
+            tensors.append(torch.tensor(data).reshape(port.shape))
             at += port.nbytes
         return tensors

@@ -148,11 +148,17 @@ def conv_into(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, a: Attrs) 
     return out
 
 
+def torch_conv(x: Sequence[Tensor], a: Attrs) -> Tensor:
+    """A convolution as torch computes it by itself, with channels outermost."""
+    convolve = F.conv1d if x[0].dim() == 3 else F.conv2d
+    signal, weight, bias = x[0].contiguous(), x[1], x[2] if len(x) > 2 else None
+    return convolve(signal, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+
+
 def _conv(x: Sequence[Tensor], a: Attrs) -> Tensor:
-    bias = x[2] if len(x) > 2 else None
     if x[0].is_meta or x[0].dim() != 4:
-        convolve = F.conv1d if x[0].dim() == 3 else F.conv2d
-        return convolve(x[0], x[1], bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+        return torch_conv(x, a)
+    bias = x[2] if len(x) > 2 else None
     out = torch.empty(conv_shape(x[0], x[1], a), memory_format=torch.channels_last)
     return conv_into(out, x[0], channels_last(x[1]), bias, a)
 
@@ -221,6 +227,11 @@ def _layer_norm(x: Sequence[Tensor], a: Attrs) -> Tensor:
     weight = x[1] if a["affine"] else None
     bias = x[2] if len(x) > 2 else None
     return F.layer_norm(x[0], a["shape"], weight, bias, a["eps"])
+
+
+def _batch_norm(x: Sequence[Tensor], a: Attrs) -> Tensor:
+    signal, mean, variance, weight, bias = x
+    return F.batch_norm(signal, mean, variance, weight, bias, eps=a["eps"])
 
 
 def _upsample(x: Sequence[Tensor], a: Attrs) -> Tensor:
@@ -317,6 +328,7 @@ OPS: dict[str, Op] = {
     "amax": Op(_extreme(torch.amax), exact=True),
     "amin": Op(_extreme(torch.amin), exact=True),
     "softmax": _wide(lambda x, a: x[0].softmax(a["dim"])),
+    "batch_norm": _wide(_batch_norm),
     "layer_norm": _wide(_layer_norm),
     "upsample": _wide(_upsample),
 }

@@ -23,7 +23,8 @@ class Options:
     """How the simulated compiler and chip behave.
 
     Attributes:
-        storage: What every result, weight, constant and input is rounded to.
+        storage: What every result, weight, constant and input is rounded to. With ``"float32"``, which
+            is no chip's, convolutions and batch norms are torch's own, bit for bit.
         accumulate: What the partial sums of convolution, dense, matmul, sum, mean and average
             pooling are rounded to. ``"float16"`` rounds each product and each sum, in the order
             of the reduction (and is slow).
