@@ -329,8 +329,8 @@ class _StepTime(Loops):
         if layout == "static" and isinstance(value, Same):
             return value.node
         if isinstance(value, Steps) and value.axis == 0 and value.outer == 1:
-            if layout == "stepped" and value.bare:
-                return value.node
+            if layout == "stepped":
+                return lay_bare(self, value, path).node
             if layout == "flat":
                 return fold_in(self, value, path).node
         raise RefusedError(
