@@ -277,6 +277,8 @@ class Loops(Stepwise):
                 return None
             n = _along(n, path)[-1]
             row.append(self.member(n))
+            if self.step_at(row[-1]) not in (t - 1, None if t == 1 else t - 1):
+                return None
         return tuple(reversed(row)) if self._begins(n, last, path) else None
 
     def _passed(self, n: Node, path: Sequence[int], t: int) -> list[Any] | None:
