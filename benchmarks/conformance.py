@@ -250,22 +250,15 @@ def snntorch_recurrent() -> Iterator[Variant]:
         "linear": ((CHANNELS,), {"linear_features": CHANNELS}),
         "convolutional": (maps, {"conv2d_channels": maps[0], "kernel_size": 3}),
     }
-    synapse: dict[str, dict[str, Any]] = {
-        "RLeaky": {},
-        "RSynaptic": {"alpha": 0.5},
-    }
-    for kind, connection, how, reset, delay, threshold, hidden in itertools.product(
+    synapse: dict[str, dict[str, Any]] = {"RLeaky": {}, "RSynaptic": {"alpha": 0.5}}
+    for kind, connection, how, reset, delay, (threshold, hidden) in itertools.product(
         synapse,
         connections,
         ("scalar", "learned", "per channel"),
         ("subtract", "zero", "none"),
         (True, False),
-        (1.0, 0.5),
-        (True, False),
+        ((1.0, True), (0.5, False)),
     ):
-        takes_delay = "reset_delay" in inspect.signature(getattr(snn, kind).__init__).parameters
-        if not (takes_delay or delay) or (threshold != 1.0 and hidden):
-            continue
         size, recurrence = connections[connection]
         each = per_channel(0.2, 0.95).reshape(size)
         given = {
@@ -275,7 +268,7 @@ def snntorch_recurrent() -> Iterator[Variant]:
             "learn_threshold": how == "learned",
             "reset_mechanism": reset,
             "init_hidden": hidden,
-            **({"reset_delay": delay} if takes_delay else {}),
+            "reset_delay": delay,
             **synapse[kind],
             **recurrence,
         }

@@ -421,8 +421,8 @@ def _reshape(export: Exporter, n: Node) -> Signal:
     x, size = export.given(n.args[0]), shape(n)
     if x.layout == "reduced":  # what runs the graph puts its outputs into shape
         return x
-    rest = export.batch * math.prod(x.shape)
-    if export.batch > 1 and size == (export.steps, rest) and x.layout in ("flat", "stepped"):
+    whole = export.batch * math.prod(x.shape)
+    if export.batch > 1 and size == (export.steps, whole) and x.layout in ("flat", "stepped"):
         return replace(x, layout="merged")
     if x.layout == "merged":
         for layout in ("flat", "stepped"):
