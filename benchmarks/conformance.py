@@ -259,6 +259,8 @@ def snntorch_recurrent() -> Iterator[Variant]:
         (True, False),
         ((1.0, True), (0.5, False)),
     ):
+        if kind == "RSynaptic" and not delay:
+            continue  # snnTorch's own forward fails there, in its first step
         size, recurrence = connections[connection]
         each = per_channel(0.2, 0.95).reshape(size)
         given = {

@@ -201,9 +201,9 @@ def test_zero_differing_values(made: Callable[[], list[Any]]) -> None:
 def test_a_reset_right_after_the_spike_is_compared_at_every_step() -> None:
     """It leaves another potential than fired; the first is what the layer starts from."""
     torch.manual_seed(0)
-    late = {"linear_features": F, "reset_delay": False}
-    made = [snn.RLeaky(beta=0.8, reset_mechanism=reset, **late) for reset in RESETS[:2]]
-    net, x = Loop(*made, snn.RSynaptic(alpha=0.5, beta=0.6, **late)), normal(T, N, F)
+    now = {"linear_features": F, "reset_delay": False}
+    made = [snn.RLeaky(beta=0.8, reset_mechanism=reset, **now) for reset in RESETS[:2]]
+    net, x = Loop(*made), normal(T, N, F)
     program = step_time(flatten_time(reroll_time(capture(net, (x,)))))
     assert equal(program(x), reference(net, x))
 
