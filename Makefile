@@ -61,7 +61,7 @@ conformance: $(VENV)/.tested  ## every source's neurons on every target, spike f
 	mkdir -p build
 	PYTHONPATH=$(NEWEST) $(CONFORMANCE) > build/conformance.txt
 	PYTHONPATH=$(OLDEST) $(CONFORMANCE) --source spikingjelly > build/conformance.txt
-	PYTHONPATH=$(OLDER) $(CONFORMANCE) --source spikingjelly snntorch > build/conformance.txt
+	PYTHONPATH=$(OLDER) $(CONFORMANCE) --source spikingjelly snntorch snntorch-recurrent > build/conformance.txt
 	cat build/conformance.txt
 
 # The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.

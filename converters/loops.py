@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Loops(Stepwise):
             for t, spikes in enumerate(site.spikes)
         }
         self._layers: dict[str, Node] = {}
+        self._left: dict[Node, Last] = {}
 
     def member(self, n: Node) -> Node | Pick:
         """A value at one step as a member of a row."""
@@ -49,6 +50,8 @@ class Loops(Stepwise):
         value = self.env[member]
         if isinstance(value, Unknown):
             raise RefusedError(None)
+        if isinstance(value, Last):
+            raise RefusedError(member, "a step of a loop takes what all time steps together give")
         return value.step if isinstance(value, At) else None
 
     def align(self, row: Row) -> Node:
@@ -177,6 +180,13 @@ class Loops(Stepwise):
             return self._copies(row)
         if initial is None:
             raise RefusedError(first, "a loop starts from what depends on the input", "state-init")
+        if len(members) == 2:
+            raise RefusedError(
+                at,
+                f"of what is kept from step to step, {self.T} time steps show one alone: how it goes on "
+                "after it is not seen",
+                "time-steps",
+            )
         kind = "delayed" if at.op != "call_function" else short(at.target).rpartition(".")[2]
         node = self.new_state(
             f"{where(at) or 'forward'}.{kind}", initial.to(dtype).expand(sizes).clone()
@@ -210,13 +220,6 @@ class Loops(Stepwise):
                     start = members[0]
                     if isinstance(start, fx.Node) and _adds_zero(start):
                         start = self.member(start.args[0])
-                    if before == [start]:
-                        raise RefusedError(
-                            nodes[0],
-                            "after 2 time steps a sum over all of them cannot be told from the sum of "
-                            "two neighbours",
-                            "time-steps",
-                        )
                     a = self.align((Zero(), *before, *missing))
                     b = self.align((start, *now, *missing))
                     pair = (a, b) if back == 0 else (b, a)
@@ -227,64 +230,98 @@ class Loops(Stepwise):
 
     def at_last(self, n: Node) -> Node:
         """A value after the last step, as it is at each."""
+        return self.left(n).node
+
+    def left(self, n: Node) -> Last:
+        """The same, and whether it is a sum over the steps so far."""
         value = self.env[n]
-        if isinstance(value, (Same, Last)):
-            return value.node
+        if isinstance(value, Last):
+            return value
+        if isinstance(value, Same):
+            return Last(value.node)
         if isinstance(value, Unknown):
             raise RefusedError(None)
         if isinstance(value, Steps):
             raise RefusedError(n, "all time steps are taken together with what the last one gives")
+        if n not in self._left:
+            self._left[n] = self._after_last(n, value)
+        return self._left[n]
+
+    def _after_last(self, n: Node, value: At) -> Last:
         if value.step != self.T - 1:
-            raise RefusedError(n, f"step {value.step} is returned by itself", "output")
+            found = f"it follows from step {value.step}, and not from the last, {self.T - 1}"
+            raise RefusedError(n, found, "output")
         if n in self.chains:
-            return self.chain(self._calls(self.chains[n][0]))
+            return Last(self.chain(self._calls(self.chains[n][0])))
         if value.pick is not None:
             x: Any = self.env[value.pick.sequence]
-            return fold_in(self, x, where(n)).node if value.pick.kept else x.node
-        path = self._way_back(n)
-        if path is not None and (row := self._history(n, path)) is not None:
-            node = self.align(row)
-            total = _adds(n) and len(path) == 1
-            if total:
-                self.counter()
-            self.env[n] = Last(node, total)
-            return node
-        last = self.at_end(n)
-        self.env[n] = last
-        return last.node
+            return Last(fold_in(self, x, where(n)).node if value.pick.kept else x.node)
+        for path in self._ways_back(n):
+            if (row := self._history(n, path)) is not None:
+                node = self.align(row)
+                total = _adds(n) and len(path) == 1
+                if total:
+                    self.counter()
+                return Last(node, total)
+        return self.at_end(n)
 
     def _history(self, n: Node, path: Sequence[int]) -> Row | None:
-        """The copies at earlier steps of what a value is at the last, each by the same way."""
-        row: list[Member] = [n]
-        for _ in range(self.T - 1):
-            for position in path:
-                leaves = pytree.tree_leaves((n.args, n.kwargs)) if isinstance(n, fx.Node) else []
-                if position >= len(leaves) or not isinstance(leaves[position], fx.Node):
-                    return None
-                n = leaves[position]
-            row.append(self.member(n))
-        return tuple(reversed(row))
+        """The copies at earlier steps of what a value is at the last, each by the same way.
 
-    def _way_back(self, n: Node) -> list[int] | None:
-        """Positions of operands from a value at the last step to its copy a step before."""
+        None where the ways differ: an operator on what the last step left, and no step of a loop.
+        """
+        last, row = n, list[Member]([n])
+        usual = self._passed(n, path, self.T - 1)
+        for t in reversed(range(1, self.T)):
+            if usual is None or self._passed(n, path, t) != usual:
+                return None
+            n = _along(n, path)[-1]
+            row.append(self.member(n))
+            if self.step_at(row[-1]) not in (t - 1, None if t == 1 else t - 1):
+                return None
+        return tuple(reversed(row)) if self._begins(n, last, path) else None
+
+    def _passed(self, n: Node, path: Sequence[int], t: int) -> list[Any] | None:
+        """What lies on the way to the copy a step before: operators, and steps relative to t."""
+        way = [n, *_along(n, path)]
+        if len(way) <= len(path):
+            return None
+        steps = [self.step_at(self.member(a)) for a in way[:-1]]
+        return [
+            (a.target, _settings(a), None if s is None else t - s)
+            for a, s in zip(way, steps, strict=False)
+        ]
+
+    def _begins(self, first: Node, last: Node, path: Sequence[int]) -> bool:
+        """Whether the value at step 0 goes the same way, up to constants that were folded there."""
+        if first.target is not last.target or _settings(first) != _settings(last):
+            return True
+        for a, like in zip(_along(first, path), _along(last, path)[:-1], strict=False):
+            if self.step_at(self.member(a)) is None:
+                own = (self.step_at(self.member(b)) for b in like.all_input_nodes)
+                return all(step != self.T - 1 for step in own)
+            if a.target is not like.target:
+                return False
+        return True
+
+    def _ways_back(self, n: Node) -> Iterator[list[int]]:
+        """Positions of operands from a value at the last step to what may be its copy a step before."""
         todo: list[tuple[Node, list[int]]] = [(n, [])]
         seen = {n}
         for node, path in todo:
             for i, a in enumerate(pytree.tree_leaves((node.args, node.kwargs))):
                 value = self.env.get(a) if isinstance(a, fx.Node) else None
-                if not isinstance(value, At) or a in seen:
+                if not isinstance(value, At) or a in seen or value.step < self.T - 2:
                     continue
                 seen.add(a)
-                step = value.step
-                if step == self.T - 2 and a.target is n.target and value.pick is None:
-                    return [*path, i]
+                if value.step == self.T - 2 and a.target is n.target and value.pick is None:
+                    yield [*path, i]
                 if a not in self.chains and value.pick is None:
                     todo.append((a, [*path, i]))
         # The first two of a sum have no copy before them.
         for i, a in enumerate(n.args[:2]):
             if self.T == 2 and _adds(n) and self.step_at(self.member(a)) == 0:
-                return [i]
-        return None
+                yield [i]
 
     def at_end(self, n: Node) -> Last:
         """An operator on what is left after the last step, as it is after each."""
@@ -292,12 +329,12 @@ class Loops(Stepwise):
             raise RefusedError(
                 n, f"{short(n.target)} takes each time step together with what all of them give"
             )
-        operands = {a: self.at_last(a) for a in n.all_input_nodes}
-        totals = (v for a in operands if isinstance(v := self.env[a], Last))
-        if any(v.total for v in totals) and (count := self._count_instead(n)) is not None:
+        operands = {a: self.left(a) for a in n.all_input_nodes}
+        total = any(v.total for v in operands.values())
+        if total and (count := self._count_instead(n)) is not None:
             self.done[f"{where(n) or n.name}: a sum divided by {self.T} is the mean so far"] = None
-            return Last(self.call(aten.div.Tensor, operands[n.args[0]], count, path=where(n)))
-        return Last(self.copy(n, operands))
+            return Last(self.call(aten.div.Tensor, operands[n.args[0]].node, count, path=where(n)))
+        return Last(self.copy(n, {a: v.node for a, v in operands.items()}))
 
     def _count_instead(self, n: Node) -> Node | None:
         """The steps so far, where a sum is divided by the number of all steps."""
@@ -307,6 +344,24 @@ class Loops(Stepwise):
         divides = n.target is aten.div.Tensor and by == self.T
         scales = n.target is aten.mul.Tensor and math.isclose(by * self.T, 1.0)
         return self.counter() if divides or scales else None
+
+
+def _along(n: Node, path: Sequence[int]) -> list[Node]:
+    """The operands met on a way, as far as it goes."""
+    way: list[Node] = []
+    for position in path:
+        leaves = pytree.tree_leaves((n.args, n.kwargs))
+        if position >= len(leaves) or not isinstance(leaves[position], fx.Node):
+            break
+        n = leaves[position]
+        way.append(n)
+    return way
+
+
+def _settings(n: Node) -> list[Any]:
+    """A node's arguments other than values."""
+    given = pytree.tree_leaves((n.args, n.kwargs))
+    return [None if isinstance(a, fx.Node) else a for a in given]
 
 
 def _alike(a: Any, b: Any) -> bool:

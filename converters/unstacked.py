@@ -201,7 +201,8 @@ class _Unstack:
             outer, rest = divmod(before, passed)
             if not rest and size % (outer * x.count) == 0:
                 inner = size // (outer * x.count)
-                made = replace(x, axis=axis, outer=outer, inner=inner, bare=outer * inner == 1)
+                bare = outer * inner == 1 and not self._keeps_one(x, axis)
+                made = replace(x, axis=axis, outer=outer, inner=inner, bare=bare)
                 sizes = self._without_time(made, target, axis)
                 if sizes == list(shape(x.node)):
                     return made
@@ -210,6 +211,11 @@ class _Unstack:
                 )
             passed *= size
         raise self._mixes("with time split over dimensions")
+
+    def _keeps_one(self, x: Steps, axis: int) -> bool:
+        """Whether a reshape to time in this dimension folds a batch of 1 with it, or keeps it so."""
+        folded = shape(x.node)[axis : axis + 1] == (1,) and x.axis == axis
+        return folded and shape(self.n)[axis + 1 : axis + 2] != (1,)
 
     def _batched(self) -> Steps:
         x = self.x

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import fx
 
@@ -98,7 +98,7 @@ class _Flatten(Builder):
         outputs, results = [], []
         for spec, r in zip(self.program.outputs, self.program.results, strict=True):
             value = self.env[r]
-            if isinstance(value, _Folded) and not value.static and len(value.shape) > 4:
+            if _in_order(value) and len(shape(r)) > 4:
                 outputs.append(replace(spec, folded=True))
                 results.append(value.node)
             else:
@@ -507,6 +507,11 @@ class _Flatten(Builder):
             sizes = [T, N, _numel(size[2:])]
             value = self.call(aten.expand.default, columns, sizes, path=path)
         return self._to(value, (T * N, *size[2:]), path)
+
+
+def _in_order(value: Node | _Folded) -> TypeGuard[_Folded]:
+    """Whether a value is folded, each step of [T, N, ...] in its place."""
+    return isinstance(value, _Folded) and not (value.static or value.order)
 
 
 #: What a convolution in three dimensions is given that does no more than its kernel.

@@ -14,7 +14,7 @@ left of a sequence at its end. Out of these follow the states:
 What the network returns after its last step is given at each step, as if it were the last. An input is
 a sequence if the network treats it as one; an image that the network itself repeats is given to every
 step. T must be 2 at least and longer than any delay in the network, or steps could not be told from
-one another.
+one another, and 3 where a loop keeps something itself, or nothing would show how that goes on.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ _FIXES = {
     "steps-differ": "let the network do the same at every time step, or convert it unrolled",
     "state-init": "start from a constant, or convert it unrolled",
     "output": "return what the network computes at every step or after the last, or convert it unrolled",
-    "time-steps": "give an example input of 3 time steps or more; the result does not depend on it",
+    "time-steps": "give an example input of more time steps, 3 for most; the result does not depend on it",
 }
 _ALLOWED = {
     "mixes-time": "operators on each time step alone, convolutions over past steps, and mean, sum or "
@@ -112,6 +112,16 @@ _ALLOWED = {
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 #: bias, stride, padding, dilation, groups
 _CONVOLUTION_DEFAULTS: tuple[Any, ...] = (None, [1], [0], [1], 1)
+
+
+#: What is taken over all steps, as an operator on chosen dimensions.
+_REDUCTIONS = {
+    aten.mean.dim: aten.mean.dim,
+    aten.mean.default: aten.mean.dim,
+    aten.sum.dim_IntList: aten.sum.dim_IntList,
+    aten.sum.default: aten.sum.dim_IntList,
+    aten.amax.default: aten.amax.default,
+}
 
 
 class _StepTime(Loops):
@@ -275,9 +285,15 @@ class _StepTime(Loops):
             raise RefusedError(
                 n, f"{short(n.target)} takes one time step together with all of them"
             )
+        steps = [v.step for v in operands if isinstance(v, At)]
         if any(isinstance(v, Last) for v in operands):
+            if max(steps) < self.T - 1:
+                raise RefusedError(
+                    n,
+                    f"{short(n.target)} takes step {max(steps)} together with what all steps give",
+                )
             return self.at_end(n)
-        return At(max(v.step for v in operands if isinstance(v, At)))
+        return At(max(steps))
 
     def _still(self, a: Node, at: int, like: Steps) -> Node:
         """One step of a value that has a dimension for time, along which it does not change."""
@@ -329,8 +345,8 @@ class _StepTime(Loops):
         if layout == "static" and isinstance(value, Same):
             return value.node
         if isinstance(value, Steps) and value.axis == 0 and value.outer == 1:
-            if layout == "stepped" and value.bare:
-                return value.node
+            if layout == "stepped":
+                return lay_bare(self, value, path).node
             if layout == "flat":
                 return fold_in(self, value, path).node
         raise RefusedError(
@@ -351,7 +367,8 @@ class _StepTime(Loops):
 
     def _over_time(self, n: Node) -> Last | None:
         """A mean, sum or maximum over time, over the steps so far."""
-        if n.target not in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
+        target = _REDUCTIONS.get(n.target)
+        if target is None:
             return None
         source = n.args[0]
         x, path = self.env[source], where(n)
@@ -367,11 +384,12 @@ class _StepTime(Loops):
         within = [d - (x.bare and d > x.axis) for d in dims if d != x.axis or not x.bare]
         node = x.node
         if within:
-            node = self.call(n.target, node, within, False, path=path, **kwargs)
+            node = self.call(target, node, within, False, path=path, **kwargs)
         elif kwargs:
             node = self.call(aten._to_copy.default, node, path=path, **kwargs)
-        dtype, name = node.meta["val"].dtype, f"{path or 'forward'}.{short(n.target)[5:]}"
-        if n.target is aten.amax.default:
+        kind = short(n.target)[5:]
+        dtype, name = node.meta["val"].dtype, f"{path or 'forward'}.{kind}"
+        if target is aten.amax.default:
             least = -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
             before = self.new_state(name, torch.full(shape(node), least, dtype=dtype))
             so_far = self.call(aten.maximum.default, before, node, path=path)
@@ -379,12 +397,11 @@ class _StepTime(Loops):
             before = self.new_state(name, torch.zeros(shape(node), dtype=dtype))
             so_far = self.call(aten.add.Tensor, before, node, path=path)
         self.after[-1] = so_far
-        count = None if n.target is aten.amax.default else self.counter()
-        if n.target is aten.mean.dim:
+        count = None if target is aten.amax.default else self.counter()
+        if target is aten.mean.dim:
             so_far = self.call(aten.div.Tensor, so_far, count, path=path)
-        kind = short(n.target)[5:]
         self.done[f"{path or n.name}: the {kind} over time is that of the steps so far"] = None
-        return Last(self.shaped(so_far, shape(n)), total=n.target is aten.sum.dim_IntList)
+        return Last(self.shaped(so_far, shape(n)), total=target is aten.sum.dim_IntList)
 
     def _filter(self, n: Node) -> Steps | None:
         """A convolution along time that takes none but past steps: the last few are its state.

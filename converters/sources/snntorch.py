@@ -204,11 +204,14 @@ class _Cell(nn.Module):
         return spikes * _gain(self) if self.graded else spikes
 
     def mem_reset(self, mem: torch.Tensor) -> torch.Tensor:
-        """Where the last potential was above the threshold."""
+        """Where the last potential was above the threshold.
+
+        A reset right after the spike leaves another potential, which is compared at every step.
+        """
         at, spikes = self.fired
         if self.reset_mechanism_val == _RESETS["_base_int"][0]:
             return torch.zeros_like(mem)
-        if at is None:
+        if at is None and getattr(self, "reset_delay", True):
             return self.fires.compared(mem)
         return spikes if mem is at else self.fires(mem, "reset")  # type: ignore[return-value]
 

@@ -9,6 +9,7 @@ later and comes by any other edge goes through a Delay of one time step.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -22,14 +23,14 @@ from torch import fx
 from ...converters.builder import seal
 from ...converters.errors import UnsupportedError
 from ...converters.neurons import Neuron
-from ...converters.ops import Node, aten, dim, shape
+from ...converters.ops import RESHAPE, Node, aten, dim, shape
 from ...converters.passes import step_time
-from ...converters.program import NEURON_STEP, PassReport, Program
+from ...converters.program import NEURON_STEP, PassReport, Program, where
 from ...converters.sources.nir import Graph, Unit
 from ...converters.sources.nir.graph import NEURONS
 from ...converters.sources.nir.network import parts
 from ...converters.sources.nir.neurons import KEY
-from .export import Exported, Exporter, NotInNir, Signal
+from .export import Exported, Exporter, NotInNir, Signal, divides
 
 
 def export(program: Program, dt: float) -> Exported:
@@ -124,6 +125,11 @@ class CycleExporter(Exporter):
     def output(self, signal: Signal, name: str, position: int) -> None:
         """An Output, with what is done over time to what it holds."""
         how, axis = self._over_time[position], self.stepping.outputs[position]
+        if axis is None and how != "steps":
+            raise NotInNir(
+                f"the {how} over the batch of what the last step gives",
+                "return what the step gives, and compute from it outside of the network",
+            )
         if axis is None:
             how = "last"
         elif axis != 0:
@@ -304,33 +310,43 @@ def _of_neuron(n: Node) -> bool:
 
 
 def _every_step(program: Program) -> tuple[Program, list[str]]:
-    """The program without what its outputs do over time, and what that is."""
-    over_time, results = [], []
-    for r in program.results:
-        how, value = _reduction(r)
-        over_time.append(how)
-        results.append(value)
-    if set(over_time) == {"steps"}:
-        return program, over_time
+    """The program without what its outputs do over time, each [T, N, ...]; and what that is."""
+    call = next(n for n in program.nodes("call_function") if n.target is NEURON_STEP)
+    lead = (program.sites[0].T, shape(call.args[0])[0])
+    found = [_reduction(r, lead[0]) for r in program.results]
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.graph_copy(program.graph, env)
     for old, new in env.items():
         new.meta, new.name = dict(old.meta), old.name
-    graph.output(tuple(env[r] for r in results))
-    outputs = tuple(
-        replace(spec, shape=shape(r)) for spec, r in zip(program.outputs, results, strict=True)
-    )
+    results, outputs = [], []
+    for (_, x), spec in zip(found, program.outputs, strict=True):
+        result, size = env[x], shape(x)
+        if size[:2] != lead and size[0] == math.prod(lead):
+            size = (*lead, *size[1:])
+            result = graph.call_function(RESHAPE, (result, list(size)))
+            result.meta = {"val": x.meta["val"].reshape(size), "path": where(x)}
+        results.append(result)
+        outputs.append(replace(spec, shape=size, folded=False))
+    graph.output(tuple(results))
     report = PassReport("every_step")
-    return (
-        seal(program, graph, program.tensors, report, program.sites, outputs=outputs),
-        over_time,
-    )
+    whole = seal(program, graph, program.tensors, report, program.sites, outputs=tuple(outputs))
+    return whole, [how for how, _ in found]
 
 
-def _reduction(r: Node) -> tuple[str, Node]:
-    """What an output does over time at its end, and to what."""
-    x: Any = r.args[0] if r.op == "call_function" and r.args else None
+def _reduction(r: Node, steps: int) -> tuple[str, Node]:
+    """What an output does over time at its end, and to what, however either is laid out."""
+    x = _unshaped(r)
+    if divided := divides(x, steps):
+        x = _unshaped(x.args[0])
     reductions = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum"}
-    if r.target in reductions and [dim(x, d) for d in r.args[1]] == [0] and not any(r.args[2:]):
-        return reductions[r.target], x
-    return "steps", r
+    how = reductions.get(x.target)
+    if how is None or [dim(x.args[0], d) for d in x.args[1]] != [0] or (divided and how == "mean"):
+        return "steps", r
+    return "mean" if divided else how, _unshaped(x.args[0])
+
+
+def _unshaped(n: Node) -> Node:
+    """What a value is a reshape of."""
+    while n.target is RESHAPE:
+        n = n.args[0]
+    return n

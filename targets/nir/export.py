@@ -419,11 +419,10 @@ def _above(export: Exporter, x: Signal, threshold: float) -> Signal:
 
 def _reshape(export: Exporter, n: Node) -> Signal:
     x, size = export.given(n.args[0]), shape(n)
-    whole = (export.batch, *x.shape)
-    if x.layout == "reduced" and size in (whole, (math.prod(whole),)):
+    if x.layout == "reduced":  # what runs the graph puts its outputs into shape
         return x
-    x = export.signal(n.args[0])
-    if size == (export.steps, math.prod(whole)) and x.layout in ("flat", "stepped"):
+    whole = export.batch * math.prod(x.shape)
+    if export.batch > 1 and size == (export.steps, whole) and x.layout in ("flat", "stepped"):
         return replace(x, layout="merged")
     if x.layout == "merged":
         for layout in ("flat", "stepped"):
@@ -517,6 +516,9 @@ def _mul(export: Exporter, n: Node) -> Signal:
 
 
 def _div(export: Exporter, n: Node) -> Signal:
+    summed = export.given(n.args[0])
+    if summed.over_time == "sum" and divides(n, export.steps):
+        return replace(summed, over_time="mean")
     x, divisor = export.signal(n.args[0]), n.args[1]
     if isinstance(divisor, fx.Node) or math.frexp(divisor)[0] != 0.5:
         raise NotInNir(
@@ -524,6 +526,11 @@ def _div(export: Exporter, n: Node) -> Signal:
             "multiply by the reciprocal",
         )
     return _scaled(export, x, 1.0 / divisor)
+
+
+def divides(n: Node, steps: int) -> bool:
+    """Whether a node divides by the number of time steps, which makes a sum over them a mean."""
+    return n.target is aten.div.Tensor and not isinstance(n.args[1], fx.Node) and n.args[1] == steps
 
 
 def _neg(export: Exporter, n: Node) -> Signal:
@@ -538,10 +545,9 @@ def _scaled(export: Exporter, x: Signal, factor: Any) -> Signal:
 def _over_time(how: str) -> Callable[[Exporter, Node], Signal]:
     def reduce(export: Exporter, n: Node) -> Signal:
         x = export.signal(n.args[0])
-        if x.layout not in ("stepped", "merged") or [dim(n.args[0], d) for d in n.args[1]] != [0]:
+        first = x.layout in ("stepped", "merged") or (x.layout == "flat" and export.batch == 1)
+        if not first or [dim(n.args[0], d) for d in n.args[1]] != [0]:
             raise NotInNir(f"the {how} over dimensions {n.args[1]}")
-        if len(n.args) > 2 and n.args[2]:
-            raise NotInNir("a reduction that keeps the dimension")
         return replace(x, layout="reduced", over_time=how)
 
     return reduce

@@ -234,6 +234,14 @@ def test_flatten_folds_an_output_of_rank_five() -> None:
     assert program(rand(T, N, 2, 3, 3)).shape == (T, N, 2, 3, 3)
 
 
+def test_flatten_leaves_an_output_whose_batch_comes_first() -> None:
+    net = Net(lambda s, x: s.spike(x).transpose(0, 1), spike=IFNode())
+    x = rand(T, N, 2, 3, 3)
+    program = flatten_time(capture(net, (x,)))
+    assert not program.outputs[0].folded
+    assert equal(program(x), reference(net, x))
+
+
 def test_flatten_says_what_keeps_its_rank() -> None:
     net = Net(lambda s, x: s.spike(x).permute(1, 2, 0, 3, 4).flatten(2).sum(2), spike=IFNode())
     x = rand(T, N, 2, 3, 3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import grid, refused
+from networks import equal, grid, refused
 from torch import nn
 
 from spikeport import deploy
@@ -19,6 +19,7 @@ from spikeport.converters.passes import (
     hoist_time_invariant,
     lower_neurons,
     reroll_time,
+    step_time,
 )
 from spikeport.converters.program import NEURON_STEP, Program
 
@@ -195,6 +196,16 @@ def test_zero_differing_values(made: Callable[[], list[Any]]) -> None:
             for i, (ours, theirs) in enumerate(zip(form(x), expected, strict=True)):
                 assert torch.equal(ours, theirs), (form.history[-1].name, i)
     assert 0.1 < fired < 2.5
+
+
+def test_a_reset_right_after_the_spike_is_compared_at_every_step() -> None:
+    """It leaves another potential than fired; the first is what the layer starts from."""
+    torch.manual_seed(0)
+    now = {"linear_features": F, "reset_delay": False}
+    made = [snn.RLeaky(beta=0.8, reset_mechanism=reset, **now) for reset in RESETS[:2]]
+    net, x = Loop(*made), normal(T, N, F)
+    program = step_time(flatten_time(reroll_time(capture(net, (x,)))))
+    assert equal(program(x), reference(net, x))
 
 
 class LSTMs(nn.Module):

@@ -34,6 +34,7 @@ from spikeport.converters.neurons import (
 from spikeport.converters.passes import cast_float16, lower_neurons, step_time, stepped
 from spikeport.converters.probes import probe_inputs
 from spikeport.converters.program import NEURON, NEURON_STEP, PassReport, Program, TensorSpec, short
+from spikeport.converters.sources.nir.layers import Cell
 from spikeport.converters.stepping import State, Stepping
 from spikeport.converters.verify import verify
 
@@ -332,16 +333,77 @@ def test_a_loop_becomes_its_body(recurrent):
     assert program.stepping.outputs == (0, None, None, None, 0, None)
 
 
-def test_two_steps_do_not_tell_a_sum_from_a_sum_of_neighbours():
-    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
-        spikes, total = n.lif(x), None
-        for t in range(x.shape[0]):
-            total = spikes[t] if total is None else total + spikes[t]
-        return total
+def _loop(step: Any, end: Any) -> Net:
+    """Traces a and b of spikes, and the spikes s, through one step after the other."""
 
-    net = Net(run, lif=LIFNode())
-    assert findings(net, rand(2, N, 5)) == [("time-steps", "add")]
-    assert_steps_equal_the_call(net, rand(3, N, 5))
+    def run(n: Any, x: torch.Tensor) -> Any:
+        spikes, seen = n.lif(n.fc(x)), []
+        a = b = torch.zeros(x.shape[1], 5)
+        for s in spikes:
+            a, b = step(s, a, b)
+            seen.append(a)
+        return end(spikes, a, b, torch.stack(seen))
+
+    return Net(run, fc=layer(6, 5), lif=LIFNode())
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda s, a, b, seen: (a + s[-1], a),
+        lambda s, a, b, seen: (a.sum(1), a + b),
+        lambda s, a, b, seen: (a * 2 + a, a),
+        lambda s, a, b, seen: (a + s.mean(0), seen[-1], seen.sum(2)[-1]),
+        lambda s, a, b, seen: (seen.sum(), seen.mean(), s[-1].sum(1)),
+    ],
+)
+@pytest.mark.parametrize(
+    "step",
+    [lambda s, a, b: (a + s, b * 0.5 + s), lambda s, a, b: ((a * 0.5 + b) + s, b * 0.25 + s)],
+)
+def test_what_is_made_of_the_last_step_is_no_step_of_the_loop(step, end):
+    net, stream = _loop(step, end), rand(9, N, 6, seed=1)
+    program = assert_steps_equal_the_call(net, rand(T, N, 6))
+    with torch.no_grad():
+        for y, expected in zip(program(stream), net(stream), strict=True):
+            assert torch.allclose(y, expected, atol=1e-4)
+
+
+def test_layers_that_hear_each_other_give_the_sum_of_their_last_spikes():
+    """One spike of the last step is both returned and heard by the other layer."""
+
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        n.a.reset()
+        n.b.reset()
+        b = torch.zeros(x.shape[1], 5)
+        for x_t in x:
+            a = n.a(n.fc(x_t) + 0.5 * b)
+            b = n.b(a + x_t[:, :5])
+        return a + b
+
+    neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0})
+    net = Net(run, fc=layer(6, 5), a=Cell(neuron, True), b=Cell(neuron, True))
+    assert_steps_equal_the_call(net, rand(T, N, 6))
+
+
+@pytest.mark.parametrize(
+    ("step", "end", "node"),
+    [
+        (lambda s, a, b: (a + s, b), lambda s, a, b, seen: a, "add"),
+        (lambda s, a, b: (a * 0.5 + b, b * 0.5 + s), lambda s, a, b, seen: seen, "add_1"),
+        (lambda s, a, b: (s, a), lambda s, a, b, seen: a + b, "neuron"),
+    ],
+    ids=["sum", "one-after-the-other", "neighbours"],
+)
+def test_two_steps_do_not_show_how_a_loop_goes_on(step, end, node):
+    assert findings(_loop(step, end), rand(2, N, 6)) == [("time-steps", node)]
+
+
+def test_a_step_before_the_last_is_refused_by_its_number():
+    net = _loop(lambda s, a, b: (a * 0.5 + s, b), lambda s, a, b, seen: seen[-2])
+    with pytest.raises(UnsupportedError, match="step 2, and not from the last, 3") as caught:
+        rewritten(net, rand(T, N, 6))
+    assert [f.rule for f in caught.value.findings] == ["output"]
 
 
 # What has no steps

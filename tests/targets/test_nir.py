@@ -253,16 +253,17 @@ class Events(nn.Module):
 EVENTS = torch.rand(4, 3, 2, 8, 8, generator=GENERATOR).round()
 
 
-def test_a_network_of_all_that_nir_can_say(tmp_path: Path) -> None:
-    net = Events().eval()
-    path = compiled(net, (EVENTS,), tmp_path)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_network_of_all_that_nir_can_say(batch: int, tmp_path: Path) -> None:
+    net, x = Events().eval(), EVENTS[:, :batch]
+    path = compiled(net, (x,), tmp_path)
     graph = nir.read(file(path), type_check=False)  # nir infers no shapes through groups
     kinds = {type(node).__name__ for node in graph.nodes.values()}
     assert {"SumPool2d", "AvgPool2d", "Threshold", "Scale", "Flatten", "Affine"} <= kinds
     with torch.no_grad():
-        expected = net(EVENTS)
+        expected = net(x)
     with deploy.load(path) as model:
-        found = model(EVENTS)
+        found = model(x)
         report = deploy.Artifact.open(path).verify()
     assert expected["rate"].any()
     assert all(torch.equal(found[name], y) for name, y in expected.items())
@@ -465,6 +466,63 @@ def test_what_a_loop_ends_with(tmp_path: Path) -> None:
     path = compiled(net, (x,), tmp_path, dt=DT)
     assert 0.05 < net(x).mean() < 0.95
     assert torch.equal(deploy.load(path)(x), net(x))
+
+
+def _mean(steps: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(steps).mean(0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("feedback", [0.0, 0.25])
+def test_what_is_done_over_time_with_maps_of_spikes(
+    feedback: float, batch: int, tmp_path: Path
+) -> None:
+    """[T, N, C, H, W], at once where nothing comes back; NIR's Output says what is done."""
+    ends: dict[str, list[Any]] = {
+        "mean": [
+            _mean,
+            lambda steps: torch.stack(steps).sum(0) / len(steps),
+            lambda steps: _mean(steps).flatten(1),
+            lambda steps: _mean([s.flatten(1) for s in steps]),
+            lambda steps: torch.stack(steps).flatten(2).mean(0),
+            lambda steps: torch.stack(steps).mean(0, keepdim=True),
+        ],
+        "sum": [lambda steps: torch.stack(steps).sum(0)],
+        "last": [lambda steps: steps[-1], lambda steps: torch.stack(steps).flatten(2)[-1]],
+        "steps": [torch.stack, torch.cat, lambda steps: torch.stack(steps).flatten(2)],
+    }
+
+    def run(s: Any, x: torch.Tensor) -> Any:
+        s.lif.reset()
+        back, steps = torch.zeros(x.shape[1], 3, 4, 4), []
+        for x_t in x:
+            y = s.conv(x_t)
+            back = s.lif(y + feedback * s.back(back) if feedback else y)
+            steps.append(back)
+        return [end(steps) for made in ends.values() for end in made]
+
+    torch.manual_seed(0)
+    lif = Cell(Neuron(neurons.LIF, {"tau": 2.0, "v_rest": 0.0}), True)
+    convs = {
+        "conv": nn.Conv2d(2, 3, 3, padding=1),
+        "back": nn.Conv2d(3, 3, 3, padding=1, bias=False),
+    }
+    net = Net(run, lif=lif, **convs)
+    x = 12 * torch.rand(4, batch, 2, 4, 4, generator=GENERATOR)
+    path = compiled(net, (x,), tmp_path, dt=DT)
+    expected = net(x)
+    assert 0.05 < expected[0].mean() < 0.95
+    with deploy.load(path) as model:
+        assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+    outputs = nir.read(file(path)).outputs.values()
+    said = {int(n.metadata["position"]): n.metadata["over_time"] for n in outputs}
+    told = [how for how, made in ends.items() for _ in made]
+    assert [said[i] for i in range(len(told))] == told
+
+
+def test_a_mean_over_the_batch_is_no_mean_over_time() -> None:
+    (found,) = deploy.check(Looped(ahead, end=lambda s: s[-1].mean(0)), (GRID,), ["nir"]).errors
+    assert "the mean over the batch" in found.found
 
 
 def test_a_readout_after_a_loop(tmp_path: Path) -> None:
