@@ -503,16 +503,19 @@ def _mul(export: Exporter, n: Node) -> Signal:
         return _scaled(export, x, b)
     factor = export.tensor(b)
     if factor is not None:
-        if factor.dim() > len(x.shape):
-            extra = factor.dim() - len(x.shape)
-            if set(factor.shape[:extra]) != {1}:
-                raise NotInNir("a factor that changes with time or sample")
-            factor = factor.reshape(factor.shape[extra:])
-        return _scaled(export, x, _numpy(factor))
+        return _scaled(export, x, _of_one_step(factor, x))
     y = export.signal(b)
     if not (x.binary and y.binary):
         raise NotInNir("a product of two signals that are not both spikes of 0 and 1")
     return _above(export, _summed(export, x, y), 1.5)
+
+
+def _of_one_step(factor: torch.Tensor, x: Signal) -> np.ndarray[Any, Any]:
+    """A factor without the dimensions of time and batch."""
+    extra = max(factor.dim() - len(x.shape), 0)
+    if set(factor.shape[:extra]) - {1}:
+        raise NotInNir("a factor that changes with time or sample")
+    return _numpy(factor.reshape(factor.shape[extra:]))
 
 
 def _div(export: Exporter, n: Node) -> Signal:
@@ -520,12 +523,13 @@ def _div(export: Exporter, n: Node) -> Signal:
     if summed.over_time == "sum" and divides(n, export.steps):
         return replace(summed, over_time="mean")
     x, divisor = export.signal(n.args[0]), n.args[1]
-    if isinstance(divisor, fx.Node) or math.frexp(divisor)[0] != 0.5:
+    by = export.tensor(divisor) if isinstance(divisor, fx.Node) else torch.tensor(float(divisor))
+    if by is None or not bool((torch.frexp(by).mantissa == 0.5).all()):
         raise NotInNir(
             f"a division by {divisor}, which no factor gives bit for bit",
             "multiply by the reciprocal",
         )
-    return _scaled(export, x, 1.0 / divisor)
+    return x if bool((by == 1).all()) else _scaled(export, x, _of_one_step(1 / by, x))
 
 
 def divides(n: Node, steps: int) -> bool:

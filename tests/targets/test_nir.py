@@ -235,13 +235,14 @@ class Events(nn.Module):
         self.group = nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=2, bias=False)
         self.a, self.b, self.c = IFNode(v_threshold=0.5), LIFNode(v_threshold=0.25), LIFNode()
         self.fc, self.out = nn.Linear(64, 5), IFNode(v_reset=None, v_threshold=0.5)
+        self.register_buffer("four", torch.tensor(4.0))
 
     def forward(self, x: torch.Tensor) -> Any:
         def over(layer: Any, seq: torch.Tensor) -> torch.Tensor:
             return layer(seq.flatten(0, 1)).unflatten(0, seq.shape[:2])
 
         a = self.a(over(lambda y: self.norm(self.conv(y)), x))
-        b = self.b(over(self.group, a) * 1.5 - 0.25 * a)
+        b = self.b(over(self.group, a) * 1.5 - a / self.four)
         gate = a * b
         pooled = over(lambda y: nn.functional.max_pool2d(y, 2), gate)
         mean = over(lambda y: nn.functional.avg_pool2d(y, 2), a + b + a)
