@@ -519,15 +519,15 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
     def gradient(i: int) -> None:
         p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
 
-    later = "within & (chunk > 0)" if spec.masked else "chunk > 0"
-
     def chunk(steps: int, looped: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         for w in k.members:
             for i, part in enumerate(step.names):
                 start = f"q_{part}{w}_start"
                 at = f"checkpoints_ptr + ({k.checkpoint(i)}) + n{w}"
-                load = f"tl.load({at}, mask={later}, other={start})"
+                later = f"(n{w} < tl.where(chunk > 0, M64, 0))"
+                within = f"within & {later}" if spec.masked else later
+                load = f"tl.load({at}, mask={within}, other={start})"
                 p(f"q_{part}{w}_0 = {load if kept else start}")
         for i in range(steps):
             for w in k.members:
