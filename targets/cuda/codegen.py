@@ -16,15 +16,13 @@ gradient goes to the first that fired, or to the window's first neuron if none d
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...converters.errors import UsageError
 from ...converters.neurons import Neuron
 from ...converters.surrogates import Surrogate
-from ...converters.symbolic import Expr, Tape, backward, needed
+from ...converters.symbolic import Expr, Tape, backward
+from .text import Text
 
 #: What a batch norm before the neuron adds to its parameters.
 NORM = ("norm_mean", "norm_scale", "norm_shift")
@@ -108,18 +106,6 @@ class Backward:
 #: Steps before its use that the gradient of the spikes is loaded: all of a chunk's fill the registers.
 _AHEAD = 8
 
-#: 1 / x as one instruction, exact to a bit in the last place; and as Triton's interpreter knows it.
-RECIPROCAL = """\
-def reciprocal(x):
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-"""
-RECIPROCAL_INTERPRETED = """\
-def reciprocal(x):
-    return 1.0 / x
-"""
-
 
 class _Step:
     """One time step as expressions."""
@@ -160,122 +146,6 @@ class _Step:
         return backward(self.tape, seeds, wrt)
 
 
-class _Text:
-    """Lines of a kernel."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.indent = 1
-
-    def __call__(self, line: str) -> None:
-        self.lines.append("    " * self.indent + line)
-
-    def evaluate(
-        self, step: _Step, results: list[Expr], given: Mapping[str, str], suffix: str
-    ) -> list[str]:
-        """Lines that compute the results; their names."""
-        names: dict[int, str] = {}
-        values = needed(results)
-        parts = _parts(values, results, step.forward)
-        for e in values:
-            if e.op == "const":
-                names[e.index] = repr(e.value)
-            elif e.op == "input":
-                names[e.index] = given[e.value]
-            elif e.op == "detach":
-                names[e.index] = names[e.args[0].index]
-            elif e not in parts.values():
-                names[e.index] = f"e{e.index}_{suffix}"
-                self(f"{names[e.index]} = {_code(e, parts.get(e), names, step.forward)}")
-        return [names[r.index] for r in results]
-
-
-def _parts(values: list[Expr], results: list[Expr], forward: int) -> dict[Expr, Expr]:
-    """Operations that are computed as part of another, by that other: nothing else needs their value.
-
-    A derivative is a sum of products, each of which makes one operation with its sum: derivatives need
-    not be rounded as torch rounds them. 1 - spikes is as exact from the comparison.
-    """
-    uses = Counter([*(a for e in values for a in e.args), *results])
-    parts: dict[Expr, Expr] = {}
-    for e in values:
-        for a in reversed(e.args):
-            product = e.op in ("add", "sub") and a.op == "mul" and forward <= a.index
-            if uses[a] == 1 and a not in parts and (product or _no_spike(e, a)):
-                parts[e] = a
-                break
-    return parts
-
-
-def _no_spike(e: Expr, spike: Expr) -> bool:
-    """Whether a value is 1 - spike."""
-    one = e.args[0]
-    return e.op == "sub" and one.op == "const" and one.value == 1 and spike.op.startswith("fire")
-
-
-_FIRES = {"fire_ge": ">=", "fire_gt": ">"}
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-
-
-def _code(e: Expr, part: Expr | None, names: Mapping[int, str], forward: int) -> str:
-    """One operation, or two; those of the forward pass are rounded as torch rounds them."""
-
-    def name(of: Expr) -> str:
-        return names[of.index]
-
-    if part is not None and part.op == "mul":
-        first, second = map(name, part.args)
-        if e.args[0] is part:
-            added = name(e.args[1])
-            return f"tl.fma({first}, {second}, {added if e.op == 'add' else f'-{added}'})"
-        first = first if e.op == "add" else f"-{first}"
-        return f"tl.fma({first}, {second}, {name(e.args[0])})"
-    if part is not None:
-        h, threshold = map(name, part.args)
-        return f"tl.where({h} {_FIRES[part.op]} {threshold}, 0.0, 1.0)"
-    a, b, c = (*map(name, e.args), "", "", "")[:3]
-    if e.op in _INFIX:
-        return f"{a} {_INFIX[e.op]} {b}"
-    if e.op in _FIRES:
-        return f"tl.where({a} {_FIRES[e.op]} {b}, 1.0, 0.0)"
-    if e.op == "div":
-        return f"tl.div_rn({a}, {b})" if e.index < forward else _quotient(e, a, b)
-    if e.op == "pow":
-        return _power(a, e.args[1])
-    return {
-        "neg": f"-{a}",
-        "abs": f"tl.abs({a})",
-        "sigmoid": f"tl.sigmoid({a})",
-        "exp": f"tl.exp({a})",
-        "tanh": f"2.0 * tl.sigmoid(2.0 * {a}) - 1.0",
-        "relu": f"tl.where({a} < 0.0, 0.0, {a})",
-        "where": f"tl.where({a}, {b}, {c})",
-    }[e.op]
-
-
-def _quotient(e: Expr, a: str, b: str) -> str:
-    """a / b to within the last bits."""
-    over, under = e.args
-    if under.op == "const":
-        return f"{a} * {1.0 / under.value!r}"
-    return (
-        f"reciprocal({b})" if over.op == "const" and over.value == 1 else f"{a} * reciprocal({b})"
-    )
-
-
-def _power(a: str, exponent: Expr) -> str:
-    n = exponent.value
-    if exponent.op == "const" and n == 0.5:
-        return f"tl.sqrt_rn({a})"
-    if exponent.op == "const" and n == int(n) and 0 < abs(n) <= 8:
-        product = " * ".join([a] * abs(int(n)))
-        return product if n > 0 else f"1.0 / ({product})"
-    raise UsageError(
-        f"a fused kernel has powers of 0.5 and of whole numbers up to 8, not of {exponent}; write the "
-        "equation with those, or use backend='torch'"
-    )
-
-
 class _Kernel:
     """What the forward and the backward kernel share: arguments, tile, parameters."""
 
@@ -283,7 +153,7 @@ class _Kernel:
         self.spec, self.name = spec, name
         self.step = _Step(spec)
         self.reads = dict(spec.reads)
-        self.text = _Text()
+        self.text = Text(self.step.forward)
         self.arguments: list[str] = []
         height, width = spec.window
         self.pooled = height * width > 1
@@ -457,7 +327,7 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
             fired = []
             for w in k.members:
                 given = k.given(i, w, asked.initial, looped)
-                spikes, *after = p.evaluate(step, [step.spikes, *step.after], given, f"{i}{w}")
+                spikes, *after = p.evaluate([step.spikes, *step.after], given, f"{i}{w}")
                 fired.append(spikes)
                 for part, value in zip(step.names, after, strict=True):
                     p(f"q_{part}{w}_{i} = {k.block(value)}")
@@ -537,7 +407,7 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
         for i in range(steps - 1):
             for w in k.members:
                 given = k.given(i, w, asked.initial, looped, f"_{i}")
-                after = p.evaluate(step, list(step.after), given, f"f{i}{w}")
+                after = p.evaluate(list(step.after), given, f"f{i}{w}")
                 for part, value in zip(step.names, after, strict=True):
                     p(f"q_{part}{w}_{i + 1} = {k.block(value)}")
         for i in reversed(range(steps)):
@@ -563,9 +433,7 @@ def _pooling_backward(k: _Kernel, asked: Backward, i: int, looped: bool) -> None
     """The gradient of a window's spike goes to its first neuron that fired, or to its first."""
     p, (first, *others) = k.text, k.members
     fired = [
-        p.evaluate(
-            k.step, [k.step.spikes], k.given(i, w, asked.initial, looped, f"_{i}"), f"s{i}{w}"
-        )
+        p.evaluate([k.step.spikes], k.given(i, w, asked.initial, looped, f"_{i}"), f"s{i}{w}")
         for w in k.members
     ]
     p(f"before = {fired[0][0]}")
@@ -583,7 +451,7 @@ def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool) -> 
     given = k.given(i, w, asked.initial, looped, f"_{i}")
     given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names} | {"g_spikes": f"g_{i}{w}"}
     wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
-    g_x, *rest = p.evaluate(step, step.gradients(wrt), given, f"b{i}{w}")
+    g_x, *rest = p.evaluate(step.gradients(wrt), given, f"b{i}{w}")
     if asked.into_x == "norm":
         p(f"g_x = {g_x} - minus - (x_{i}{w} - p_norm_mean) * slope")
         g_x = "g_x"
@@ -617,7 +485,7 @@ def _store_parameter(k: _Kernel, name: str) -> None:
         p(f"tl.store({pointer} + program * C + channel, tl.sum(gp_{name}))")
 
 
-def _chunks(p: _Text, spec: Spec, chunk: Any, reverse: bool) -> None:
+def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
     """The chunks in order: a loop over the whole ones, then the tail; or in reverse."""
 
     def tail() -> None:

@@ -16,16 +16,8 @@ import torch
 
 from ...converters.errors import DeviceError, TargetUnavailableError
 from ...converters.neurons import Neuron
-from .codegen import (
-    NORM,
-    RECIPROCAL,
-    RECIPROCAL_INTERPRETED,
-    Backward,
-    Forward,
-    Spec,
-    backward_source,
-    forward_source,
-)
+from .codegen import NORM, Backward, Forward, Spec, backward_source, forward_source
+from .text import RECIPROCAL, RECIPROCAL_INTERPRETED
 
 #: Time steps of a chunk. Measured on an H200: a chunk's states live in registers, and every further
 #: chunk costs a state that is kept in memory.
@@ -62,7 +54,7 @@ def triton() -> Any:
 
 @cache
 def compiled(source: str, name: str) -> Any:
-    """The kernel of this source, which may call ``reciprocal``, see ``codegen``."""
+    """The kernel of this source, which may call ``reciprocal``, see ``text``."""
     package = triton()
     import triton.language as tl
 
