@@ -308,9 +308,11 @@ class _Unstack:
         stacks = self.n.target is aten.stack.default
         rank = len(shape(parts[0]))
         d = ops.dim(self.n, self.n.args[1] if len(self.n.args) > 1 else 0)
-        like, nodes = self._aligned(parts, rank)
-        if d == like.axis and not stacks:
+        if not stacks and any(
+            isinstance(v := self.operands[p], Steps) and v.axis == d for p in parts
+        ):
             raise self._mixes()
+        like, nodes = self._aligned(parts, rank)
         at = d - 1 if like.bare and d > like.axis else d
         node = self.build.call(self.n.target, nodes, at, path=self.path)
         return replace(like, node=node, axis=like.axis + (stacks and d <= like.axis))

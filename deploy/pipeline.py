@@ -47,13 +47,15 @@ def check(
         raise UsageError(f"targets is a name; give a list of names: targets=[{targets!r}]")
     chosen = [registry.get(name) for name in targets]
     try:
-        captured = capture(_network(net, dt), args)
+        net = _network(net, dt)
+        captured = capture(net, args)
     except FindingsError as error:
         return error.findings
     found: list[Finding] = []
     for target in chosen:
         try:
             program, _ = _rewrite(captured, target, _dtype(target, dtype), time, keep_rounding)
+            _check_delays(net, program)
             found += registry.check(program, target)
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
@@ -98,6 +100,7 @@ def convert(
     captured = capture(net, args)
     captured.examples = (tuple(x.detach().clone() for x in args),)
     program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time, keep_rounding)
+    _check_delays(net, program)
     errors = registry.check(program, chosen).errors
     if errors:
         raise UnsupportedError(f"{target} cannot run this network:", errors)
@@ -110,6 +113,23 @@ def _network(net: Any, dt: float | None) -> nn.Module:
     nir = isinstance(net, (str, os.PathLike)) or type(net).__name__ == "NIRGraph"
     network: nn.Module = NirNetwork(net, dt) if nir else net
     return network
+
+
+def _check_delays(net: nn.Module, program: Program) -> None:
+    """Make sure that the delays of a NIR graph end within the example, or its graph would lack them."""
+    if program.stepping is None or not isinstance(net, NirNetwork):
+        return
+    T, delay = program.stepping.steps, net.longest_delay
+    if delay >= T:
+        finding = Finding(
+            rule="time-steps",
+            where="",
+            found=f"a Delay of {delay} time steps, in an example of {T}",
+            allowed="delays shorter than the example",
+            fix=f"give an example input of at least {delay + 2} time steps; the result does not depend "
+            "on their number",
+        )
+        raise UnsupportedError("the network cannot be run step by step:", [finding])
 
 
 def _dtype(target: Target, name: str | None) -> torch.dtype:

@@ -14,7 +14,8 @@ left of a sequence at its end. Out of these follow the states:
 What the network returns after its last step is given at each step, as if it were the last. An input is
 a sequence if the network treats it as one; an image that the network itself repeats is given to every
 step. T must be 2 at least and longer than any delay in the network, or steps could not be told from
-one another, and 3 where a loop keeps something itself, or nothing would show how that goes on.
+one another, and 3 where a loop keeps something itself, or nothing would show how that goes on. Steps
+that are all one constant are refused for that.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def step_time(program: Program) -> Program:
         UnsupportedError: With everything that no step can compute by itself.
     """
     T = _time_steps(program)
+    if hidden := list(_hidden_delays(program, T)):
+        raise UnsupportedError(_HEADLINE, hidden)
     best: _StepTime | None = None
     choices = [
         [*(d for d in (0, 1) if spec.shape[d : d + 1] == (T,)), None] for spec in program.inputs
@@ -88,6 +91,34 @@ def _time_steps(program: Program) -> int:
             )
         ],
     )
+
+
+def _hidden_delays(program: Program, T: int) -> Iterator[Finding]:
+    """Where time steps are put together that are one constant: what a delay of T steps or more gives."""
+    captured = program.captured or program
+    constants: dict[Node, torch.Tensor] = {}
+    for n in captured.walk():
+        if n.op == "get_attr":
+            constants[n] = captured.tensor(n.target)
+        given = n.all_input_nodes
+        if n.op != "call_function" or not given or any(a not in constants for a in given):
+            continue
+        args, kwargs = fx.map_arg((n.args, n.kwargs), constants.__getitem__)
+        constants[n] = n.target(*args, **kwargs)
+        if n.target not in (aten.stack.default, aten.cat.default):
+            continue
+        at = ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
+        steps = constants[n].unbind(at)
+        if len(n.args[0]) > 1 and len(steps) == T and all(torch.equal(s, steps[0]) for s in steps):
+            yield Finding(
+                rule="time-steps",
+                where=where(n) or next(filter(None, map(where, n.users)), ""),
+                found=f"{short(n.target)} puts together {T} time steps that no input reaches, as those of "
+                f"a delay of {T} steps or more are",
+                allowed="time steps that can be told from one another",
+                fix="give an example input of more time steps than the longest delay",
+                node=n.name,
+            )
 
 
 _FIXES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,8 @@ from .contestants import NODES, Contestant
 from .timing import FORWARD_BACKWARD_WORDS, FORWARD_WORDS, Timer, roofline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_COMPILED_UP_TO = 32
+#: Compiling takes minutes above.
+_COMPILED_UP_TO = 16
 _GPU_NEURONS, _CPU_NEURONS = 2**20, 2**12
 
 
@@ -102,7 +104,7 @@ class Entry:
         forward_fraction: Of the roofline of two words an element.
         forward_backward_fraction: Of the roofline of five words an element.
         errors: Its errors.
-        compile_s: Time in s to compile both passes, where that is apart.
+        first_s: Time in s of the first call of both passes, which compiles what is not cached.
         failure: Why there are no times.
     """
 
@@ -112,7 +114,7 @@ class Entry:
     forward_fraction: float | None = None
     forward_backward_fraction: float | None = None
     errors: Errors | None = None
-    compile_s: float | None = None
+    first_s: float | None = None
     failure: str | None = None
 
 
@@ -176,7 +178,7 @@ def _version(package: str) -> str:
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda _: None) -> Results:
-    """Measure every cell; ``progress`` hears of each before it begins.
+    """Measure every cell; ``progress`` hears of each before it begins. An interrupt keeps what there is.
 
     Raises:
         UsageError: An option cannot be used.
@@ -184,7 +186,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda _: None) -> R
     """
     device, N = options.resolve()
     on_gpu = device.type == "cuda"
-    timer = Timer(device, 0.05, (3, 10)) if options.quick else Timer(device)
+    timer = Timer(device, 0.05, (3, 10)) if options.quick else Timer(device, 0.2)
     fused = on_gpu or interpreted()
     left_out = []
     if not on_gpu:
@@ -193,18 +195,23 @@ def run(options: Options, progress: Callable[[str], None] = lambda _: None) -> R
         left_out.append("the fused patterns: they run on a GPU")
     if on_gpu and max(options.T) > _COMPILED_UP_TO:
         left_out.append(f"{contestants.COMPILED} above T = {_COMPILED_UP_TO}: it unrolls the loop")
-    cells = []
-    for kind in NODES:
-        for dtype in options.dtypes:
-            others, reason = _others(kind, DTYPES[dtype], device)
+    cells: list[Cell] = []
+    try:
+        for kind, name in itertools.product(NODES, options.dtypes):
+            others, reason = _others(kind, DTYPES[name], device)
             if reason and reason not in left_out:
                 left_out.append(reason)
             for T in options.T:
-                progress(f"{kind}, {dtype}, T = {T}, N = {N}")
+                progress(f"{kind}, {name}, T = {T}, N = {N}")
                 competitors = [*contestants.patterns(kind, fused), *others]
                 if on_gpu and T <= _COMPILED_UP_TO:
                     competitors.append(contestants.compiled(kind))
-                cells.append(measure(kind, dtype, T, N, competitors, timer))
+                cells.append(measure(kind, name, T, N, competitors, timer))
+    except KeyboardInterrupt:
+        if not cells:
+            raise
+        last = cells[-1]
+        left_out.append(f"all after {last.neuron}, {last.dtype}, T = {last.T}: it was interrupted")
     return Results(machine(device), tuple(cells), tuple(left_out))
 
 
@@ -266,7 +273,9 @@ def _entry(
         start = time.perf_counter()
         forward()
         errors = reference.errors(*forward_backward())
-        compile_s = time.perf_counter() - start if c.name == contestants.COMPILED else None
+        if timer.device.type == "cuda":
+            torch.cuda.synchronize(timer.device)
+        first_s = time.perf_counter() - start
         one, both = timer.milliseconds(forward), timer.milliseconds(forward_backward)
     except Exception as error:
         if c.ours:
@@ -279,7 +288,7 @@ def _entry(
         None if copy is None else roofline(copy, FORWARD_WORDS) / one,
         None if copy is None else roofline(copy, FORWARD_BACKWARD_WORDS) / both,
         errors,
-        compile_s,
+        first_s,
     )
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from ...converters.errors import UsageError
-from . import contestants
 from .neurons import Cell, Results, cells_by
 from .timing import FORWARD_BACKWARD_WORDS, FORWARD_WORDS, roofline
 
@@ -31,14 +30,7 @@ def tables(results: Results) -> str:
             head = f"{neuron}, {dtype}, N = {cells[0].N}: {title}, {unit}"
             parts.append(f"{head}\n{_times(cells, attribute, words)}")
     parts.append("against the torch backend in float32, over all T\n" + _errors(results))
-    compiled = [
-        f"{c.neuron}, {c.dtype}, T = {c.T}: {e.compile_s:.1f} s"
-        for c in results.cells
-        for e in c.entries
-        if e.compile_s is not None
-    ]
-    if compiled:
-        parts.append("\n".join([f"{contestants.COMPILED}, first call of both passes", *compiled]))
+    parts.append("first call of both passes, s\n" + _first_calls(results))
     notes = [f"left out: {note}" for note in results.left_out]
     notes += [
         f"failed: {e.name}, {c.neuron}, {c.dtype}, T = {c.T}: {e.failure}"
@@ -67,6 +59,17 @@ def _times(cells: list[Cell], attribute: str, words: int) -> str:
         if cell.copy is not None:
             row.append(f"{roofline(cell.copy, words):.4g}")
         rows.append(row)
+    return _aligned(rows)
+
+
+def _first_calls(results: Results) -> str:
+    steps = sorted({c.T for c in results.cells})
+    rows = [["neuron", "dtype", "contestant", *(f"T = {T}" for T in steps)]]
+    for neuron, dtype, cells in cells_by(results):
+        for name in names(cells):
+            taken = {c.T: e.first_s for c in cells for e in c.entries if e.name == name}
+            seconds = (taken.get(T) for T in steps)
+            rows.append([neuron, dtype, name, *("-" if s is None else f"{s:.1f}" for s in seconds)])
     return _aligned(rows)
 
 

@@ -57,6 +57,7 @@ def rewritten(net: nn.Module, *x: torch.Tensor) -> Program:
 
 def one_step(program: Program, target: str) -> Program:
     """As a target takes it: onnx takes neurons apart, the reference does not."""
+    program = replace(program, captured=program)
     for rewrite in stepped(targets.get(target).passes(torch.float32)):
         program = rewrite(program)
     return program
@@ -278,6 +279,21 @@ def test_a_delay_is_a_state():
     net = Net(lambda n, x: n.lif(torch.cat([torch.zeros(1, N, 5), x[:-1]]) + x), lif=LIFNode())
     program = assert_steps_equal_the_call(net, rand(T, N, 5))
     assert len(names(program)) == 2
+
+
+def test_a_delay_that_the_example_does_not_outlast_is_refused():
+    def late(n, x):
+        steps = [*[torch.ones_like(x[0])] * 2, *x.unbind()][: len(x)]
+        return n.lif(torch.stack(steps) + x)
+
+    net = Net(late, lif=LIFNode())
+    assert findings(net, rand(2, N, 5)) == [("time-steps", "stack")]
+    assert_steps_equal_the_call(net, rand(4, N, 5))
+
+
+def test_steps_that_go_before_a_sequence_are_refused():
+    net = Net(lambda n, x: n.lif(torch.cat([torch.ones(2, N, 5), x])[: len(x)]), lif=LIFNode())
+    assert ("mixes-time", "cat") in findings(net, rand(3, N, 5))
 
 
 def test_a_convolution_over_past_steps_keeps_them():

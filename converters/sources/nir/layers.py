@@ -57,6 +57,11 @@ class Delay(nn.Module):
         for lag in self._lags[1:]:
             self.register_buffer(f"lag_{lag}", torch.from_numpy(steps == lag))
 
+    @property
+    def longest(self) -> int:
+        """Time steps of the longest delay."""
+        return self._lags[-1]
+
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """[T, N, ...] -> [T, N, ...]."""
         return torch.stack([self.at(x_seq.unbind(), t) for t in range(len(x_seq))])

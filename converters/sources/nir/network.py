@@ -54,6 +54,7 @@ class NirNetwork(nn.Module):
     Attributes:
         graph: The graph.
         dt: The time step.
+        longest_delay: That of its Delay nodes, in time steps.
 
     Raises:
         UsageError: There is no such file, or no time step.
@@ -78,6 +79,8 @@ class NirNetwork(nn.Module):
         findings = findings or list(self._infer_shapes())
         if findings:
             raise CaptureError(HEADLINE, findings)
+        delays = (m.longest for m in self.modules() if isinstance(m, Delay))
+        self.longest_delay: int = max(delays, default=0)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Each Input [T, N, ...] -> each Output [T, N, ...]."""
