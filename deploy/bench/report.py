@@ -140,7 +140,7 @@ def _charts(results: Results, folder: Path) -> list[Path]:
     for title, attribute, words in PASSES:
         figure = Figure(figsize=(7 * min(len(groups), 2), 5 * -(-len(groups) // 2) + 1))
         axes = figure.subplots(-(-len(groups) // 2), min(len(groups), 2), squeeze=False).flat
-        for ax, (neuron, dtype, cells) in zip(axes, groups, strict=False):
+        for (neuron, dtype, cells), ax in zip(groups, axes, strict=False):
             columns = names(cells)
             width = 0.8 / len(columns)
             for i, name in enumerate(columns):
@@ -164,6 +164,8 @@ def _charts(results: Results, folder: Path) -> list[Path]:
             ax.set(title=f"{neuron}, {dtype}, N = {cells[0].N}", xlabel="T", ylabel="time, ms")
             ax.set_yscale("log")
             ax.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        for unused in axes:
+            unused.set_visible(False)
         figure.suptitle(f"{title}, {results.machine['device']}")
         figure.tight_layout()
         for suffix in ("png", "svg"):
