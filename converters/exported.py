@@ -19,6 +19,7 @@ from . import ops, sources
 from .builder import Builder, seal
 from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
+from .moves import moved, pieces
 from .neurons import Neuron
 from .ops import Node, aten, shape
 from .program import NEURON_STEP, PassReport, Program, TensorSpec, short
@@ -37,7 +38,7 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(net, args, strict=False)
-            program = exported.run_decompositions({})
+            program = exported.run_decompositions(_simpler())
     except StateAccessError:
         raise
     except Exception as error:
@@ -49,6 +50,23 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
     if findings:
         raise CaptureError(HEADLINE, findings)
     return program
+
+
+#: Operators that torch computes by others, or that only move values: in those they have one spelling.
+_COMPOSED = (
+    "channel_shuffle cosine_similarity diff einsum hstack kron masked_fill.Scalar masked_fill.Tensor "
+    "outer pad pixel_shuffle pixel_unshuffle prelu repeat_interleave.self_int rot90 tile tril triu vstack"
+)
+
+
+def _simpler() -> dict[Any, Any]:
+    """Decompositions of :data:`_COMPOSED`, those that this torch has."""
+    known = torch.export.default_decompositions()
+    overloads = (
+        operator.attrgetter(f"{name}.default" if "." not in name else name)(aten)
+        for name in _COMPOSED.split()
+    )
+    return {o: known[o] for o in overloads if o in known}
 
 
 def place(error: BaseException) -> str:
@@ -106,7 +124,7 @@ def _undetermined(graph: fx.Graph) -> Iterator[Finding]:
         if any(_symbolic(v) for v in pytree.tree_leaves(n.meta.get("val"))):
             told.add((path, line))
             yield _data_dependent(path, line or f"node {n.name}")
-        elif torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and not _idle(n):
+        elif torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and _draws(n):
             told.add((path, line))
             yield Finding(
                 rule="random",
@@ -120,6 +138,16 @@ def _undetermined(graph: fx.Graph) -> Iterator[Finding]:
 def _symbolic(value: Any) -> bool:
     sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
     return any(isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) for s in sizes)
+
+
+def _draws(n: Node) -> bool:
+    """Whether an operator that can draw random numbers does so with its arguments."""
+    schema = n.target._schema.arguments
+    given = {a.name: value for a, value in zip(schema, n.args, strict=False)} | n.kwargs
+    values = {a.name: given.get(a.name, a.default_value) for a in schema}
+    share = {"p", "dropout", "dropout_p"} & {*values}
+    switch = {"train", "training"} & {*values}
+    return not (any(values[s] == 0 for s in share) or any(values[s] is False for s in switch))
 
 
 def _idle(n: fx.Node) -> bool:
@@ -251,6 +279,9 @@ class _Canonical(Builder):
         if (value := _made(n, args, kwargs)) is not None:
             self.env[n] = self.constant(f"made_{n.name}", value)
             return
+        if (made := moved(self, n, args, path)) is not None:
+            self.env[n] = made
+            return
         if target is NEURON_STEP:
             args = self._in_its_place(args, path)
         self.env[n] = self._spelled(target, args, kwargs, path, n)
@@ -293,6 +324,11 @@ class _Canonical(Builder):
             return self._adaptive_max(n, args[0], path)
         if target is aten.max.default:
             return self.call(aten.amax.default, args[0], [*range(len(shape(args[0])))], path=path)
+        if target is aten._prelu_kernel.default:
+            x, weight = args
+            positive = self.call(aten.gt.Scalar, x, 0, path=path)
+            scaled = self.call(aten.mul.Tensor, weight, x, path=path)
+            return self.call(aten.where.self, positive, x, scaled, path=path)
         if target is aten.mm.default:
             return self.call(aten.matmul.default, *args, path=path)
         if target is aten.fill.Tensor:
@@ -403,17 +439,15 @@ class _Canonical(Builder):
         self, base: fx.Node, part: fx.Node, dim: int, start: int, end: int, path: str
     ) -> fx.Node:
         """A write to base[start:end] along dim, as slices and a concatenation."""
-        size = base.meta["val"].shape[dim]
         if start >= end:
             return base
-        parts = [part]
-        if start > 0:
-            parts.insert(0, self.call(aten.slice.Tensor, base, dim, 0, start, path=path))
-        if end < size:
-            parts.append(self.call(aten.slice.Tensor, base, dim, end, size, path=path))
-        if len(parts) == 1:
-            return part
-        return self.call(aten.cat.default, parts, dim, path=path)
+        dim %= len(shape(base))
+        parts = [
+            *pieces(self, base, dim, 0, start, path),
+            part,
+            *pieces(self, base, dim, end, shape(base)[dim], path),
+        ]
+        return part if len(parts) == 1 else self.call(aten.cat.default, parts, dim, path=path)
 
 
 #: Pooling, with the number of dimensions that it is over.

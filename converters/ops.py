@@ -22,7 +22,13 @@ SELECT = (
 
 #: Pointwise operators that torch does not tag as such, in some release.
 _UNTAGGED = frozenset(
-    {*SELECT, aten._to_copy.default, aten.leaky_relu.default, aten.hardswish.default}
+    {
+        *SELECT,
+        aten._to_copy.default,
+        aten.floor_divide.default,
+        aten.hardswish.default,
+        aten.leaky_relu.default,
+    }
 )
 
 
@@ -41,6 +47,8 @@ BATCHED = frozenset(
         aten.conv_transpose2d.input,
         aten.batch_norm.default,
         aten.group_norm.default,
+        aten.instance_norm.default,
+        aten.im2col.default,
         aten.max_pool1d.default,
         aten.max_pool2d.default,
         aten.avg_pool1d.default,

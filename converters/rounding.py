@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from . import ops
 from .equations import Symbol
@@ -92,6 +93,25 @@ _LOGIC = frozenset(
         aten.logical_not.default,
         aten.logical_or.default,
         aten.logical_xor.default,
+    }
+)
+#: Operators that take values out of the first operand by whole numbers.
+_TAKEN = frozenset(
+    {aten.index_select.default, aten.index.Tensor, aten.gather.default, aten.embedding.default}
+)
+#: Operators that put values in order along a dimension, or give those at a place of that order.
+_ORDERED = frozenset(
+    {
+        aten.sort.default,
+        aten.sort.stable,
+        aten.argsort.default,
+        aten.topk.default,
+        aten.median.dim,
+        aten.kthvalue.default,
+        aten.max.dim,
+        aten.min.dim,
+        aten.argmax.default,
+        aten.argmin.default,
     }
 )
 #: Operators of a charge equation that torch has under their names; the others are Python's.
@@ -184,36 +204,46 @@ class Bounds(fx.Interpreter):
             pair = (value, self._stored(value))
         else:
             value, error = self._call(n)
+            if isinstance(value, tuple):
+                return value, error
             pair = (value.float(), error.float())
         if n.name in self._kept:
             self._found[n.name].append(pair[1])
         return pair
 
-    def _call(self, n: Node) -> _Pair:
+    def _call(self, n: Node) -> Any:
         target: Any = n.target
         if target is NEURON_STEP:
             return self._neuron_step(n)
         if target is operator.getitem:
-            state: _Pair = self.env[n.args[0]]  # of a step; its spikes are given
-            return state
+            given: Any = self.env[n.args[0]]
+            if isinstance(given[0], tuple):
+                return given[0][n.args[1]], given[1][n.args[1]]
+            step: _Pair = given  # of a neuron, whose spikes are given
+            return step
         if target is STATE:
             return self._state(n)
         pairs = [self.env[a] for a in n.all_input_nodes]
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][0])
         errors, _ = fx.map_arg((n.args, n.kwargs), lambda a: self.env[a][1])
-        if target in ops.SELECT:
-            args = (args[0] != 0, *args[1:])
+        typed, options = fx.map_arg((n.args, n.kwargs), lambda a: _typed(a, self.env[a][0]))
+        value = target(*typed, **options)
         if target in _LOGIC and _is_bool(n):
             doubt = sum((p[1] for p in pairs), torch.zeros(())) != 0
-            value = target(*(a != 0 for a in args))
             return value, doubt.expand_as(value)
-        value = target(*args, **kwargs)
         if target in _EXACT:
             return value, target(*errors, **kwargs)
+        if target in _TAKEN:
+            return value, target(errors[0], *typed[1:], **options)
+        if target in _ORDERED:
+            first: _Pair = self.env[n.args[0]]
+            return value, _ordered(n, *first, value)
+        if isinstance(value, tuple):
+            return value, self._perturbed_parts(target, typed, errors, options, value)
         if target in _COMPARISONS:
             return value, _doubt(args[0], args[1], sum(p[1] for p in pairs))
         if target in ops.SELECT:
-            return value, _selected(args, errors)
+            return value, _selected((typed[0], *args[1:]), errors)
         stored = self._stored(value.float())
         if target in _LAYERS:
             return value, self._layer(target, args, errors, kwargs, ops.fan_in(n)) + stored
@@ -234,7 +264,7 @@ class Bounds(fx.Interpreter):
             return value, self._factor(args, errors) + stored
         if target is aten.batch_norm.default:
             return value, self._batch_norm(args, errors) + 4 * stored
-        return value, self._perturbed(target, args, errors, kwargs, value) + 4 * stored
+        return value, _perturbed(target, typed, errors, options, value) + 4 * stored
 
     def _neuron_step(self, n: Node) -> _Pair:
         (x, ex), (state, error) = (self.env[a] for a in n.args[:2])
@@ -301,23 +331,65 @@ class Bounds(fx.Interpreter):
         carried = norm(errors[0], positive(weight), None, torch.zeros_like(mean), var, *rest)
         return carried + 4 * self._unit * magnitude
 
-    @staticmethod
-    def _perturbed(
-        target: Any, args: Any, errors: Any, kwargs: Any, value: torch.Tensor
-    ) -> torch.Tensor:
-        """An operator without a rule of its own: its answer to its inputs' errors, doubled."""
-        if not value.is_floating_point():
-            return torch.zeros_like(value, dtype=torch.float32)
+    def _perturbed_parts(
+        self, target: Any, args: Any, errors: Any, kwargs: Any, values: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """:func:`_perturbed` of an operator with several results."""
 
-        def moved(sign: int) -> torch.Tensor:
-            given = [
-                a + sign * e if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-                for a, e in zip(args, errors, strict=True)
-            ]
-            answer: torch.Tensor = target(*given, **kwargs)
-            return (answer - value).abs()
+        def one(i: int) -> torch.Tensor:
+            def part(*given: Any, **named: Any) -> torch.Tensor:
+                result: torch.Tensor = target(*given, **named)[i]
+                return result
 
-        return 2 * torch.maximum(moved(1), moved(-1))
+            stored = 4 * self._stored(values[i].float())
+            return _perturbed(part, args, errors, kwargs, values[i]) + stored
+
+        return tuple(map(one, range(len(values))))
+
+
+def _perturbed(
+    target: Any, args: Any, errors: Any, kwargs: Any, value: torch.Tensor
+) -> torch.Tensor:
+    """An operator without a rule of its own: its answer to its inputs' errors, doubled."""
+    if not value.is_floating_point():
+        return torch.zeros_like(value, dtype=torch.float32)
+
+    def moved(sign: int) -> torch.Tensor:
+        def shift(a: Any, e: Any) -> Any:
+            return a + sign * e if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+
+        answer: torch.Tensor = target(*pytree.tree_map(shift, tuple(args), tuple(errors)), **kwargs)
+        return (answer - value).abs()
+
+    return 2 * torch.maximum(moved(1), moved(-1))
+
+
+def _ordered(n: Node, x: torch.Tensor, error: torch.Tensor, value: Any) -> Any:
+    """What is put in order moves no further than the values; its places may be others where values
+    are nearer to one another than that.
+    """
+    schema = n.target._schema.arguments
+    given = {a.name: v for a, v in zip(schema, n.args, strict=False)} | n.kwargs
+    dim = given.get("dim", next(a.default_value for a in schema if a.name == "dim"))
+    if dim is None:
+        x, error, dim = x.flatten(), error.flatten(), 0
+    reach = error.amax(dim, keepdim=True)
+    close = x.sort(dim).values.diff(dim=dim) <= 2 * reach
+    doubt = (close & (reach > 0)).any(dim, keepdim=True).float() * x.shape[dim]
+
+    def bound(part: torch.Tensor) -> torch.Tensor:
+        found = reach if part.is_floating_point() else doubt
+        if part.dim() < found.dim():
+            found = found.squeeze(dim)
+        return found.expand(part.shape)
+
+    return tuple(map(bound, value)) if isinstance(value, tuple) else bound(value)
+
+
+def _typed(n: Node, value: torch.Tensor) -> Any:
+    """A value as an operator takes it: whole numbers and truth values as such."""
+    dtype = n.meta["val"].dtype
+    return value if dtype.is_floating_point else value.to(dtype)
 
 
 def _is_bool(n: Node) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import fx
 
 from . import ops
@@ -107,10 +108,11 @@ class _Unstack:
     ) -> None:
         self.build, self.n, self.path = build, n, where(n)
         self.operands, self.still = operands, still
-        self.rank = len(shape(n))
 
     def emit(self) -> Steps:
         target: Any = self.n.target
+        if not isinstance(self.n.meta["val"], torch.Tensor):
+            raise self._mixes("several results, which are not taken apart step by step")
         if ops.is_pointwise(target):
             return self._pointwise()
         rule = _RULES.get(target)
@@ -119,6 +121,11 @@ class _Unstack:
         if target in ops.BATCHED:
             return self._batched()
         raise self._mixes()
+
+    @property
+    def rank(self) -> int:
+        """Of the result."""
+        return len(shape(self.n))
 
     def _mixes(self, how: str = "over the time steps together") -> MixesTimeError:
         return MixesTimeError(f"{short(self.n.target)} computes {how}")
@@ -289,12 +296,24 @@ class _Unstack:
         return self._call(x, times, axis=axis)
 
     def _reduce(self) -> Steps:
-        x = self.x
-        given = self.n.args[1] if len(self.n.args) > 1 else None
-        dims = [ops.dim(self.n.args[0], d) for d in given or range(len(shape(self.n.args[0])))]
-        keep = self.n.args[2] if len(self.n.args) > 2 else False
-        before = 0 if keep else sum(d < x.axis for d in dims)
-        return self._call(x, [self._dim(x, d) for d in dims], keep, axis=x.axis - before)
+        """Operators with arguments ``dim`` and ``keepdim``."""
+        x, source = self.x, self.n.args[0]
+        names = [a.name for a in self.n.target._schema.arguments]
+        given = dict(zip(names, self.n.args, strict=False)) | self.n.kwargs
+        dim = given.get("dim")
+        dims = [dim] if isinstance(dim, int) else dim or range(len(shape(source)))
+        dims = [ops.dim(source, d) for d in dims]
+        if x.axis in dims:
+            raise self._mixes()
+        before = 0 if given.get("keepdim", False) else sum(d < x.axis for d in dims)
+        moved = [self._dim(x, d) for d in dims]
+        changed = {**given, "dim": moved[0] if isinstance(dim, int) else moved}
+        args = [changed.pop(name) for name in names[1 : len(self.n.args)]]
+        kwargs = {k: v for k, v in changed.items() if k == "dim" or k in self.n.kwargs}
+        if "dim" in names[: len(self.n.args)]:
+            kwargs.pop("dim", None)
+        node = self.build.call(self.n.target, x.node, *args, path=self.path, **kwargs)
+        return replace(x, node=node, axis=x.axis - before)
 
     def _pad(self) -> Steps:
         x = self.x
@@ -321,11 +340,13 @@ class _Unstack:
         """Matrix products, with time among the dimensions that broadcast or the rows."""
         a, b = self.n.args[:2]
         right = self.operands[b]
-        if not isinstance(right, Steps) and len(shape(b)) == 2:
+        left = self.operands[a]
+        rows = isinstance(left, Steps) and left.axis == len(shape(a)) - 2
+        if not isinstance(right, Steps) and (len(shape(b)) == 2 or rows):
             x = self.x
-            if x.axis == len(shape(a)) - 1:
+            if x.axis == len(shape(a)) - 1 or len(shape(b)) > len(shape(a)):
                 raise self._mixes()
-            if x.axis == len(shape(a)) - 2 and len(shape(a)) > 2 and x.bare:
+            if rows and len(shape(a)) > 2 and x.bare:
                 x = fold_in(self.build, x, self.path)
             return self._matmul(x, [x.node, right])
         for one in (a, b):
@@ -334,6 +355,32 @@ class _Unstack:
                 raise self._mixes()
         like, nodes = self._aligned([a, b], self.rank)
         return self._matmul(like, nodes)
+
+    def _attention(self) -> Steps:
+        """Attention of queries, keys and values [..., L, E], with time among what stands before."""
+        parts, mask = list(self.n.args[:3]), self.n.args[3] if len(self.n.args) > 3 else None
+        for one in parts:
+            x = self.operands[one]
+            if isinstance(x, Steps) and x.axis >= len(shape(one)) - 2:
+                raise self._mixes()
+        if mask is not None and (isinstance(self.operands[mask], Steps) or len(shape(mask)) > 2):
+            raise self._mixes("with a mask of its own at each time step")
+        like, nodes = self._aligned(parts, self.rank)
+        rest = [None if mask is None else self.operands[mask], *self.n.args[4:]]
+        given = () if len(self.n.args) < 4 else rest
+        node = self.build.call(self.n.target, *nodes, *given, path=self.path, **self.n.kwargs)
+        return replace(like, node=node)
+
+    def _index_select(self) -> Steps:
+        """Entries of each step, or rows of a table by a sequence of their numbers."""
+        table, d, index = self.n.args
+        rows = self.operands[index]
+        if not isinstance(rows, Steps):
+            return self._along()
+        if isinstance(self.operands[table], Steps) or d % len(shape(table)) or rows.bare:
+            raise self._mixes("with a table of its own at each time step")
+        node = self.build.call(self.n.target, self.operands[table], 0, rows.node, path=self.path)
+        return replace(rows, node=node)
 
     def _matmul(self, like: Steps, nodes: Sequence[Any]) -> Steps:
         # mm and bmm want ranks that a step need not have.
@@ -350,6 +397,7 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.log_softmax.int: _Unstack._along,
     aten._log_softmax.default: _Unstack._along,
     aten.cumsum.default: _Unstack._along,
+    aten.index_select.default: _Unstack._index_select,
     aten.slice.Tensor: _Unstack._slice,
     aten.select.int: _Unstack._select,
     aten.squeeze.dim: _Unstack._squeeze,
@@ -361,9 +409,19 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.mean.dim: _Unstack._reduce,
     aten.sum.dim_IntList: _Unstack._reduce,
     aten.amax.default: _Unstack._reduce,
+    aten.amin.default: _Unstack._reduce,
+    aten.argmax.default: _Unstack._reduce,
+    aten.linalg_vector_norm.default: _Unstack._reduce,
+    aten.logsumexp.default: _Unstack._reduce,
+    aten.prod.dim_int: _Unstack._reduce,
+    aten.std.correction: _Unstack._reduce,
+    aten.std.dim: _Unstack._reduce,
+    aten.var.correction: _Unstack._reduce,
+    aten.var.dim: _Unstack._reduce,
     aten.constant_pad_nd.default: _Unstack._pad,
     aten.cat.default: _Unstack._join,
     aten.stack.default: _Unstack._join,
     aten.matmul.default: _Unstack._product,
     aten.bmm.default: _Unstack._product,
+    aten.scaled_dot_product_attention.default: _Unstack._attention,
 }

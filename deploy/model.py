@@ -76,8 +76,8 @@ class Port:
 
 
 def _batch_dim(spec: TensorSpec, T: int | None, batch: int) -> int | None:
-    if spec.folded:
-        return 1
+    if spec.folded:  # of rank 5 at least, and with time first unless it does not fit
+        return next((d for d in (1, 0) if spec.shape[d] == batch), None)
     static = spec.shape[:1] == (batch,)  # [N, ...]
     stepped = spec.shape[:2] == (T, batch)  # [T, N, ...]
     if static and stepped:

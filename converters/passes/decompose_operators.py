@@ -5,7 +5,9 @@
     max(x, -x)                     of abs
     sqrt(sum of x x)               of the Euclidean norm
     pool2d of [1, 1, rest, K]      of amax over K values
-    (x - m) / sqrt(var + eps)      of layer and group norm, m and var being means
+    (x - m) / sqrt(var + eps)      of layer, group and instance norm, m and var being means
+    softmax(s Q K' + mask) V       of attention
+    conv2d by kernels of one 1     of im2col
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
     x W, along H and along W       of adaptive average pooling whose windows differ
 
@@ -154,6 +156,42 @@ class _Decompose(Builder):
         weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
         return self.affine(self.reshape(y, N, C, *image), weight, bias)
 
+    def instance_norm(self, n: Node) -> Node | None:
+        x, weight, bias, _, _, own, _, eps, _ = self.given(n)
+        if not own:
+            return None
+        sizes = (shape(x)[1], *[1] * (len(shape(x)) - 2))
+        weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
+        return self.affine(self.normalised(x, [*range(2, len(shape(x)))], eps), weight, bias)
+
+    def attention(self, n: Node) -> Node | None:
+        q, k, v, mask, dropped, causal, scale, grouped = self.given(n)
+        if dropped or grouped:
+            return None
+        turned = self.emit(aten.transpose.int, k, -2, -1)
+        scale = shape(q)[-1] ** -0.5 if scale is None else scale
+        scores = self.scaled(self.emit(aten.matmul.default, q, turned), scale)
+        if causal:
+            seen = torch.ones(shape(scores)[-2:], dtype=torch.bool).tril()
+            mask = self.constant(f"causal_{shape(q)[-2]}_{shape(k)[-2]}", seen)
+        if mask is not None and mask.meta["val"].dtype == torch.bool:
+            scores = self.emit(aten.where.ScalarOther, mask, scores, -math.inf)
+        elif mask is not None:
+            scores = self.emit(aten.add.Tensor, scores, mask)
+        return self.emit(aten.matmul.default, self.emit(aten.softmax.int, scores, -1), v)
+
+    def im2col(self, n: Node) -> Node | None:
+        x, kernel, dilation, padding, stride = self.given(n)
+        if len(shape(x)) != 4:
+            return None
+        N, C, H, W = shape(x)
+        count = math.prod(kernel)
+        ones = torch.eye(count, dtype=x.meta["val"].dtype).reshape(count, 1, *kernel)
+        kernels = self.constant(f"im2col_{'_'.join(map(str, kernel))}", ones)
+        rows = self.reshape(x, N * C, 1, H, W)
+        taken = self.emit(aten.conv2d.default, rows, kernels, None, stride, padding, dilation)
+        return self.reshape(taken, *shape(n))
+
     def adaptive_average(self, n: Node) -> Node | None:
         x, wanted = self.given(n)
         sizes = shape(x)[-2:]
@@ -270,6 +308,9 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
     aten.adaptive_avg_pool2d.default: _Decompose.adaptive_average,
     aten.layer_norm.default: _Decompose.layer_norm,
     aten.group_norm.default: _Decompose.group_norm,
+    aten.instance_norm.default: _Decompose.instance_norm,
+    aten.scaled_dot_product_attention.default: _Decompose.attention,
+    aten.im2col.default: _Decompose.im2col,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
     aten.conv_transpose2d.input: _Decompose.conv_transpose2d,
     **dict.fromkeys(_ROWS, _Decompose.pool1d),

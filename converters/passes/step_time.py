@@ -412,6 +412,8 @@ class _StepTime(Loops):
         if x.count != self.T:
             raise RefusedError(n, f"{short(n.target)} takes {x.count} of {self.T} time steps")
         kwargs = {k: v for k, v in n.kwargs.items() if k == "dtype" and v is not None}
+        if n.meta["val"].dtype != source.meta["val"].dtype:  # truth values and numbers of few bits
+            kwargs["dtype"] = n.meta["val"].dtype
         within = [d - (x.bare and d > x.axis) for d in dims if d != x.axis or not x.bare]
         node = x.node
         if within:

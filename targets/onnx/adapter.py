@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from ...converters.errors import DeviceError, TargetUnavailableError, UsageError
-from ...converters.passes import Pass, lower_neurons
+from ...converters.passes import Pass, decompose_operators, lower_neurons
 from ...converters.program import Program, short
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype
@@ -40,7 +40,7 @@ class Onnx:
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
-        return rewrites(dtype, lower_neurons)
+        return rewrites(dtype, decompose_operators({*map(short, OPERATORS)}), lower_neurons)
 
     def sdk(self) -> SDK:
         """The onnx package, which compiles; ONNX Runtime, which runs, may be missing."""

@@ -70,11 +70,53 @@ def _reversed_sub(e: Emitter, n: Node) -> str:
 
 
 def _division(e: Emitter, n: Node) -> str:
-    quotient = _binary("Div")(e, n)
     mode = n.kwargs.get("rounding_mode")
-    if mode == "trunc":
-        return e("Mul", e("Sign", quotient), e("Floor", e("Abs", quotient)))
-    return e("Floor", quotient) if mode == "floor" else quotient
+    if mode == "floor":
+        return _floor_division(e, n)
+    quotient = _binary("Div")(e, n)
+    return _towards_zero(e, quotient) if mode == "trunc" else quotient
+
+
+def _floor_division(e: Emitter, n: Node) -> str:
+    """floor(a / b) as torch computes it: from a less its remainder, which a multiple of b divides."""
+    dtype = _dtype(n)
+    if not dtype.is_floating_point:
+        raise NotInOnnx("floor division of whole numbers")
+    a, b = (e.value(x, dtype) for x in n.args[:2])
+    rest = _modulus(e, n)
+    quotient = e("Div", e("Sub", a, rest), b)
+    one, half = e.value(1, dtype), e.value(0.5, dtype)
+    quotient = e("Where", _opposite(e, rest, b, dtype), e("Sub", quotient, one), quotient)
+    floor = e("Floor", quotient)
+    floor = e("Where", e("Greater", e("Sub", quotient, floor), half), e("Add", floor, one), floor)
+    return e("Where", e("Equal", b, e.value(0, dtype)), e("Div", a, b), floor)
+
+
+def _opposite(e: Emitter, rest: str, divisor: str, dtype: torch.dtype) -> str:
+    """Where a remainder that is not 0 has another sign than the divisor."""
+    zero = e.value(0, dtype)
+    differs = e("Xor", e("Less", rest, zero), e("Less", divisor, zero))
+    return e("And", differs, e("Not", e("Equal", rest, zero)))
+
+
+def _towards_zero(e: Emitter, x: str) -> str:
+    return e("Mul", e("Sign", x), e("Floor", e("Abs", x)))
+
+
+def _truncation(e: Emitter, n: Node) -> str:
+    return _towards_zero(e, e.value(n.args[0], _dtype(n)))
+
+
+def _modulus(e: Emitter, n: Node) -> str:
+    """The remainder with the sign of the dividend, as C's fmod."""
+    return e("Mod", *(e.value(a, _dtype(n)) for a in n.args[:2]), fmod=1)
+
+
+def _remainder(e: Emitter, n: Node) -> str:
+    """The remainder with the sign of the divisor, as Python's %."""
+    dtype = _dtype(n)
+    divisor, rest = e.value(n.args[1], dtype), _modulus(e, n)
+    return e("Where", _opposite(e, rest, divisor, dtype), e("Add", rest, divisor), rest)
 
 
 def _compare(op: str, negated: bool = False) -> Exporter:
@@ -164,6 +206,23 @@ def _hard_swish(e: Emitter, n: Node) -> str:
 
 def _leaky_relu(e: Emitter, n: Node) -> str:
     return e("LeakyRelu", n.args[0], alpha=float(_argument(n, 1, "negative_slope", 0.01)))
+
+
+def _elu(e: Emitter, n: Node) -> str:
+    alpha, scale, input_scale = _arguments(n, 1, 1, 1, 1)[1:]
+    if scale != 1 or input_scale != 1:
+        raise NotInOnnx("elu with other factors than alpha")
+    return e("Elu", n.args[0], alpha=float(alpha))
+
+
+def _softplus(e: Emitter, n: Node) -> str:
+    if _argument(n, 1, "beta", 1) != 1 or _argument(n, 2, "threshold", 20) < 20:
+        raise NotInOnnx("softplus with a beta or a threshold of its own")
+    return e("Softplus", n.args[0])
+
+
+def _mish(e: Emitter, n: Node) -> str:
+    return e("Mul", n.args[0], e("Tanh", e("Softplus", n.args[0])))
 
 
 # Layers
@@ -448,16 +507,7 @@ def _pad(e: Emitter, n: Node) -> str:
     rank, pairs = len(shape(x)), list(zip(flat[::2], flat[1::2], strict=True))[::-1]
     rest = [0] * (rank - len(pairs))
     pads = [*rest, *(a for a, _ in pairs), *rest, *(b for _, b in pairs)]
-    mode, value = "constant", _argument(n, 2, "value", None)
-    if n.target is aten.pad.default:
-        mode, value = _argument(n, 2, "mode", "constant"), _argument(n, 3, "value", None)
-    if mode not in _PADDING:
-        raise NotInOnnx(f"padding in mode {mode}")
-    filled = e.value(value or 0, _dtype(n)) if mode == "constant" else None
-    return e("Pad", x, e.ints(pads), *filter(None, [filled]), mode=_PADDING[mode])
-
-
-_PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    return e("Pad", x, e.ints(pads), e.value(_argument(n, 2, "value", 0), _dtype(n)))
 
 
 # Reduction
@@ -502,7 +552,7 @@ def _variance(e: Emitter, n: Node) -> str:
     x = n.args[0]
     axes = [ops.dim(x, d) for d in _argument(n, 1, "dim", None) or range(len(shape(x)))]
     correction = n.kwargs.get("correction", 1)
-    if n.target is aten.var.dim:
+    if n.target in (aten.var.dim, aten.std.dim):
         correction = int(_argument(n, 2, "unbiased", True))
     keep = bool(n.kwargs.get("keepdim", n.args[3] if len(n.args) > 3 else False))
     count = math.prod(shape(x)[d] for d in axes)
@@ -510,6 +560,26 @@ def _variance(e: Emitter, n: Node) -> str:
     total = _axes(e, "ReduceSum", e("Mul", centred, centred), axes, keep, 13)
     divisor = count - (1 if correction is None else correction)
     return e("Div", total, e.value(float(divisor), _dtype(n)))
+
+
+def _deviation(e: Emitter, n: Node) -> str:
+    return e("Sqrt", _variance(e, n))
+
+
+def _log_sum_exp(e: Emitter, n: Node) -> str:
+    x, given, keep = _arguments(n, 2, False)
+    axes = [ops.dim(x, d) for d in ([given] if isinstance(given, int) else given)]
+    return _axes(e, "ReduceLogSumExp", x, axes, bool(keep), 18)
+
+
+def _product_along(e: Emitter, n: Node) -> str:
+    x, at, keep = _arguments(n, 2, False)
+    return _axes(e, "ReduceProd", e.value(x, _dtype(n)), [ops.dim(x, at)], bool(keep), 18)
+
+
+def _running_sum(e: Emitter, n: Node) -> str:
+    x, at = n.args[:2]
+    return e("CumSum", e.value(x, _dtype(n)), e.constant(torch.tensor(ops.dim(x, at))))
 
 
 def _argmax(e: Emitter, n: Node) -> str:
@@ -537,6 +607,11 @@ OPERATORS: dict[Any, Exporter] = {
     aten.div.Tensor: _division,
     aten.div.Scalar: _division,
     aten.div.Tensor_mode: _division,
+    aten.floor_divide.default: _floor_division,
+    aten.fmod.Scalar: _modulus,
+    aten.fmod.Tensor: _modulus,
+    aten.remainder.Scalar: _remainder,
+    aten.remainder.Tensor: _remainder,
     aten.pow.Tensor_Scalar: _power,
     aten.pow.Tensor_Tensor: _power,
     aten.maximum.default: _binary("Max"),
@@ -555,11 +630,15 @@ OPERATORS: dict[Any, Exporter] = {
     aten.floor.default: _unary("Floor"),
     aten.ceil.default: _unary("Ceil"),
     aten.round.default: _unary("Round"),
+    aten.trunc.default: _truncation,
     aten.sigmoid.default: _unary("Sigmoid"),
     aten.tanh.default: _unary("Tanh"),
     aten.relu.default: _unary("Relu"),
     aten.leaky_relu.default: _leaky_relu,
     aten.silu.default: _silu,
+    aten.elu.default: _elu,
+    aten.softplus.default: _softplus,
+    aten.mish.default: _mish,
     aten.gelu.default: _gelu,
     aten.hardsigmoid.default: _hard_sigmoid,
     aten.hardswish.default: _hard_swish,
@@ -643,7 +722,6 @@ OPERATORS: dict[Any, Exporter] = {
     aten.expand.default: _expand,
     aten.repeat.default: _repeat,
     aten.constant_pad_nd.default: _pad,
-    aten.pad.default: _pad,
     # Reduction
     aten.mean.dim: _reduce("ReduceMean", 18),
     aten.mean.default: _reduce("ReduceMean", 18),
@@ -654,5 +732,10 @@ OPERATORS: dict[Any, Exporter] = {
     aten.amin.default: _reduce("ReduceMin", 18),
     aten.var.dim: _variance,
     aten.var.correction: _variance,
+    aten.std.dim: _deviation,
+    aten.std.correction: _deviation,
+    aten.logsumexp.default: _log_sum_exp,
+    aten.prod.dim_int: _product_along,
+    aten.cumsum.default: _running_sum,
     aten.argmax.default: _argmax,
 }

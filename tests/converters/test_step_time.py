@@ -349,6 +349,20 @@ def test_a_loop_becomes_its_body(recurrent):
     assert program.stepping.outputs == (0, None, None, None, 0, None)
 
 
+def test_a_loop_that_writes_each_step_to_its_place():
+    def run(n: Any, x: torch.Tensor) -> Any:
+        spikes, seen = n.lif(n.fc(x)), torch.zeros(x.shape[1], T, 5)
+        trace = torch.zeros(x.shape[1], 5)
+        for t in range(T):
+            trace = trace * 0.5 + spikes[t]
+            seen[:, t] = trace
+        return seen, n.lif2(seen.transpose(0, 1))
+
+    net = Net(run, fc=layer(6, 5), lif=LIFNode(), lif2=LIFNode())
+    program = assert_steps_equal_the_call(net, rand(T, N, 6))
+    assert program.stepping.outputs == (1, 0)
+
+
 def _loop(step: Any, end: Any) -> Net:
     """Traces a and b of spikes, and the spikes s, through one step after the other."""
 
@@ -434,7 +448,7 @@ def test_everything_that_no_step_can_compute_is_told_at_once():
 
     net = Net(run, fc=layer(6, 5), lif=LIFNode(), lif2=LIFNode(), lif3=LIFNode())
     found = findings(net, rand(T, N, 6))
-    assert [rule for rule, _ in found] == ["mixes-time", "time-varying", "mixes-time", "output"]
+    assert [rule for rule, _ in found] == ["mixes-time", "time-varying", "steps-differ", "output"]
 
 
 def test_control_flow_that_depends_on_time_is_named_with_the_step():

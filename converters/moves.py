@@ -1,0 +1,150 @@
+"""Operators that only move values, as slices, concatenations and selections by index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops
+from .builder import Builder
+from .ops import Node, aten, shape
+
+#: Runs of an index that are taken out as slices; more than these as a selection.
+_MOST_RUNS = 8
+
+
+def moved(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    """What an operator gives in those terms; None if it is another, or its index is not known.
+
+    Args:
+        build: Where it is emitted.
+        n: The operator; its ``meta["val"]`` tells the shape.
+        args: Its arguments in the new graph.
+        path: Of its module.
+    """
+    rule = _RULES.get(n.target)
+    return None if rule is None else rule(build, n, args, path)
+
+
+def pieces(build: Builder, x: Node, dim: int, start: int, end: int, path: str) -> list[Node]:
+    """What to put together for x[start:end] along a dimension: parts of x, where it was put together."""
+    if start >= end:
+        return []
+    if start == 0 and end == shape(x)[dim] and x.target is not aten.cat.default:
+        return [x]
+    if x.target is aten.slice.Tensor:
+        at, first, _, step = ops.slice_args(x, 1)
+        if ops.dim(x, at) == dim and step == 1 and (first or 0) >= 0:
+            begin = first or 0
+            return pieces(build, x.args[0], dim, start + begin, end + begin, path)
+    if x.target is aten.cat.default and ops.dim(x, (*x.args, 0)[1]) == dim:
+        found, before = [], 0
+        for part in x.args[0]:
+            size = shape(part)[dim]
+            inside = max(start - before, 0), min(end - before, size)
+            found += pieces(build, part, dim, *inside, path)
+            before += size
+        return found
+    return [build.call(aten.slice.Tensor, x, dim, start, end, path=path)]
+
+
+def _taken(build: Builder, x: Node, dim: int, index: Sequence[int], path: str) -> Node:
+    """The entries of x along a dimension, in the order of the index."""
+    if list(index) == list(range(shape(x)[dim])):
+        return x
+    runs: list[list[int]] = []
+    for i in index:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] += 1
+        else:
+            runs.append([i, i + 1])
+    if not 0 < len(runs) <= _MOST_RUNS:
+        name = f"index_{len(build.tensors)}"
+        constant = build.constant(name, torch.tensor(list(index), dtype=torch.int64))
+        return build.call(aten.index_select.default, x, dim, constant, path=path)
+    parts = [build.call(aten.slice.Tensor, x, dim, *run, path=path) for run in runs]
+    return parts[0] if len(parts) == 1 else build.call(aten.cat.default, parts, dim, path=path)
+
+
+def _roll(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
+    x, shifts, *dims = args
+    whole = shape(x)
+    if not dims or not dims[0]:
+        x, dims = build.call(ops.RESHAPE, x, [-1], path=path), [[0]]
+    for shift, d in zip(shifts, dims[0], strict=True):
+        at = ops.dim(x, d)
+        size = shape(x)[at]
+        x = _taken(build, x, at, [(i - shift) % size for i in range(size)], path)
+    return x if shape(x) == whole else build.call(ops.RESHAPE, x, list(whole), path=path)
+
+
+def _flip(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
+    x, dims = args
+    for d in dims:
+        at = ops.dim(x, d)
+        x = _taken(build, x, at, range(shape(x)[at])[::-1], path)
+    return x
+
+
+def _padded(place: Callable[[int, int], int]) -> Callable[..., Node]:
+    """Padding by the values at other places."""
+
+    def pad(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
+        x, amounts = args
+        for i in range(len(amounts) // 2):
+            at = len(shape(x)) - 1 - i
+            size, (before, after) = shape(x)[at], amounts[2 * i : 2 * i + 2]
+            x = _taken(build, x, at, [place(j, size) for j in range(-before, size + after)], path)
+        return x
+
+    return pad
+
+
+def _index(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    x, indices = args
+    given = [(d, index) for d, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].op != "get_attr":
+        return None
+    at, index = given[0]
+    places = build.tensors[str(index.target)]
+    if places.dtype == torch.bool:
+        return None
+    rows = [i % shape(x)[at] for i in places.flatten().tolist()]
+    x = _taken(build, x, at, rows, path)
+    if places.dim() == 1:
+        return x
+    sizes = (*shape(x)[:at], *places.shape, *shape(x)[at + 1 :])
+    return build.call(ops.RESHAPE, x, list(sizes), path=path)
+
+
+def _index_select(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    x, at, index = args
+    if index.op != "get_attr":
+        return None
+    return _taken(build, x, ops.dim(x, at), build.tensors[str(index.target)].tolist(), path)
+
+
+def _embedding(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
+    weight, index = args[:2]
+    flat = build.call(ops.RESHAPE, index, [-1], path=path)
+    rows = build.call(aten.index_select.default, weight, 0, flat, path=path)
+    return build.call(ops.RESHAPE, rows, [*shape(index), shape(weight)[1]], path=path)
+
+
+_circular = _padded(lambda i, size: i % size)
+_reflected = _padded(lambda i, size: size - 1 - abs(size - 1 - abs(i)))
+_replicated = _padded(lambda i, size: min(max(i, 0), size - 1))
+
+_RULES: dict[Any, Callable[..., Node | None]] = {
+    aten.roll.default: _roll,
+    aten.flip.default: _flip,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.embedding.default: _embedding,
+    aten._pad_circular.default: _circular,
+    **{getattr(aten, f"reflection_pad{d}d").default: _reflected for d in (1, 2, 3)},
+    **{getattr(aten, f"replication_pad{d}d").default: _replicated for d in (1, 2, 3)},
+}

@@ -1,0 +1,151 @@
+"""What networks compute between their neurons: verified, at once and step by step, on every input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, rand
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spikeport import deploy
+from spikeport.converters.errors import UnsupportedError
+from spikeport.converters.neurons import LIFNode
+from spikeport.converters.program import Time
+
+T, N = 4, 2
+ROWS, IMAGE = (T, N, 6), (T, N, 4, 7, 5)
+Run = Callable[..., Any]
+
+
+def each(layer: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+    """Neurons after a function of images, time folded into their batch."""
+    return lambda s, x: s.lif(layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+
+def attention(s: Any, x: torch.Tensor) -> torch.Tensor:
+    tokens = x.flatten(0, 1).unsqueeze(1) * torch.arange(1.0, 4.0).reshape(1, 3, 1)
+    mixed, _ = s.mha(tokens, tokens, tokens)
+    return s.lif(mixed.mean(1).unflatten(0, x.shape[:2]) * 4)
+
+
+#: Of each the shape of the input and the forward; those of STEPPED have steps.
+CASES: dict[str, tuple[tuple[int, ...], Run]] = {
+    "fancy index": (ROWS, lambda s, x: s.lif(x)[:, :, [2, 0, 1]]),
+    "index of two dimensions": (ROWS, lambda s, x: s.lif(x)[:, :, torch.tensor([[2, -1], [1, 0]])]),
+    "index_select": (ROWS, lambda s, x: s.lif(x).index_select(2, torch.tensor([1, 1, 3]))),
+    "embedding": (ROWS, lambda s, x: s.lif(s.table((x > 0).long().sum(-1)))),
+    "masked_fill": (ROWS, lambda s, x: s.lif(x.masked_fill(x < 0, 0.25))),
+    "roll": (ROWS, lambda s, x: s.lif(x.roll(2, -1))),
+    "flip": (ROWS, lambda s, x: s.lif(x.flip(-1))),
+    "einsum": (ROWS, lambda s, x: s.lif(torch.einsum("tni,oi->tno", x, s.fc.weight))),
+    "tile": (ROWS, lambda s, x: s.lif(x.tile(1, 1, 2))),
+    "repeat_interleave": (ROWS, lambda s, x: s.lif(x.repeat_interleave(2, dim=2))),
+    "tril": (ROWS, lambda s, x: s.lif((x.unsqueeze(-1) @ x.unsqueeze(-2)).tril().sum(-1))),
+    "exclusive or": (ROWS, lambda s, x: ((s.lif(x) > 0) ^ (s.lif2(x * 0.7) > 0)).float()),
+    "count of truth values": (ROWS, lambda s, x: (s.lif(x) > 0).sum(0)),
+    "argmax": (ROWS, lambda s, x: s.lif(s.fc(x)).mean(0).argmax(1)),
+    "remainders": (ROWS, lambda s, x: s.lif(x % 0.75 + x.fmod(0.5) + x // 0.5)),
+    "rounding": (ROWS, lambda s, x: s.lif(x.round() + x.floor() / 2 + x.ceil() / 4 + x.trunc())),
+    "activations": (
+        ROWS,
+        lambda s, x: s.lif(F.elu(x) + F.mish(x) + F.softplus(x) + F.hardswish(x)),
+    ),
+    "deviation": (ROWS, lambda s, x: s.lif(x / (x.std(-1, keepdim=True) + 0.5))),
+    "norm": (ROWS, lambda s, x: s.lif(F.normalize(x, dim=-1) * 2)),
+    "logsumexp": (ROWS, lambda s, x: s.lif(x.logsumexp(-1, keepdim=True) / 2)),
+    "prod": (ROWS, lambda s, x: s.lif(x.prod(-1, keepdim=True))),
+    "prelu": (ROWS, lambda s, x: s.lif(s.prelu(x))),
+    "attention": (ROWS, lambda s, x: s.lif(4 * F.scaled_dot_product_attention(x, x, x))),
+    "multi-head attention": (ROWS, attention),
+    "pixel_shuffle": (IMAGE, each(lambda x: F.pixel_shuffle(x, 2))),
+    "unfold": (IMAGE, each(lambda x: F.unfold(x, 3, padding=1))),
+    "circular": (IMAGE, each(lambda x: F.pad(x, (1, 2, 0, 1), mode="circular"))),
+    "reflect": (IMAGE, each(lambda x: F.pad(x, (1, 2, 0, 1), mode="reflect"))),
+    "replicate": (IMAGE, each(lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate"))),
+    "cropped": (IMAGE, each(lambda x: F.pad(x, (-1, 2, 0, -1)))),
+    "instance norm": (IMAGE, each(nn.InstanceNorm2d(4))),
+    "cumsum over time": (ROWS, lambda s, x: s.lif(x).cumsum(0)),
+    "roll over time": (ROWS, lambda s, x: s.lif(x.roll(1, 0))),
+    "deviation over time": (ROWS, lambda s, x: s.lif(x).std(0)),
+}
+UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
+
+
+@pytest.mark.parametrize("target", ["reference", "onnx"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_converts(name: str, target: str) -> None:
+    shape, run = CASES[name]
+    torch.manual_seed(0)
+    layers = {"fc": nn.Linear(6, 6), "prelu": nn.PReLU(), "table": nn.Embedding(7, 5)}
+    heads = nn.MultiheadAttention(6, 2, batch_first=True)
+    net = Net(run, lif=LIFNode(), lif2=LIFNode(), mha=heads, **layers).eval()
+    times: tuple[Time, ...] = ("unrolled",) if name in UNROLLED else ("unrolled", "stepped")
+    for time in times:
+        program = deploy.convert(net, (rand(*shape),), target, time=time)
+        x = rand(*shape, seed=1)
+        with torch.no_grad():
+            expected, found = (pytree.tree_leaves(y) for y in (net(x), program(x)))
+        for a, b in zip(expected, found, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", UNROLLED)
+def test_what_takes_all_steps_together_is_refused_step_by_step(name: str) -> None:
+    shape, run = CASES[name]
+    with pytest.raises(UnsupportedError, match=r"step by step:\n.*(together|step \d takes what)"):
+        deploy.convert(Net(run, lif=LIFNode()), (rand(*shape),), "reference", time="stepped")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda s, x: s.lif(x.sort(-1)[0]),
+        lambda s, x: s.lif(s.fc(x)).mean(0).topk(2),
+        lambda s, x: s.lif(x).sum(0).median(1)[0],
+        lambda s, x: s.lif(s.lstm(x)[0]),
+    ],
+    ids=["sort", "topk", "median", "lstm"],
+)
+def test_operators_with_several_results(run: Run) -> None:
+    net = Net(run, fc=nn.Linear(6, 6), lif=LIFNode(), lstm=nn.LSTM(6, 5)).eval()
+    program = deploy.convert(net, (rand(*ROWS),), "reference")
+    with torch.no_grad():
+        x = rand(*ROWS, seed=1)
+        assert all(map(torch.equal, pytree.tree_leaves(net(x)), pytree.tree_leaves(program(x))))
+    found = deploy.check(net, (rand(*ROWS),), ["onnx"])
+    assert {f.rule for f in found.errors} == {"operator"}
+
+
+def test_places_of_values_that_rounding_exchanges_are_explained() -> None:
+    """A batch norm goes into the weights: of outputs that are equal, any may be the largest then."""
+    torch.manual_seed(0)
+    fc, norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+    with torch.no_grad():
+        fc.weight[:] = fc.weight[0] * torch.linspace(1.0, 3.0, 6).reshape(6, 1)
+        norm.running_var[:] = torch.linspace(1.0, 3.0, 6) ** 2 - norm.eps
+        fc.bias.zero_()
+
+    def run(s: Any, x: torch.Tensor) -> Any:
+        drive = s.norm(s.fc(x.flatten(0, 1)))
+        return s.lif(drive.unflatten(0, x.shape[:2])), drive.argmax(1)
+
+    net = Net(run, fc=fc, norm=norm, lif=LIFNode()).eval()
+    x = rand(T, 64, 6)
+    program = deploy.convert(net, (x,), "reference")
+    assert not torch.equal(program(x)[1], net(x)[1])
+
+
+def test_an_input_whose_batch_comes_first_is_taken_as_it_was_given(tmp_path: Path) -> None:
+    conv = nn.Conv3d(3, 4, (1, 3, 3))
+    net = Net(lambda s, x: s.lif(s.conv(x).permute(2, 0, 1, 3, 4)), conv=conv, lif=LIFNode())
+    x = rand(N, 3, T, 7, 5)
+    deploy.compile(deploy.convert(net, (x,), "reference"), tmp_path / "a", cache=False)
+    with deploy.load(tmp_path / "a") as model, torch.no_grad():
+        assert torch.equal(model(x), net(x))
