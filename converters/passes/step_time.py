@@ -35,7 +35,17 @@ from ..errors import Finding, UnsupportedError
 from ..loops import Loops
 from ..neurons import Neuron
 from ..ops import Node, aten, shape
-from ..program import NEURON, STATE, PassReport, Program, Site, TensorSpec, short, where
+from ..program import (
+    NEURON,
+    NEURON_STEP,
+    STATE,
+    PassReport,
+    Program,
+    Site,
+    TensorSpec,
+    short,
+    where,
+)
 from ..stepping import Stepping
 from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Value
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
@@ -105,7 +115,8 @@ def _hidden_delays(program: Program, T: int) -> Iterator[Finding]:
             continue
         args, kwargs = fx.map_arg((n.args, n.kwargs), constants.__getitem__)
         constants[n] = n.target(*args, **kwargs)
-        if n.target not in (aten.stack.default, aten.cat.default):
+        joins = n.target in (aten.stack.default, aten.cat.default)
+        if not joins or all(u.target is NEURON_STEP for u in n.users):  # a neuron's states
             continue
         at = ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
         steps = constants[n].unbind(at)

@@ -415,6 +415,15 @@ class Still(nn.Module):
         return torch.stack(spikes)
 
 
+def test_a_neuron_of_as_many_states_as_time_steps() -> None:
+    net = Loop(snn.Alpha(alpha=0.9, beta=0.8))
+    states = len(net.neurons[0].reset_mem()) + 1  # with the spikes of the last step
+    for steps in range(2, states + 2):
+        program = deploy.convert(net, (grid(steps, N, F),), target="reference", time="stepped")
+        x = grid(9, N, F, seed=1)
+        assert equal(program(x), reference(net, x))
+
+
 def test_a_static_input_is_stepped_where_spikes_come_back() -> None:
     """At the first step nothing is of that step but the neurons: the rest is copied all the same."""
     torch.manual_seed(0)
