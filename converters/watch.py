@@ -77,6 +77,11 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
         elif path in changes:
             seen.findings.append(_kept(path, changes[path]))
     stateful: dict[str, Reading | Memory] = {**seen.readings, **seen.kept}
+    again = {
+        path: seen.calls[path]
+        for path, reading in seen.readings.items()
+        if reading.step_mode == "m" and seen.calls.get(path, 0) > 1 and seen.memories.get(path)
+    }
     once = [
         path
         for path, reading in stateful.items()
@@ -85,6 +90,10 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
     if once and not seen.findings:
         restarted = _restarted(work, args, before, seen)
         seen.findings += [_outer_loop(path) for path in once if path not in restarted]
+    if again and not seen.findings:
+        sources.reset(work)
+        restarted = _restarted(work, args, before, seen)
+        seen.findings += [_called_again(p, n) for p, n in again.items() if p not in restarted]
     return seen
 
 
@@ -94,14 +103,14 @@ def _restarted(
     before: dict[str, dict[str, Any]],
     seen: Watched,
 ) -> set[str]:
-    """Neurons whose state the forward itself puts back before it calls them, seen in a second run."""
-    found = set[str]()
+    """Neurons that are as at the start whenever another run of the forward calls them."""
+    found, moved = set[str](), set[str]()
 
     def look(path: str, names: set[str]) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
             now = _snapshot(module)[""]
-            if names and not any(_moved(before[path][n], now[n]) for n in names):
-                found.add(path)
+            started = names and not any(_moved(before[path][n], now[n]) for n in names)
+            (found if started else moved).add(path)
 
         return hook
 
@@ -112,7 +121,7 @@ def _restarted(
             module.register_forward_pre_hook(look(path, names & states.keys() if states else names))
     with torch.no_grad(), sources.isolated(work):
         work(*copies(args))
-    return found
+    return found - moved
 
 
 def _moved(start: Any, now: Any) -> bool:
@@ -299,6 +308,18 @@ def _outer_loop(path: str) -> Finding:
     )
 
 
+def _called_again(path: str, calls: int) -> Finding:
+    return Finding(
+        rule="neuron-called-again",
+        where=path,
+        found=f"a multi-step layer that the forward calls {calls} times: what one call leaves of its "
+        "membrane the next one starts from",
+        allowed="one call of [T, N, ...] for each layer of neurons, or a reset before each",
+        fix="give each place in the network neurons of its own (two calls of one layer share a "
+        "membrane, which is seldom meant), or reset it before each call",
+    )
+
+
 def evaluation_copy(net: nn.Module) -> nn.Module:
     """A copy in eval mode, its states reset and its parametrizations computed."""
     try:
@@ -336,13 +357,16 @@ def equal(a: Any, b: Any) -> bool:
     """Whether nested values are equal, tensors in every element, where NaN equals NaN."""
     left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
     return len(left) == len(right) and all(
-        _same(x, y) if isinstance(x, torch.Tensor) else bool(x == y)
+        _same(x, y) if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor) else bool(x == y)
         for x, y in zip(left, right, strict=True)
     )
 
 
-def _same(x: torch.Tensor, y: Any) -> bool:
-    """Equal in every element, where NaN equals NaN."""
-    return isinstance(y, torch.Tensor) and (
-        torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))
+def _same(x: Any, y: Any) -> bool:
+    """Two tensors, equal in every element, where NaN equals NaN."""
+    return (
+        isinstance(x, torch.Tensor)
+        and isinstance(y, torch.Tensor)
+        and x.shape == y.shape
+        and (torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all()))
     )

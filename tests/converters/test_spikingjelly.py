@@ -224,6 +224,29 @@ def test_reading_the_membrane() -> None:
         assert refused(Reads(what), rand(T, N, 5)) == [("neuron-state", "spike")]
 
 
+class Twice(nn.Module):
+    """One layer of neurons in two places, reset between them or not."""
+
+    def __init__(self, resets: bool) -> None:
+        super().__init__()
+        self.fc, self.lif, self.resets = nn.Linear(6, 6), neuron.LIFNode(step_mode="m"), resets
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.lif(self.fc(x))
+        if self.resets:
+            self.lif.reset()
+        return first + self.lif(self.fc(x))
+
+
+def test_a_layer_of_neurons_in_two_places() -> None:
+    x = torch.zeros(T, N, 6)  # on which nothing fires, so that only the calls tell
+    net = Twice(resets=False)
+    assert refused(net, x) == [("neuron-called-again", "lif")]
+    with pytest.raises(CaptureError, match="calls 2 times"):
+        capture(net, (x,))
+    converted(Twice(resets=True), grid(T, N, 6))
+
+
 def test_a_network_that_resets_itself() -> None:
     class Resets(nn.Module):
         def __init__(self) -> None:
