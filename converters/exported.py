@@ -54,8 +54,9 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
 
 #: Operators that torch computes by others, or that only move values: in those they have one spelling.
 _COMPOSED = (
-    "channel_shuffle cosine_similarity diff einsum hstack kron masked_fill.Scalar masked_fill.Tensor "
-    "outer pad pixel_shuffle pixel_unshuffle prelu repeat_interleave.self_int rot90 tile tril triu vstack"
+    "channel_shuffle cosine_similarity diff einsum gru_cell hstack kron masked_fill.Scalar "
+    "masked_fill.Tensor outer pad pixel_shuffle pixel_unshuffle prelu repeat_interleave.self_int "
+    "rnn_relu_cell rnn_tanh_cell rot90 tile tril triu vstack"
 )
 
 
@@ -329,6 +330,8 @@ class _Canonical(Builder):
             positive = self.call(aten.gt.Scalar, x, 0, path=path)
             scaled = self.call(aten.mul.Tensor, weight, x, path=path)
             return self.call(aten.where.self, positive, x, scaled, path=path)
+        if target is aten.cat.default:
+            return self._joined(n, args, path)
         if target is aten.mm.default:
             return self.call(aten.matmul.default, *args, path=path)
         if target is aten.fill.Tensor:
@@ -348,6 +351,20 @@ class _Canonical(Builder):
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _joined(self, n: fx.Node, args: Any, path: str) -> fx.Node:
+        """A concatenation without empty parts, and without another in the same dimension inside."""
+        like = n.meta["val"]
+        at = ops.dim(n, (*args, 0)[1])
+        parts = [
+            piece
+            for part in args[0]
+            if part.meta["val"].numel() or not like.numel()
+            for piece in pieces(self, part, at, 0, shape(part)[at], path)
+        ]
+        if any(part.meta["val"].dtype != like.dtype for part in parts):
+            return self.call(aten.cat.default, args[0], at, path=path)
+        return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, at, path=path)
 
     def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
         """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
@@ -509,6 +526,8 @@ _PARTS = frozenset(
         aten.split.Tensor,
         aten.split_with_sizes.default,
         aten.chunk.default,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_chunk.default,
     }
 )
 #: Operators that ask of their input no more than its shape and dtype.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .ops import Node, aten, shape
 from .program import Program, Site, short, where
-from .stepwise import At, Last, Member, Pick, RefusedError, Row, Same, Stepwise, Unknown, Zero
+from .stepwise import At, Last, Member, Neutral, Pick, RefusedError, Row, Same, Stepwise, Unknown
 from .unstacked import Steps, fold_in
 
 
@@ -45,7 +45,7 @@ class Loops(Stepwise):
         """The step of a member; None if it is the same at every step."""
         if isinstance(member, Pick):
             return member.step
-        if member is None or isinstance(member, Zero):
+        if member is None or isinstance(member, Neutral):
             return None
         value = self.env[member]
         if isinstance(value, Unknown):
@@ -172,8 +172,8 @@ class Loops(Stepwise):
         like: Any = members[-1]
         at: Node = like.sequence if isinstance(like, Pick) else like
         sizes, dtype = self._step_shape(like), at.meta["val"].dtype
-        zero = isinstance(first, Zero)
-        initial = torch.zeros(sizes) if zero else self.value_of(first)
+        neutral = isinstance(first, Neutral)
+        initial = torch.full(sizes, first.value) if neutral else self.value_of(first)
         if initial is None and len(members) > 1 and _alike(first, members[1]):
             # Where the input is the same at every step, all that a step takes of its own is what the
             # step before gave: the state lies further back.
@@ -205,11 +205,12 @@ class Loops(Stepwise):
         return shape(member)
 
     def _accumulated(self, row: Row) -> Node:
-        """y[t] = a[t-1] + b[t], where y[0] is b[0] alone: as if a[-1] were 0."""
+        """y[t] = a[t-1] + b[t], where y[0] is b[0] alone: as if a[-1] were 0; or their maximum."""
         members = [m for m in row if m is not None]
         later = members[1:]
-        if all(isinstance(m, fx.Node) and _adds(m) for m in later):
+        if all(isinstance(m, fx.Node) and _gathers(m, later[0]) for m in later):
             nodes: list[Node] = later
+            target = nodes[0].target
             steps = [[self.step_at(self.member(a)) for a in n.args[:2]] for n in nodes]
             missing = (None,) * (len(row) - len(members))
             for back in (0, 1):
@@ -220,10 +221,10 @@ class Loops(Stepwise):
                     start = members[0]
                     if isinstance(start, fx.Node) and _adds_zero(start):
                         start = self.member(start.args[0])
-                    a = self.align((Zero(), *before, *missing))
+                    a = self.align((Neutral(_NEUTRAL[target]), *before, *missing))
                     b = self.align((start, *now, *missing))
                     pair = (a, b) if back == 0 else (b, a)
-                    return self.call(aten.add.Tensor, *pair, path=where(nodes[-1]))
+                    return self.call(target, *pair, path=where(nodes[-1]))
         raise self._differs(members, "step 1 computes something else than step 0", 1)
 
     # What is returned after the last step
@@ -369,6 +370,24 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return bool(a.target is b.target)
     return isinstance(a, Pick) and isinstance(b, Pick)
+
+
+#: What an operator that gathers values over the steps begins with.
+_NEUTRAL = {
+    aten.add.Tensor: 0.0,
+    aten.maximum.default: -math.inf,
+    aten.minimum.default: math.inf,
+}
+
+
+def _gathers(n: Node, like: Node) -> bool:
+    """Whether a node is the same operator of two tensors as another, one of those."""
+    return (
+        n.target in _NEUTRAL
+        and n.target is like.target
+        and len(n.all_input_nodes) == 2
+        and not n.kwargs
+    )
 
 
 def _adds(n: Node) -> bool:

@@ -58,14 +58,16 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Zero:
-    """What was summed up before the first step."""
+class Neutral:
+    """What was gathered before the first step: 0 of a sum, the infinities of an extreme."""
+
+    value: float
 
 
 #: What a node of the program over T steps has become.
 Value: TypeAlias = "Same | Steps | At | Last | Unknown"
 #: One of a row of copies, a step each; None where the program ends before it.
-Member: TypeAlias = "Node | Pick | Zero | None"
+Member: TypeAlias = "Node | Pick | Neutral | None"
 Row: TypeAlias = "tuple[Member, ...]"
 
 

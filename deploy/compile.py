@@ -31,6 +31,7 @@ from .artifact import Artifact
 from .cache import Cache
 from .manifest import MANIFEST, SCHEMA_VERSION, read_manifest, version, write_manifest
 from .model import STATES, Port, dtype_name, load_onto
+from .samples import batch_dims, by_size
 
 _MOST_SAMPLES = 4
 
@@ -166,6 +167,9 @@ def _build(
 
 def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
     """What the manifest says before anything is compiled."""
+    inputs, outputs = batch_dims(program)
+    placeholders = list(program.nodes("placeholder"))[: len(program.inputs)]
+    results = program.results[: len(program.outputs)]
     return {
         "schema_version": 1 if program.stepping is None else SCHEMA_VERSION,
         "spikeport": version(),
@@ -183,10 +187,8 @@ def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
         "batch": program.batch,
         "dtype": dtype_name(program.dtype),
         "keeps_rounding": program.keeps_rounding,
-        "inputs": _ports(program, program.graph_inputs, program.nodes("placeholder"))[
-            : len(program.inputs)
-        ],
-        "outputs": _ports(program, program.graph_outputs, program.results)[: len(program.outputs)],
+        "inputs": _ports(program, program.inputs, placeholders, inputs),
+        "outputs": _ports(program, program.outputs, results, outputs),
         "structure": _structure(program.structure),
         "passes": [asdict(report) for report in program.history],
         "neurons": [
@@ -227,8 +229,12 @@ def _graph_digest(program: Program) -> str:
     return store.digest({"graph": nodes, "weights": weights, "initial": initial})
 
 
-def _ports(program: Program, specs: Sequence[TensorSpec], nodes: Any) -> list[dict[str, Any]]:
-    return [Port.of(s, n, program).to_dict() for s, n in zip(specs, nodes, strict=True)]
+def _ports(
+    program: Program, specs: Sequence[TensorSpec], nodes: Any, dims: Sequence[int | None] = ()
+) -> list[dict[str, Any]]:
+    """Ports as plain data; their dimension of the batch is given, or follows from the sizes."""
+    known = [*dims, *(by_size(program, spec) for spec in specs[len(dims) :])]
+    return [Port.of(*port).to_dict() for port in zip(specs, nodes, known, strict=True)]
 
 
 def _structure(structure: pytree.TreeSpec) -> Any:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .. import targets as registry
 from ..converters.errors import UsageError
-from ..converters.program import Program, TensorSpec, Time, fold, unfold
+from ..converters.program import TensorSpec, Time, fold, unfold
 from ..converters.stepping import COUNTER, State, Stepping
 from ..targets import Loaded, Target
 
@@ -42,10 +42,9 @@ class Port:
     graph_dtype: torch.dtype
 
     @classmethod
-    def of(cls, spec: TensorSpec, node: fx.Node, program: Program) -> Port:
+    def of(cls, spec: TensorSpec, node: fx.Node, batch_dim: int | None) -> Port:
         """The port of one of a program's placeholders or results."""
-        T = program.T if program.stepping is None else None
-        return cls(spec, _batch_dim(spec, T, program.batch), node.meta["val"].dtype)
+        return cls(spec, batch_dim, node.meta["val"].dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """The port as plain data."""
@@ -73,16 +72,6 @@ class Port:
         if self.batch_dim is not None:
             shape[self.batch_dim] = n
         return f"{self.spec.name} {dtype_name(self.spec.dtype)}[{', '.join(shape)}]"
-
-
-def _batch_dim(spec: TensorSpec, T: int | None, batch: int) -> int | None:
-    if spec.folded:  # of rank 5 at least, and with time first unless it does not fit
-        return next((d for d in (1, 0) if spec.shape[d] == batch), None)
-    static = spec.shape[:1] == (batch,)  # [N, ...]
-    stepped = spec.shape[:2] == (T, batch)  # [T, N, ...]
-    if static and stepped:
-        return None
-    return 1 if stepped else 0 if static else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
-from ..converters.passes import Pass, keeping_rounding, stepped
+from ..converters.passes import Pass, keeping_rounding, reroll_time, stepped
 from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
@@ -165,9 +165,24 @@ def _rewrite(
     captured: Program, target: Target, dtype: torch.dtype, time: Time, keep_rounding: bool = False
 ) -> tuple[Program, Program | None]:
     """The program for the target, and the program before a cast, if there was one."""
-    program = replace(captured, target=target.name, captured=captured, keeps_rounding=keep_rounding)
+    start = replace(captured, target=target.name, captured=captured, keeps_rounding=keep_rounding)
+    chosen = passes(target, dtype, time, keep_rounding)
+    try:
+        return _through(chosen, start)
+    except UnsupportedError:
+        if time == "unrolled" or reroll_time not in chosen:
+            raise
+        # Steps that re-rolling has put together may go with those before them: a delay in a loop does.
+        try:
+            return _through(tuple(one for one in chosen if one is not reroll_time), start)
+        except UnsupportedError:
+            pass
+        raise
+
+
+def _through(chosen: Sequence[Pass], program: Program) -> tuple[Program, Program | None]:
     uncast = None
-    for rewrite in passes(target, dtype, time, keep_rounding):
+    for rewrite in chosen:
         before, program = program, rewrite(program)
         if program.dtype != before.dtype:
             uncast = before

@@ -15,6 +15,7 @@ import torch
 from networks import grid, rand, refused
 from torch import nn
 
+from spikeport import deploy
 from spikeport.converters import verify
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import CaptureError
@@ -222,6 +223,30 @@ def test_reading_the_membrane() -> None:
 
     for what in ("v", "v_seq"):
         assert refused(Reads(what), rand(T, N, 5)) == [("neuron-state", "spike")]
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3])
+def test_spikes_of_steps_before_go_in_step_by_step(reach: int) -> None:
+    """Layer by layer the steps are slices of one another; one at a time they come from states."""
+
+    class Window(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(6, 5), neuron.LIFNode()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            past, sums = [torch.zeros(x.shape[1], 5)] * reach, []
+            for now in x:
+                past = [*past, self.lif(self.fc(now))]
+                sums.append(past[0] + past[-1])
+                past = past[1:]
+            return torch.stack(sums)
+
+    torch.manual_seed(0)
+    net = Window()
+    program = deploy.convert(net, (rand(6, N, 6),), "reference", time="stepped")
+    x = rand(9, N, 6, seed=1)
+    assert torch.equal(program(x), reference(net, x))
 
 
 class Twice(nn.Module):

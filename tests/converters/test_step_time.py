@@ -349,6 +349,35 @@ def test_a_loop_becomes_its_body(recurrent):
     assert program.stepping.outputs == (0, None, None, None, 0, None)
 
 
+def test_extremes_and_rows_that_a_loop_gathers():
+    def run(n: Any, x: torch.Tensor) -> Any:
+        trace, rows = torch.zeros(x.shape[1], 5), torch.tensor([])
+        high = low = None
+        for now in n.lif(n.fc(x)):
+            trace = trace * 0.5 - now
+            high = trace if high is None else torch.maximum(high, trace)
+            low = trace if low is None else torch.minimum(trace, low)
+            rows = torch.cat([rows, trace.unsqueeze(0)])
+        return high, low, rows
+
+    program = assert_steps_equal_the_call(Net(run, fc=layer(6, 5), lif=LIFNode()), rand(T, N, 6))
+    assert program.stepping.outputs == (None, None, 0)
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_recurrent_cells(cell):
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        h, seen = torch.zeros(x.shape[1], 5), []
+        state = (h, h) if cell is nn.LSTMCell else h
+        for now in x:
+            state = n.cell(now, state)
+            seen.append(state[0] if cell is nn.LSTMCell else state)
+        return n.lif(torch.stack(seen) * 3)
+
+    torch.manual_seed(0)
+    assert_steps_equal_the_call(Net(run, cell=cell(6, 5), lif=LIFNode()), rand(T, N, 6))
+
+
 def test_a_loop_that_writes_each_step_to_its_place():
     def run(n: Any, x: torch.Tensor) -> Any:
         spikes, seen = n.lif(n.fc(x)), torch.zeros(x.shape[1], T, 5)

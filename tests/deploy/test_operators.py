@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,12 +139,3 @@ def test_places_of_values_that_rounding_exchanges_are_explained() -> None:
     x = rand(T, 64, 6)
     program = deploy.convert(net, (x,), "reference")
     assert not torch.equal(program(x)[1], net(x)[1])
-
-
-def test_an_input_whose_batch_comes_first_is_taken_as_it_was_given(tmp_path: Path) -> None:
-    conv = nn.Conv3d(3, 4, (1, 3, 3))
-    net = Net(lambda s, x: s.lif(s.conv(x).permute(2, 0, 1, 3, 4)), conv=conv, lif=LIFNode())
-    x = rand(N, 3, T, 7, 5)
-    deploy.compile(deploy.convert(net, (x,), "reference"), tmp_path / "a", cache=False)
-    with deploy.load(tmp_path / "a") as model, torch.no_grad():
-        assert torch.equal(model(x), net(x))

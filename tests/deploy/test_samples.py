@@ -1,0 +1,87 @@
+"""Which dimension is the batch: what a smaller batch comes back as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, rand
+from torch import nn
+
+from spikeport import deploy
+from spikeport.converters.errors import UsageError
+from spikeport.converters.neurons import LIFNode
+
+T = 4
+
+
+def model(net: Net, folder: Path, *shapes: tuple[int, ...]) -> Any:
+    program = deploy.convert(net.eval(), tuple(rand(*s) for s in shapes), "reference")
+    deploy.compile(program, folder / "a", cache=False)
+    return deploy.load(folder / "a")
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """[T, N, F] -> [T / 2, N, F]."""
+    return F.avg_pool1d(x.permute(1, 2, 0), 2).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("N", [2, 3, 5])
+def test_time_steps_that_are_as_many_as_samples_are_told_from_them(N: int, tmp_path: Path) -> None:
+    """T / 2 steps come out, and as many samples where N is 2; N scores where N is 5."""
+    net = Net(
+        lambda s, x: (halved(s.lif(s.fc(x) * 4)), s.lif2(s.fc(x) * 4).mean(0)), fc=nn.Linear(32, 5)
+    )
+    net.lif, net.lif2 = LIFNode(), LIFNode()
+    with model(net, tmp_path, (T, N, 32)) as loaded, torch.no_grad():
+        x = rand(T, N, 32, seed=1)
+        for n in range(1, N + 1):
+            for found, expected in zip(loaded(x[:, :n]), net(x[:, :n]), strict=True):
+                assert torch.equal(found, expected)
+
+
+def test_outputs_that_do_not_tell_are_not_cut(tmp_path: Path) -> None:
+    net = Net(lambda s, x: s.lif(x.abs() * 0)[:2], lif=LIFNode())
+    with (
+        model(net, tmp_path, (T, 2, 6)) as loaded,
+        pytest.raises(UsageError, match="cannot be padded"),
+    ):
+        loaded(rand(T, 1, 6))
+
+
+def test_time_steps_are_not_padded_as_if_they_were_samples(tmp_path: Path) -> None:
+    """A loop without a declared neuron, whose batch nothing tells."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        v, spikes = torch.zeros(x.shape[1:]), []
+        for now in x:
+            v = v * 0.75 + now
+            spikes.append((v > 1).float())
+            v = v - spikes[-1]
+        return torch.stack(spikes).mean(0)
+
+    net = Net(run)
+    with model(net, tmp_path, (T, 2, 6)) as loaded:
+        x = rand(T, 2, 6, seed=1)
+        assert torch.equal(loaded(x), net(x))
+        with pytest.raises(UsageError, match=r"input inputs_0 is float32\[3, 2, 6\]"):
+            loaded(x[:3])
+
+
+def test_samples_of_a_network_without_neurons(tmp_path: Path) -> None:
+    net = Net(lambda s, x: s.fc(x).relu(), fc=nn.Linear(6, 5))
+    with model(net, tmp_path, (4, 6)) as loaded, torch.no_grad():
+        x = rand(4, 6, seed=1)
+        assert torch.allclose(loaded(x[:3]), net(x[:3]))
+
+
+def test_an_input_whose_batch_comes_first_is_taken_as_it_was_given(tmp_path: Path) -> None:
+    conv = nn.Conv3d(3, 4, (1, 3, 3))
+    net = Net(lambda s, x: s.lif(s.conv(x).permute(2, 0, 1, 3, 4)), conv=conv, lif=LIFNode())
+    x = rand(2, 3, T, 7, 5)
+    deploy.compile(deploy.convert(net, (x,), "reference"), tmp_path / "a", cache=False)
+    with deploy.load(tmp_path / "a") as model, torch.no_grad():
+        assert torch.equal(model(x), net(x))
