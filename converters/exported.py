@@ -330,6 +330,11 @@ class _Canonical(Builder):
             positive = self.call(aten.gt.Scalar, x, 0, path=path)
             scaled = self.call(aten.mul.Tensor, weight, x, path=path)
             return self.call(aten.where.self, positive, x, scaled, path=path)
+        if target is aten.squeeze.dim:
+            less: fx.Node = self._squeezed(args[0], ops.dim(args[0], args[1]), path)
+            return less
+        if target in _BITS:
+            return self.call(_BITS[target], *args, path=path)
         if target is aten.cat.default:
             return self._joined(n, args, path)
         if target is aten.mm.default:
@@ -351,6 +356,34 @@ class _Canonical(Builder):
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _squeezed(self, x: Node, dim: int, path: str) -> Node:
+        """x without a dimension of 1, which what comes before need not have either."""
+        if shape(x)[dim] != 1:
+            return x
+        if x.target in (aten.permute.default, aten.transpose.int):
+            order = [*range(len(shape(x)))]
+            if x.target is aten.permute.default:
+                order = [ops.dim(x, d) for d in x.args[1]]
+            else:
+                a, b = (ops.dim(x, d) for d in x.args[1:3])
+                order[a], order[b] = order[b], order[a]
+            gone = order.pop(dim)
+            less = self._squeezed(x.args[0], gone, path)
+            order = [d - (d > gone) for d in order]
+            if order == sorted(order):
+                return less
+            return self.call(aten.permute.default, less, order, path=path)
+        if x.target is aten.unsqueeze.default:
+            at = ops.dim(x, x.args[1])
+            if at == dim:
+                return x.args[0]
+            less = self._squeezed(x.args[0], dim - (dim > at), path)
+            return self.call(aten.unsqueeze.default, less, at - (at > dim), path=path)
+        if x.target is ops.RESHAPE:
+            sizes = [s for d, s in enumerate(shape(x)) if d != dim]
+            return self.call(ops.RESHAPE, x.args[0], sizes, path=path)
+        return self.call(aten.squeeze.dim, x, dim, path=path)
 
     def _joined(self, n: fx.Node, args: Any, path: str) -> fx.Node:
         """A concatenation without empty parts, and without another in the same dimension inside."""
@@ -467,6 +500,12 @@ class _Canonical(Builder):
         return part if len(parts) == 1 else self.call(aten.cat.default, parts, dim, path=path)
 
 
+#: Python's operators on truth values and whole numbers, by their other name.
+_BITS = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
 #: Pooling, with the number of dimensions that it is over.
 _POOLS = {
     aten.max_pool1d.default: 1,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ..converters.program import Program, TensorSpec
 
+#: Inputs on which the order shows: the example's, and noise of these scales.
+_SCALES = (1.0, 4.0, 16.0, 64.0)
 #: Share of the values of an output that rounding may change where samples change places.
 _ROUNDED = 0.01
 
@@ -63,14 +65,29 @@ def _moved(program: Program, dims: Dims) -> list[set[int]]:
     captured = program.captured
     if captured is None or not program.examples:
         return [set() for _ in program.outputs]
-    example = program.examples[0]
-    rolled = [x if d is None else x.roll(1, d) for x, d in zip(example, dims, strict=True)]
-    with torch.no_grad():
-        pair = [pytree.tree_leaves(captured(*inputs)) for inputs in (example, rolled)]
-    return [
-        {d for d in (0, 1) if d < before.dim() and _alike(before.roll(1, d), after)}
-        for before, after in zip(*pair, strict=True)
-    ]
+    found = [{0, 1} for _ in program.outputs]
+    for example in _inputs(program.examples[0]):
+        rolled = [x if d is None else x.roll(1, d) for x, d in zip(example, dims, strict=True)]
+        with torch.no_grad():
+            pair = [pytree.tree_leaves(captured(*inputs)) for inputs in (example, rolled)]
+        for left, before, after in zip(found, *pair, strict=True):
+            left &= {d for d in (0, 1) if d < before.dim() and _alike(before.roll(1, d), after)}
+        if all(len(left) < 2 for left in found):
+            break
+    return found
+
+
+def _inputs(example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The example, and others like it."""
+    yield [*example]
+    generator = torch.Generator().manual_seed(0)
+    for scale in _SCALES:
+        yield [
+            (torch.randn(x.shape, generator=generator) * scale).to(x.dtype)
+            if x.is_floating_point()
+            else x
+            for x in example
+        ]
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

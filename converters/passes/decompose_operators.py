@@ -6,6 +6,7 @@
     sqrt(sum of x x)               of the Euclidean norm
     pool2d of [1, 1, rest, K]      of amax over K values
     (x - m) / sqrt(var + eps)      of layer, group and instance norm, m and var being means
+    sum of (x - m)^2, over n - c   of the variance, and its root of the standard deviation
     softmax(s Q K' + mask) V       of attention
     conv2d by kernels of one 1     of im2col
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
@@ -164,6 +165,20 @@ class _Decompose(Builder):
         weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
         return self.affine(self.normalised(x, [*range(2, len(shape(x)))], eps), weight, bias)
 
+    def variance(self, n: Node) -> Node:
+        x, dims, correction, keep = self.given(n)
+        dims = [*range(len(shape(x)))] if dims is None else dims
+        count = math.prod(shape(x)[d] for d in dims)
+        mean = self.emit(aten.mean.dim, x, dims, True)
+        centred = self.emit(aten.sub.Tensor, x, mean)
+        square = self.emit(aten.mul.Tensor, centred, centred)
+        left = count - (1 if correction is None else int(correction))
+        total = self.emit(aten.sum.dim_IntList, square, dims, keep)
+        return self.emit(aten.mul.Tensor, total, 1 / left if left else math.inf)
+
+    def deviation(self, n: Node) -> Node:
+        return self.emit(aten.sqrt.default, self.variance(n))
+
     def attention(self, n: Node) -> Node | None:
         q, k, v, mask, dropped, causal, scale, grouped = self.given(n)
         if dropped or grouped:
@@ -309,6 +324,10 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
     aten.layer_norm.default: _Decompose.layer_norm,
     aten.group_norm.default: _Decompose.group_norm,
     aten.instance_norm.default: _Decompose.instance_norm,
+    aten.std.correction: _Decompose.deviation,
+    aten.std.dim: _Decompose.deviation,
+    aten.var.correction: _Decompose.variance,
+    aten.var.dim: _Decompose.variance,
     aten.scaled_dot_product_attention.default: _Decompose.attention,
     aten.im2col.default: _Decompose.im2col,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,

@@ -669,9 +669,6 @@ OPERATORS: dict[Any, Exporter] = {
     aten.bitwise_or.Tensor: _logical("Or"),
     aten.bitwise_xor.Tensor: _logical("Xor"),
     aten.bitwise_not.default: _logical("Not"),
-    aten.__and__.Tensor: _logical("And"),
-    aten.__or__.Tensor: _logical("Or"),
-    aten.__xor__.Tensor: _logical("Xor"),
     **dict.fromkeys(ops.SELECT, _where),
     # Layers
     aten.conv1d.default: _conv,

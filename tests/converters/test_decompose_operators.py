@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spikeport.converters.capture import capture
@@ -40,6 +41,22 @@ CASES = {
     "layer norm": (nn.LayerNorm((6, 5)), IMAGE),
     "layer norm without weights": (nn.LayerNorm(5, elementwise_affine=False), IMAGE),
     "group norm": (nn.GroupNorm(2, 4), IMAGE),
+    "instance norm": (nn.InstanceNorm2d(4, affine=True), IMAGE),
+    "variance": (
+        lambda x: x.var((2, 3), keepdim=True) + x.var(1, correction=0).unsqueeze(1),
+        IMAGE,
+    ),
+    "standard deviation": (lambda x: x.std(-1) + torch.std(x, (0, 3), correction=2), IMAGE),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3), IMAGE),
+    "causal attention": (
+        lambda x: F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3], is_causal=True),
+        IMAGE,
+    ),
+    "attention with a mask": (
+        lambda x: F.scaled_dot_product_attention(x, x, x, torch.eye(6) * 2 - 1),
+        IMAGE,
+    ),
+    "im2col": (lambda x: F.unfold(x, (3, 2), 1, (1, 0), (2, 1)), IMAGE),
     "max pool": (nn.MaxPool1d(3, 2, 1), LINE),
     "max pool with its own stride": (nn.MaxPool1d(2), LINE),
     "adaptive average in 1-D": (nn.AdaptiveAvgPool1d(3), LINE),

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from spikeport.converters import neurons
 from spikeport.converters.program import TensorSpec
 from spikeport.deploy import store
 from spikeport.deploy.manifest import write_manifest
-from spikeport.deploy.model import Port, _batch_dim
+from spikeport.deploy.model import Port
+from spikeport.deploy.samples import by_size
 
 T, BATCH = 3, 4
 
@@ -277,10 +279,11 @@ def test_batches_of_two_inputs_must_be_equal(tmp_path):
     ],
 )
 def test_which_dimension_is_the_batch(shape, folded, steps, batch, dim):
-    assert _batch_dim(TensorSpec("y", shape, torch.float32, folded), steps, batch) == dim
+    program = SimpleNamespace(T=steps, batch=batch, stepping=None)
+    assert by_size(program, TensorSpec("y", shape, torch.float32, folded)) == dim
 
 
-def test_where_the_batch_cannot_be_told_from_time_a_smaller_one_is_refused(tmp_path):
+def test_where_sizes_do_not_tell_the_batch_from_time_the_order_of_samples_does(tmp_path):
     class Transposed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -294,8 +297,7 @@ def test_where_the_batch_cannot_be_told_from_time_a_smaller_one_is_refused(tmp_p
     assert made.manifest["outputs"][0]["shape"] == [T, T]
     with made.load() as model:
         assert torch.equal(model(x), Transposed()(x))
-        with pytest.raises(deploy.UsageError, match=r"cannot be told from the 3 time steps"):
-            model(x[:2])
+        assert torch.equal(model(x[:2]), Transposed()(x[:2]))
 
 
 def test_a_port_survives_json():

@@ -95,6 +95,17 @@ def test_it_converts(name: str, target: str) -> None:
             assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_multi_head_attention_has_a_rank_that_chips_take() -> None:
+    torch.manual_seed(0)
+    heads = nn.MultiheadAttention(6, 2, batch_first=True)
+    net = Net(attention, lif=LIFNode(), mha=heads).eval()
+    for time in ("unrolled", "stepped"):
+        program = deploy.convert(net, (rand(*ROWS),), "lynxi-sim", dtype="float32", time=time)
+        x = rand(*ROWS, seed=1)
+        with torch.no_grad():
+            assert torch.equal(program(x), net(x))
+
+
 @pytest.mark.parametrize("name", UNROLLED)
 def test_what_takes_all_steps_together_is_refused_step_by_step(name: str) -> None:
     shape, run = CASES[name]
