@@ -62,7 +62,7 @@ def _taken(build: Builder, x: Node, dim: int, index: Sequence[int], path: str) -
         else:
             runs.append([i, i + 1])
     if not 0 < len(runs) <= _MOST_RUNS:
-        name = f"index_{len(build.tensors)}"
+        name = f"moved.index_{len(build.tensors)}"
         constant = build.constant(name, torch.tensor(list(index), dtype=torch.int64))
         return build.call(aten.index_select.default, x, dim, constant, path=path)
     parts = [build.call(aten.slice.Tensor, x, dim, *run, path=path) for run in runs]
