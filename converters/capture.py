@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from . import sources
+from .canonical import to_program
 from .errors import CaptureError, Finding, MismatchError, UsageError
-from .exported import HEADLINE, export, to_program
+from .exported import HEADLINE, export
 from .program import Program
 from .sources import Reading
 from .stand_in import State, StateAccessError, wrap

@@ -1,13 +1,12 @@
-"""``torch.export``'s graph of a network, in this project's form."""
+"""``torch.export`` of a network, and what keeps its graph from saying what the network does."""
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from . import ops, sources
-from .builder import Builder, seal
-from .equations import SPIKES, named
-from .errors import CaptureError, Finding, UsageError
-from .moves import moved, pieces
-from .neurons import Neuron
-from .ops import Node, aten, shape
-from .program import NEURON_STEP, PassReport, Program, TensorSpec, short
+from . import ops
+from .errors import CaptureError, Finding
+from .ops import Node, aten
+from .program import short
 from .stand_in import StateAccessError
 
 HEADLINE = "the network cannot be captured:"
@@ -54,9 +49,9 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
 
 #: Operators that torch computes by others, or that only move values: in those they have one spelling.
 _COMPOSED = (
-    "channel_shuffle cosine_similarity diff einsum gru_cell hstack kron masked_fill.Scalar "
-    "masked_fill.Tensor outer pad pixel_shuffle pixel_unshuffle prelu repeat_interleave.self_int "
-    "rnn_relu_cell rnn_tanh_cell rot90 tile tril triu vstack"
+    "channel_shuffle cosine_similarity diff einsum gru_cell hstack kron lstm_cell "
+    "masked_fill.Scalar masked_fill.Tensor outer pad pixel_shuffle pixel_unshuffle prelu "
+    "repeat_interleave.self_int rnn_relu_cell rnn_tanh_cell rot90 tile tril triu vstack"
 )
 
 
@@ -118,7 +113,7 @@ def _undetermined(graph: fx.Graph) -> Iterator[Finding]:
     """Nodes whose value or shape does not follow from the inputs' shapes and values."""
     told = set[tuple[str, str]]()
     for n in graph.nodes:
-        path, line = _path(n), _line(n)
+        path, line = path_of(n), _line(n)
         # Several nodes come of one line, and those without one follow from another.
         if n.op != "call_function" or (path, line) in told or (told and not line):
             continue
@@ -143,15 +138,13 @@ def _symbolic(value: Any) -> bool:
 
 def _draws(n: Node) -> bool:
     """Whether an operator that can draw random numbers does so with its arguments."""
-    schema = n.target._schema.arguments
-    given = {a.name: value for a, value in zip(schema, n.args, strict=False)} | n.kwargs
-    values = {a.name: given.get(a.name, a.default_value) for a in schema}
+    values = ops.arguments(n)
     share = {"p", "dropout", "dropout_p"} & {*values}
     switch = {"train", "training"} & {*values}
     return not (any(values[s] == 0 for s in share) or any(values[s] is False for s in switch))
 
 
-def _idle(n: fx.Node) -> bool:
+def idle(n: fx.Node) -> bool:
     """A dropout that drops nothing."""
     return n.target in _DROPOUT and not n.args[2]
 
@@ -165,455 +158,13 @@ def _line(n: fx.Node) -> str:
     return lines[-1] if lines else ""
 
 
-_PASS_THROUGH = frozenset(
-    {
-        aten.clone.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.contiguous.default,
-        aten.lift_fresh_copy.default,
-    }
-)
 _DROPOUT = frozenset(
     {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 )
-_CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"})
 
 
-def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
-    """The exported graph as a program.
-
-    Raises:
-        UsageError: The network returns something else than tensors.
-    """
-    signature = exported.graph_signature
-    attributes = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    values = {**dict(exported.state_dict), **exported.constants}
-    specs = []
-    empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
-    build = _Canonical(empty)
-    user = iter(args)
-    for n in exported.graph.nodes:
-        if n.op == "placeholder":
-            if (name := attributes.get(n.name)) is not None:
-                build.env[n] = build.constant(name, values[name].detach())
-            else:
-                x = next(user)
-                build.env[n] = build.placeholder(n, x)
-                specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
-        elif n.op == "call_function":
-            build.emit(n)
-    if build.findings:
-        raise CaptureError(HEADLINE, build.findings)
-    results = exported.graph.output_node().args[0]
-    constant = [str(r) for r in results if not isinstance(r, fx.Node)]
-    if constant:
-        raise UsageError(f"the network returns {', '.join(constant)}; outputs must be tensors")
-    outputs = []
-    for i, result in enumerate(results):
-        value = build.env[result].meta["val"]
-        name = "output" if len(results) == 1 else f"output_{i}"
-        outputs.append(TensorSpec(name, tuple(value.shape), value.dtype))
-    floating = [a.dtype for a in (*args, *net.parameters()) if a.is_floating_point()]
-    kind = type(net)
-    build.graph.output(tuple(build.env[r] for r in results))
-    report = PassReport("capture", (f"{kind.__qualname__} through torch.export",))
-    return seal(
-        empty,
-        build.graph,
-        build.tensors,
-        report,
-        inputs=tuple(specs),
-        outputs=tuple(outputs),
-        dtype=floating[-1] if floating else torch.float32,
-        source={
-            "class": f"{kind.__module__}.{kind.__qualname__}",
-            "framework": sources.framework(net),
-        },
-    )
-
-
-class _Canonical(Builder):
-    """Copies exported nodes, with one spelling for what ATen spells in several ways."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self.env: dict[fx.Node, Any] = {}
-        self.findings: list[Finding] = []
-
-    def emit(self, n: fx.Node) -> None:
-        target: Any = n.target
-        given: Any = fx.map_arg((n.args, n.kwargs), self.env.__getitem__)
-        args, kwargs = given
-        path = _path(n)
-        if getattr(target, "_opname", "") in _CHECKS:
-            return
-        if target is operator.getitem and isinstance(args[0], list):
-            self.env[n] = args[0][args[1]]
-            return
-        if target is operator.getitem and isinstance(args[0], fx.Node):
-            if not isinstance(args[0].meta["val"], (tuple, list)) and args[1] == 0:
-                self.env[n] = args[0]
-                return
-        elif (
-            target in _PASS_THROUGH
-            or _idle(n)
-            or (target is aten._to_copy.default and _same(args[0], kwargs))
-            # x[:, :, 1:] comes with a slice for each dimension that it leaves whole.
-            or (target is aten.slice.Tensor and n.meta["val"].shape == shape(args[0]))
-        ):
-            self.env[n] = args[0]
-            return
-        if target in _PARTS:
-            self.env[n] = self._parts(n, args[0], path)
-            return
-        if target is aten.lstm_cell.default:
-            self.env[n] = self._lstm_cell(*args, path=path)
-            return
-        if target is aten.select.int and (part := _stacked(*args)) is not None:
-            self.env[n] = part
-            return
-        if (value := _made(n, args, kwargs)) is not None:
-            self.env[n] = self.constant(f"made_{n.name}", value)
-            return
-        if (made := moved(self, n, args, path)) is not None:
-            self.env[n] = made
-            return
-        if target is NEURON_STEP:
-            args = self._in_its_place(args, path)
-        self.env[n] = self._spelled(target, args, kwargs, path, n)
-        if target is NEURON_STEP and all(u.args[1] != 0 for u in n.users):
-            # Spikes that nothing uses are a step of the layer all the same.
-            self.call(operator.getitem, self.env[n], 0, path=path)
-
-    def _spelled(self, target: Any, args: Any, kwargs: Any, path: str, n: fx.Node) -> fx.Node:
-        if target in _POOLS and len(shape(args[0])) == 1 + _POOLS[target]:
-            # Without a batch; each row is pooled alone all the same.
-            rows = self.call(aten.unsqueeze.default, args[0], 1, path=path)
-            pooled = self._spelled(target, (rows, *args[1:]), kwargs, path, n)
-            return self.call(aten.squeeze.dim, pooled, 1, path=path)
-        if target in (aten._unsafe_view.default, aten.reshape.default, aten.view.default):
-            return self.call(aten.reshape.default, args[0], list(n.meta["val"].shape), path=path)
-        if target is aten.expand.default:
-            return self.call(target, args[0], list(n.meta["val"].shape), path=path)
-        if target is aten._native_batch_norm_legit_no_training.default:
-            x, weight, bias, mean, var, momentum, eps = args
-            return self.call(
-                aten.batch_norm.default,
-                x,
-                weight,
-                bias,
-                mean,
-                var,
-                False,
-                momentum,
-                eps,
-                False,
-                path=path,
-            )
-        if target is aten.max_pool2d_with_indices.default and _only_first(n):
-            return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
-        if target is aten.avg_pool1d.default:
-            return self._average_pool(args, kwargs, path)
-        if target is aten.max.dim and _only_first(n):
-            return self.call(aten.amax.default, args[0], [args[1]], *args[2:], path=path)
-        if target in _ADAPTIVE_MAX and _only_first(n):
-            return self._adaptive_max(n, args[0], path)
-        if target is aten.max.default:
-            return self.call(aten.amax.default, args[0], [*range(len(shape(args[0])))], path=path)
-        if target is aten._prelu_kernel.default:
-            x, weight = args
-            positive = self.call(aten.gt.Scalar, x, 0, path=path)
-            scaled = self.call(aten.mul.Tensor, weight, x, path=path)
-            return self.call(aten.where.self, positive, x, scaled, path=path)
-        if target is aten.squeeze.dim:
-            less: fx.Node = self._squeezed(args[0], ops.dim(args[0], args[1]), path)
-            return less
-        if target in _BITS:
-            return self.call(_BITS[target], *args, path=path)
-        if target is aten.cat.default:
-            return self._joined(n, args, path)
-        if target is aten.mm.default:
-            return self.call(aten.matmul.default, *args, path=path)
-        if target is aten.fill.Tensor:
-            return self.call(aten.expand.default, args[1], list(n.meta["val"].shape), path=path)
-        if target is aten.copy.default:
-            like = args[0].meta["val"]
-            return self.call(aten.expand.default, args[1], list(like.shape), path=path)
-        if target is aten.select_scatter.default:
-            base, source, dim, index = args
-            row = self.call(aten.unsqueeze.default, source, dim, path=path)
-            index %= base.meta["val"].shape[dim]
-            return self._scatter(base, row, dim, index, index + 1, path)
-        if target is aten.slice_scatter.default:
-            base, source = args[:2]
-            dim, start, end, step = ops.slice_args(n, 2)
-            size = base.meta["val"].shape[dim]
-            if step == 1:
-                return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
-        return self.call(target, *args, path=path, **kwargs)
-
-    def _squeezed(self, x: Node, dim: int, path: str) -> Node:
-        """x without a dimension of 1, which what comes before need not have either."""
-        if shape(x)[dim] != 1:
-            return x
-        if x.target in (aten.permute.default, aten.transpose.int):
-            order = [*range(len(shape(x)))]
-            if x.target is aten.permute.default:
-                order = [ops.dim(x, d) for d in x.args[1]]
-            else:
-                a, b = (ops.dim(x, d) for d in x.args[1:3])
-                order[a], order[b] = order[b], order[a]
-            gone = order.pop(dim)
-            less = self._squeezed(x.args[0], gone, path)
-            order = [d - (d > gone) for d in order]
-            if order == sorted(order):
-                return less
-            return self.call(aten.permute.default, less, order, path=path)
-        if x.target is aten.unsqueeze.default:
-            at = ops.dim(x, x.args[1])
-            if at == dim:
-                return x.args[0]
-            less = self._squeezed(x.args[0], dim - (dim > at), path)
-            return self.call(aten.unsqueeze.default, less, at - (at > dim), path=path)
-        if x.target is ops.RESHAPE:
-            sizes = [s for d, s in enumerate(shape(x)) if d != dim]
-            return self.call(ops.RESHAPE, x.args[0], sizes, path=path)
-        return self.call(aten.squeeze.dim, x, dim, path=path)
-
-    def _joined(self, n: fx.Node, args: Any, path: str) -> fx.Node:
-        """A concatenation without empty parts, and without another in the same dimension inside."""
-        like = n.meta["val"]
-        at = ops.dim(n, (*args, 0)[1])
-        parts = [
-            piece
-            for part in args[0]
-            if part.meta["val"].numel() or not like.numel()
-            for piece in pieces(self, part, at, 0, shape(part)[at], path)
-        ]
-        if any(part.meta["val"].dtype != like.dtype for part in parts):
-            return self.call(aten.cat.default, args[0], at, path=path)
-        return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, at, path=path)
-
-    def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
-        """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
-        given: list[Any] = [*args, *([], [0])[max(len(args) - 2, 0) :]]
-        x, kernel, stride, padding, *rest = given
-        row = self.call(aten.unsqueeze.default, x, -2, path=path)
-        windows = ([1, *kernel], [1, *(stride or kernel)], [0, *padding], *rest)
-        pooled = self.call(aten.avg_pool2d.default, row, *windows, path=path, **kwargs)
-        return self.call(aten.squeeze.dim, pooled, -2, path=path)
-
-    def _adaptive_max(self, n: Node, x: fx.Node, path: str) -> fx.Node:
-        """Adaptive max pooling as what it is where all its windows are alike."""
-        sizes, wanted = shape(x)[-len(n.args[1]) :], n.args[1]
-        if set(wanted) == {1}:
-            spatial = list(range(-len(wanted), 0))
-            return self.call(aten.amax.default, x, spatial, True, path=path)
-        if any(a % b for a, b in zip(sizes, wanted, strict=True)):
-            return self.call(n.target, x, wanted, path=path)
-        kernel = [a // b for a, b in zip(sizes, wanted, strict=True)]
-        return self.call(_ADAPTIVE_MAX[n.target], x, kernel, kernel, path=path)
-
-    def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
-        """A neuron's step with its number, which follows from where its state comes from."""
-        x, state, params, spec, t = step
-        state = _unchanged(state, spec)
-        if state.target is operator.getitem and state.args[0].args[2:4] == (params, spec):
-            t = state.args[0].args[4] + 1
-        elif t > 0 and self._starts(state, params, spec):
-            t = 0
-        elif t > 0 and not any(f.where == path for f in self.findings):
-            self.findings.append(_foreign_state(path, state))
-        return x, state, params, spec, t
-
-    def _starts(self, state: Node, params: Sequence[Node], spec: str) -> bool:
-        """Whether a state is the one before the first step, as constants."""
-        parts = _told(state, spec)
-        if any(p.op != "get_attr" for p in parts.values()):
-            return False
-        neuron = Neuron.from_json(spec, (self.tensors[str(p.target)] for p in params))
-        values = {i: self.tensors[str(p.target)] for i, p in parts.items()}
-        initial = neuron.initial(values[0])
-        return all(torch.equal(value, initial[i]) for i, value in values.items())
-
-    def _lstm_cell(
-        self,
-        x: Node,
-        state: Sequence[Node],
-        w_ih: Node,
-        w_hh: Node,
-        b_ih: Node | None = None,
-        b_hh: Node | None = None,
-        *,
-        path: str,
-    ) -> list[fx.Node]:
-        """h, c of an LSTM's cell in torch's order of rounding; Hochreiter and Schmidhuber 1997."""
-        h, c = state
-        size = shape(c)[1]
-        inputs = self.call(aten.linear.default, x, w_ih, b_ih, path=path)
-        past = self.call(aten.linear.default, h, w_hh, b_hh, path=path)
-        gates = self.call(aten.add.Tensor, past, inputs, path=path)
-        cuts = [(i * size, (i + 1) * size) for i in range(4)]
-        parts = [self.call(aten.slice.Tensor, gates, 1, *cut, path=path) for cut in cuts]
-        kinds = [aten.sigmoid, aten.sigmoid, aten.tanh, aten.sigmoid]
-        i, f, g, o = (
-            self.call(kind.default, part, path=path)
-            for kind, part in zip(kinds, parts, strict=True)
-        )
-        kept = self.call(aten.mul.Tensor, f, c, path=path)
-        new = self.call(aten.mul.Tensor, i, g, path=path)
-        c = self.call(aten.add.Tensor, kept, new, path=path)
-        squashed = self.call(aten.tanh.default, c, path=path)
-        return [self.call(aten.mul.Tensor, o, squashed, path=path), c]
-
-    def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
-        """What an operator cuts a tensor into, piece by piece."""
-        given: Any = (n.args[1:] if n.target is aten.unbind.int else n.args[2:]) or (0,)
-        at = ops.dim(x, given[0])
-        sizes = [1 if n.target is aten.unbind.int else piece.shape[at] for piece in n.meta["val"]]
-        pieces, start = [], 0
-        for size in sizes:
-            if n.target is aten.unbind.int:
-                pieces.append(self.call(aten.select.int, x, at, start, path=path))
-            else:
-                pieces.append(self.call(aten.slice.Tensor, x, at, start, start + size, path=path))
-            start += size
-        return pieces
-
-    def _scatter(
-        self, base: fx.Node, part: fx.Node, dim: int, start: int, end: int, path: str
-    ) -> fx.Node:
-        """A write to base[start:end] along dim, as slices and a concatenation."""
-        if start >= end:
-            return base
-        dim %= len(shape(base))
-        parts = [
-            *pieces(self, base, dim, 0, start, path),
-            part,
-            *pieces(self, base, dim, end, shape(base)[dim], path),
-        ]
-        return part if len(parts) == 1 else self.call(aten.cat.default, parts, dim, path=path)
-
-
-#: Python's operators on truth values and whole numbers, by their other name.
-_BITS = {
-    aten.__and__.Tensor: aten.bitwise_and.Tensor,
-    aten.__or__.Tensor: aten.bitwise_or.Tensor,
-    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
-}
-#: Pooling, with the number of dimensions that it is over.
-_POOLS = {
-    aten.max_pool1d.default: 1,
-    aten.avg_pool1d.default: 1,
-    aten.max_pool2d.default: 2,
-    aten.avg_pool2d.default: 2,
-}
-#: Adaptive max pooling, and the pooling that it is with windows of one size.
-_ADAPTIVE_MAX = {
-    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
-    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
-    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
-}
-
-
-def _told(state: Node, spec: str) -> dict[int, Node]:
-    """The parts that a state was put together of, less those that follow from others."""
-    parts: Any = state.args[0] if state.target is aten.stack.default else [state]
-    states = ("v", *named(json.loads(spec)["dynamics"]).states)
-    return {i: p for i, p in enumerate(parts) if len(parts) == 1 or states[i] != SPIKES}
-
-
-def _unchanged(state: Node, spec: str) -> Node:
-    """The state itself where its parts were taken out of it and put together again."""
-    parts = _told(state, spec)
-    sources = {p.args[0] if p.target is aten.select.int else None for p in parts.values()}
-    source: Any = sources.pop()
-    if sources or source is None or source.target is not operator.getitem:
-        return state
-    same = all(p.args[1:] == (0, i) for i, p in parts.items())
-    return source if same else state
-
-
-def _foreign_state(path: str, state: Node) -> Finding:
-    parts: Any = state.args[0] if state.target is aten.stack.default else [state]
-    v = next((p for p in parts if p.op == "placeholder"), parts[0])
-    kind = {
-        "placeholder": "an input of the network",
-        "get_attr": "another constant than it starts from",
-    }
-    return Finding(
-        rule="neuron-state",
-        where=path,
-        node=v.name,
-        found="the state that is handed to it is "
-        + kind.get(v.op, f"the result of {short(v.target)}"),
-        allowed="the state that its last call returned, or the one that it starts from",
-        fix="start it from its initial state inside the forward (mem = lif.reset_mem()), which is how "
-        "each call starts, and hand back what it returned",
-    )
-
-
-#: Operators that cut a tensor into several.
-_PARTS = frozenset(
-    {
-        aten.unbind.int,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.unsafe_split.Tensor,
-        aten.unsafe_chunk.default,
-    }
-)
-#: Operators that ask of their input no more than its shape and dtype.
-_FILLED = frozenset(
-    {
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
-    }
-)
-_UNFILLED = frozenset({aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default})
-
-
-def _made(n: fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """The tensor that a node makes out of nothing: with static shapes it is a constant."""
-    value = n.meta["val"]
-    if n.target in _UNFILLED:
-        return torch.zeros(value.shape, dtype=value.dtype)
-    if n.target in _FILLED:
-        args = (torch.empty(args[0].meta["val"].shape, dtype=args[0].meta["val"].dtype), *args[1:])
-    elif n.all_input_nodes or not isinstance(value, torch.Tensor):
-        return None
-    made: torch.Tensor = n.target(*args, **kwargs)  # type: ignore[operator]
-    return made
-
-
-def _stacked(x: Node, dim: int, index: int) -> Node | None:
-    """What was stacked at the place that a selection takes, if it is taken out of a stack."""
-    at = ops.dim(x, dim)
-    if x.target is not aten.stack.default or ops.dim(x, (*x.args, 0)[1]) != at:
-        return None
-    return x.args[0][index]
-
-
-def _same(x: fx.Node, kwargs: dict[str, Any]) -> bool:
-    value = x.meta["val"]
-    return bool(kwargs.get("dtype", value.dtype) == value.dtype)
-
-
-def _only_first(n: fx.Node) -> bool:
-    return all(u.target is operator.getitem and u.args[1] == 0 for u in n.users)
-
-
-def _path(n: fx.Node) -> str:
+def path_of(n: fx.Node) -> str:
+    """The module's path that an exported node came from."""
     stack = n.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return re.sub(r"@\d+", "", path)

@@ -88,6 +88,23 @@ def dim(node: Node, index: int) -> int:
     return index % max(len(shape(node)), 1)
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments of a node by name, those that are left out by default."""
+    schema = node.target._schema.arguments
+    given = {a.name: value for a, value in zip(schema, node.args, strict=False)} | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def permutation(node: Node) -> list[int]:
+    """The order of dimensions that a permute or transpose brings about."""
+    if node.target is aten.permute.default:
+        return [dim(node, d) for d in node.args[1]]
+    order = [*range(len(shape(node)))]
+    a, b = (dim(node, d) for d in node.args[1:3])
+    order[a], order[b] = b, a
+    return order
+
+
 def fan_in(node: Node) -> int:
     """How many products are summed for one element of a convolution or matrix product."""
     weight: Any = node.args[1]

@@ -368,9 +368,7 @@ def _ordered(n: Node, x: torch.Tensor, error: torch.Tensor, value: Any) -> Any:
     """What is put in order moves no further than the values; its places may be others where values
     are nearer to one another than that.
     """
-    schema = n.target._schema.arguments
-    given = {a.name: v for a, v in zip(schema, n.args, strict=False)} | n.kwargs
-    dim = given.get("dim", next(a.default_value for a in schema if a.name == "dim"))
+    dim = ops.arguments(n)["dim"]
     if dim is None:
         x, error, dim = x.flatten(), error.flatten(), 0
     reach = error.amax(dim, keepdim=True)

@@ -267,13 +267,8 @@ class _Unstack:
         return self._call(x, at, axis=x.axis + (d <= x.axis))
 
     def _permute(self) -> Steps:
-        x, source = self.x, self.n.args[0]
-        if self.n.target is aten.permute.default:
-            order = [ops.dim(source, d) for d in self.n.args[1]]
-        else:
-            order = list(range(self.rank))
-            a, b = (ops.dim(source, d) for d in self.n.args[1:3])
-            order[a], order[b] = order[b], order[a]
+        x = self.x
+        order = ops.permutation(self.n)
         axis = order.index(x.axis)
         moved = [self._dim(x, d) for d in order if not (x.bare and d == x.axis)]
         node = x.node
@@ -298,20 +293,20 @@ class _Unstack:
     def _reduce(self) -> Steps:
         """Operators with arguments ``dim`` and ``keepdim``."""
         x, source = self.x, self.n.args[0]
-        names = [a.name for a in self.n.target._schema.arguments]
-        given = dict(zip(names, self.n.args, strict=False)) | self.n.kwargs
-        dim = given.get("dim")
+        given = ops.arguments(self.n)
+        dim = given["dim"]
         dims = [dim] if isinstance(dim, int) else dim or range(len(shape(source)))
         dims = [ops.dim(source, d) for d in dims]
         if x.axis in dims:
             raise self._mixes()
-        before = 0 if given.get("keepdim", False) else sum(d < x.axis for d in dims)
+        before = 0 if given["keepdim"] else sum(d < x.axis for d in dims)
         moved = [self._dim(x, d) for d in dims]
-        changed = {**given, "dim": moved[0] if isinstance(dim, int) else moved}
-        args = [changed.pop(name) for name in names[1 : len(self.n.args)]]
-        kwargs = {k: v for k, v in changed.items() if k == "dim" or k in self.n.kwargs}
-        if "dim" in names[: len(self.n.args)]:
-            kwargs.pop("dim", None)
+        args, kwargs = list(self.n.args[1:]), dict(self.n.kwargs)
+        at = list(given).index("dim") - 1
+        if at < len(args):
+            args[at] = moved[0] if isinstance(dim, int) else moved
+        else:
+            kwargs["dim"] = moved
         node = self.build.call(self.n.target, x.node, *args, path=self.path, **kwargs)
         return replace(x, node=node, axis=x.axis - before)
 

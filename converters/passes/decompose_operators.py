@@ -74,10 +74,8 @@ class _Decompose(Builder):
 
     def given(self, n: Node) -> list[Any]:
         """A node's arguments in the new graph, as its schema has them."""
-        args: Any = fx.map_arg(n.args, self.env.__getitem__)
-        kwargs: Any = fx.map_arg(n.kwargs, self.env.__getitem__)
-        rest = n.target._schema.arguments[len(args) :]
-        return [*args, *(kwargs.get(a.name, a.default_value) for a in rest)]
+        values: Any = fx.map_arg(ops.arguments(n), self.env.__getitem__)
+        return [*values.values()]
 
     def emit(self, target: Any, *args: Any) -> Node:
         return self.call(target, *args, path=self.path)

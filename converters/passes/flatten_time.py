@@ -384,7 +384,7 @@ class _Flatten(Builder):
         return self._to(node, shape(n), where(n))
 
     def _permute(self, n: Node) -> _Folded | None:
-        order = [ops.dim(n, d) for d in n.args[1]]
+        order = ops.permutation(n)
         if (x := self._held(n)) is not None and (x.order or order[:2] != [0, 1]):
             return self._reorder(x, order, where(n))
         return None if x is None else self._replace(n, x, [0, *(d - 1 for d in order[2:])])
@@ -392,9 +392,7 @@ class _Flatten(Builder):
     def _transpose(self, n: Node) -> _Folded | None:
         a, b = (ops.dim(n, d) for d in n.args[1:3])
         if (x := self._held(n)) is not None and (x.order or min(a, b) < 2):
-            order = list(range(len(x.shape)))
-            order[a], order[b] = b, a
-            return self._reorder(x, order, where(n))
+            return self._reorder(x, ops.permutation(n), where(n))
         return None if x is None else self._replace(n, x, a - 1, b - 1)
 
     def _reorder(self, x: _Folded, order: Sequence[int], path: str) -> _Folded | None:

@@ -452,14 +452,11 @@ def _reshape(e: Emitter, n: Node) -> str:
 
 
 def _permute(e: Emitter, n: Node) -> str:
-    return e("Transpose", n.args[0], perm=[ops.dim(n, d) for d in n.args[1]])
+    return e("Transpose", n.args[0], perm=ops.permutation(n))
 
 
-def _transpose(e: Emitter, n: Node) -> str:
-    order = list(range(len(shape(n))))
-    a, b = (ops.dim(n, d) for d in ((0, 1) if n.target is aten.t.default else n.args[1:3]))
-    order[a], order[b] = b, a
-    return e("Transpose", n.args[0], perm=order)
+def _turn(e: Emitter, n: Node) -> str:
+    return e("Transpose", n.args[0], perm=[1, 0])
 
 
 def _slice(e: Emitter, n: Node) -> str:
@@ -709,8 +706,8 @@ OPERATORS: dict[Any, Exporter] = {
     aten.squeeze.dim: _reshape,
     aten.squeeze.dims: _reshape,
     aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.t.default: _transpose,
+    aten.transpose.int: _permute,
+    aten.t.default: _turn,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,
