@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .neurons import Neuron
-from .ops import Node, aten
+from .ops import RESHAPE, Node, aten
 from .program import (
     NEURON,
     NEURON_STEP,
@@ -66,6 +66,17 @@ class Builder:
         values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta = {"val": target(*values, **options), "path": path}
         return node
+
+    def reshaped(self, node: Node, size: Sequence[int], path: str) -> Node:
+        """A value in another shape; of a constant another constant, of a reshape another reshape."""
+        if tuple(node.meta["val"].shape) == tuple(size):
+            return node
+        if node.op == "get_attr":
+            name = f"{node.target}.{'x'.join(map(str, size))}"
+            return self.constant(name, self.tensors[str(node.target)].reshape(*size))
+        if node.target is RESHAPE:
+            return self.reshaped(node.args[0], size, path)
+        return self.call(RESHAPE, node, list(size), path=path)
 
     def copy(self, node: Node, env: Mapping[Node, Node]) -> fx.Node:
         """The same node over the new graph's values."""

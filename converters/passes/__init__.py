@@ -16,6 +16,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
+from .merge_dimensions import merge_dimensions
 from .reroll_time import reroll_time
 from .step_time import step_time
 
@@ -56,6 +57,7 @@ __all__ = [
     "hoist_time_invariant",
     "keeping_rounding",
     "lower_neurons",
+    "merge_dimensions",
     "reroll_time",
     "step_time",
     "stepped",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from .. import ops
 from ..builder import seal, state_of
 from ..errors import Finding, UnsupportedError
 from ..ops import Node, aten
@@ -163,10 +164,13 @@ def _overflow(n: Node, value: torch.Tensor) -> list[Finding]:
 
 def _overflowing_scalars(n: Node) -> list[Finding]:
     """Constants of the node's own that are finite and no float16 is as large as."""
-    scalars = [a for a in (*n.args, *n.kwargs.values()) if isinstance(a, (int, float))]
     value = n.meta["val"]
-    if n.op != "call_function" or not isinstance(value, torch.Tensor):
+    if not hasattr(n.target, "_schema") or not isinstance(value, torch.Tensor):
         return []
+    given = ops.arguments(n)
+    # Those declared as integers are dimensions, sizes and places; the end of a slice is often 2^63 - 1.
+    numbers = [a.name for a in n.target._schema.arguments if "int" not in str(a.type)]
+    scalars = [given[name] for name in numbers if isinstance(given[name], (int, float))]
     big = [a for a in scalars if math.isfinite(a) and abs(a) > _MAX]
     floating = value.is_floating_point() or n.target in _TOWARDS
     return [_too_big(n, where(n), f"{short(n.target)} with {a:.6g}") for a in big if floating]

@@ -180,19 +180,7 @@ class _Flatten(Builder):
             return value
         value = self._plain(n)
         T, N, *rest = shape(value)
-        return _Folded(self._to(value, (T * N, *rest), where(n)), T, N)
-
-    def _to(self, node: Node, target: tuple[int, ...], path: str) -> Node:
-        if shape(node) == tuple(target):
-            return node
-        if node.op == "get_attr":
-            name = f"{node.target}.{'x'.join(map(str, target))}"
-            return self.constant(name, self.tensors[str(node.target)].reshape(target))
-        if node.target is ops.RESHAPE:
-            source = node.args[0]
-            if isinstance(source, fx.Node):
-                return self._to(source, target, path)
-        return self.call(ops.RESHAPE, node, list(target), path=path)
+        return _Folded(self.reshaped(value, (T * N, *rest), where(n)), T, N)
 
     def _inputs(self, n: Node) -> list[Node | _Folded]:
         return [self.env[a] for a in n.all_input_nodes]
@@ -223,25 +211,25 @@ class _Flatten(Builder):
             if len(source) == 2 and target[:2] == source and len(target) > 4:
                 # A value for each sample and step.
                 turned = self.call(aten.permute.default, x, [1, 0], path=path)
-                node = self._to(turned, (_numel(source), *target[2:]), path)
+                node = self.reshaped(turned, (_numel(source), *target[2:]), path)
                 return _Folded(node, source[1], source[0], order=_SWAPPED)
             if len(target) > 2 and len(source) > 1 and source[0] == target[0] * target[1]:
                 T, N, *rest = target
-                return _Folded(self._to(x, (T * N, *rest), path), T, N)
-            return self._to(x, target, path)
+                return _Folded(self.reshaped(x, (T * N, *rest), path), T, N)
+            return self.reshaped(x, target, path)
         if target[:2] == (x.T, x.N) and len(target) > 2:
             rows = x.N if x.static else x.T * x.N
-            return replace(x, node=self._to(x.node, (rows, *target[2:]), path))
-        return self._to(self._varying(x, path).node, target, path)
+            return replace(x, node=self.reshaped(x.node, (rows, *target[2:]), path))
+        return self.reshaped(self._varying(x, path).node, target, path)
 
     def _reshape_swapped(self, x: _Folded, target: tuple[int, ...], path: str) -> Node | None:
         """[N, T, ...] in a shape of rank up to 4."""
         if x.order != _SWAPPED or len(target) > 4:
             return None
         x = self._varying(x, path)
-        columns = self._to(x.node, (x.T, x.N, _numel(x.rest)), path)
+        columns = self.reshaped(x.node, (x.T, x.N, _numel(x.rest)), path)
         turned = self.call(aten.permute.default, columns, [1, 0, 2], path=path)
-        return self._to(turned, target, path)
+        return self.reshaped(turned, target, path)
 
     def _neuron(self, n: Node) -> _Folded:
         x = self._fold(n.args[0])
@@ -336,9 +324,9 @@ class _Flatten(Builder):
         if later := [p - 1 for p in places if p > 1]:
             x = replace(x, node=self.call(target, x.node, later, True, path=path))
         if 0 in places and not x.static:
-            rows = self._to(x.node, (x.T, x.N * _numel(x.rest)), path)
+            rows = self.reshaped(x.node, (x.T, x.N * _numel(x.rest)), path)
             node = self.call(target, rows, [0], False, path=path)
-            x = replace(x, node=self._to(node, (x.N, *x.rest), path))
+            x = replace(x, node=self.reshaped(node, (x.N, *x.rest), path))
         return replace(x, T=1, static=False) if 0 in places else x
 
     def _pointwise_convolution(self, n: Node) -> _Folded | None:
@@ -353,15 +341,15 @@ class _Flatten(Builder):
         path, matrix = where(n), self.env[weight]
         assert isinstance(matrix, fx.Node)
         if x.place(1) == 2:
-            square = self._to(matrix, (*kernel[:2], 1, 1), path)
+            square = self.reshaped(matrix, (*kernel[:2], 1, 1), path)
             return replace(x, node=self.call(aten.conv2d.default, x.node, square, path=path))
         if x.order != _SWAPPED:
             return None
         x = self._varying(x, path)
-        rows = self._to(x.node, (x.T, x.N * _numel(x.rest)), path)
-        square = self._to(matrix, kernel[:2], path)
+        rows = self.reshaped(x.node, (x.T, x.N * _numel(x.rest)), path)
+        square = self.reshaped(matrix, kernel[:2], path)
         node = self.call(aten.matmul.default, square, rows, path=path)
-        return replace(x, node=self._to(node, (kernel[0] * x.N, *x.rest), path), T=kernel[0])
+        return replace(x, node=self.reshaped(node, (kernel[0] * x.N, *x.rest), path), T=kernel[0])
 
     def _reduce(self, n: Node) -> Node | _Folded | None:
         keep = n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)
@@ -379,9 +367,9 @@ class _Flatten(Builder):
         x = self._varying(x, where(n))
         # [T, N * rest] reduces over time where [T, N, ...] has too many dimensions.
         wide = (x.N, *x.rest) if len(x.shape) <= 4 else (x.N * _numel(x.rest),)
-        rows = self._to(x.node, (x.T, *wide), where(n))
+        rows = self.reshaped(x.node, (x.T, *wide), where(n))
         node = self.call(n.target, rows, [0], False, path=where(n), **kwargs)
-        return self._to(node, shape(n), where(n))
+        return self.reshaped(node, shape(n), where(n))
 
     def _permute(self, n: Node) -> _Folded | None:
         order = ops.permutation(n)
@@ -495,16 +483,16 @@ class _Flatten(Builder):
         if len(size) == rank - 1:
             return value if static else self._varying(_Folded(value, T, N, True), path).node
         if size[:2] == (1, 1):
-            return self._to(value, (1, *size[2:]), path)
+            return self.reshaped(value, (1, *size[2:]), path)
         if size[0] == 1:
-            one = self._to(value, (N, *size[2:]), path)
+            one = self.reshaped(value, (N, *size[2:]), path)
             return one if static else self._varying(_Folded(one, T, N, True), path).node
         if size[1] == 1:
             # A value a step, the same for the whole batch: written out for each of the N.
-            columns = self._to(value, (T, 1, _numel(size[2:])), path)
+            columns = self.reshaped(value, (T, 1, _numel(size[2:])), path)
             sizes = [T, N, _numel(size[2:])]
             value = self.call(aten.expand.default, columns, sizes, path=path)
-        return self._to(value, (T * N, *size[2:]), path)
+        return self.reshaped(value, (T * N, *size[2:]), path)
 
 
 def _in_order(value: Node | _Folded) -> TypeGuard[_Folded]:

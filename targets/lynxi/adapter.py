@@ -21,7 +21,7 @@ from ...converters import ops
 from ...converters.builder import Builder
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
 from ...converters.ops import Node, aten
-from ...converters.passes import Pass, decompose_operators, lower_neurons
+from ...converters.passes import Pass, decompose_operators, lower_neurons, merge_dimensions
 from ...converters.program import PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, rewrites
 from ..onnx.export import DEFAULT_OPSET, export
@@ -59,7 +59,9 @@ class Lynxi:
 
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order."""
-        return rewrites(dtype, decompose_operators(CAPABILITIES.ops or ()), lower_neurons)
+        can = CAPABILITIES
+        decompose = decompose_operators(can.ops or ())
+        return rewrites(dtype, decompose, merge_dimensions(can.max_rank or 4), lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:

@@ -573,6 +573,16 @@ def test_the_cast_refuses_a_scalar_that_overflows() -> None:
     assert [(f.rule, f.where) for f in caught.value.findings] == [("float16-overflow", "1")]
 
 
+def test_the_cast_takes_no_place_or_size_for_a_value() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[..., 1:]
+
+    program = capture(nn.Sequential(nn.Linear(3, 3), Last()), (rand(T, N, 3),))
+    assert any(2**63 - 1 in n.args for n in program.graph.nodes)
+    assert cast_float16(program).dtype == torch.float16
+
+
 def test_the_cast_counts_what_it_flushes() -> None:
     net = nn.Sequential(nn.Linear(3, 3), IFNode())
     with torch.no_grad():
