@@ -4,15 +4,14 @@ The graph is emitted anew while every value that is [T, N, ...] in the old one i
 the new one. A reshape from one to the other then is no operation at all, elementwise operators,
 neurons and whatever acts on later dimensions carry the folded form on, and only an operator that
 treats time and batch differently is given the form that it needs. A value that is the same at every
-step is held as [N, ...]. Where time and batch change places with each other or with channels, as around
-an attention over time, the form stays and the order of the dimensions is remembered.
+step is held as [N, ...].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import fx
 
@@ -24,16 +23,12 @@ from ..program import NEURON, STATE, PassReport, Program, TensorSpec, short, whe
 
 @dataclass(frozen=True)
 class _Folded:
-    """node [TN, ...] standing for [T, N, ...]; or [N, ...] if it is the same at every step.
-
-    ``order``, where there is one, are the places in [T, N, ...] of the dimensions that it stands for.
-    """
+    """node [TN, ...] standing for [T, N, ...]; or [N, ...] if it is the same at every step."""
 
     node: Node
     T: int
     N: int
     static: bool = False
-    order: tuple[int, ...] = ()
 
     @property
     def rest(self) -> tuple[int, ...]:
@@ -41,12 +36,7 @@ class _Folded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        size = (self.T, self.N, *self.rest)
-        return tuple(size[place] for place in self.order) if self.order else size
-
-    def place(self, dim: int) -> int:
-        """Where in [T, N, ...] a dimension is."""
-        return self.order[dim] if self.order else dim
+        return (self.T, self.N, *self.rest)
 
 
 def flatten_time(program: Program) -> Program:
@@ -79,8 +69,6 @@ class _Flatten(Builder):
             aten.softmax.int: self._along,
             aten._softmax.default: self._along,
             aten.matmul.default: self._matmul,
-            aten.adaptive_avg_pool3d.default: self._average,
-            aten.conv3d.default: self._pointwise_convolution,
             **dict.fromkeys(ops.TRAILING, self._trailing),
         }
 
@@ -98,7 +86,7 @@ class _Flatten(Builder):
         outputs, results = [], []
         for spec, r in zip(self.program.outputs, self.program.results, strict=True):
             value = self.env[r]
-            if _in_order(value) and len(shape(r)) > 4:
+            if isinstance(value, _Folded) and not value.static and len(shape(r)) > 4:
                 outputs.append(replace(spec, folded=True))
                 results.append(value.node)
             else:
@@ -160,11 +148,7 @@ class _Flatten(Builder):
         path = where(n)
         if value.static:
             value = self._varying(value, path)
-        if not value.order or (value.T == 1 and value.order == _SWAPPED):
-            return self.call(ops.RESHAPE, value.node, list(value.shape), path=path)
-        sizes = [value.T, value.N, *value.rest]
-        node = self.call(ops.RESHAPE, value.node, sizes, path=path)
-        return self.call(aten.permute.default, node, list(value.order), path=path)
+        return self.call(ops.RESHAPE, value.node, list(value.shape), path=path)
 
     def _varying(self, value: _Folded, path: str) -> _Folded:
         """[TN, ...] with every step written out."""
@@ -176,7 +160,7 @@ class _Flatten(Builder):
     def _fold(self, n: Node) -> _Folded:
         """A value of shape [T, N, ...] in folded form."""
         value = self.env[n]
-        if isinstance(value, _Folded) and not value.order:
+        if isinstance(value, _Folded):
             return value
         value = self._plain(n)
         T, N, *rest = shape(value)
@@ -186,11 +170,6 @@ class _Flatten(Builder):
         return [self.env[a] for a in n.all_input_nodes]
 
     def _unit(self, n: Node) -> _Folded | None:
-        """The first argument, if it is folded and in order."""
-        value = self._held(n)
-        return None if value is None or value.order else value
-
-    def _held(self, n: Node) -> _Folded | None:
         """The first argument, if it is folded."""
         value = self.env.get(n.args[0]) if isinstance(n.args[0], fx.Node) else None
         return value if isinstance(value, _Folded) else None
@@ -204,15 +183,8 @@ class _Flatten(Builder):
 
     def _reshape(self, n: Node) -> Node | _Folded | None:
         x, target, path = self.env[n.args[0]], shape(n), where(n)
-        if isinstance(x, _Folded) and x.order:
-            return self._reshape_swapped(x, target, path)
         if isinstance(x, fx.Node):
             source = shape(x)
-            if len(source) == 2 and target[:2] == source and len(target) > 4:
-                # A value for each sample and step.
-                turned = self.call(aten.permute.default, x, [1, 0], path=path)
-                node = self.reshaped(turned, (_numel(source), *target[2:]), path)
-                return _Folded(node, source[1], source[0], order=_SWAPPED)
             if len(target) > 2 and len(source) > 1 and source[0] == target[0] * target[1]:
                 T, N, *rest = target
                 return _Folded(self.reshaped(x, (T * N, *rest), path), T, N)
@@ -221,15 +193,6 @@ class _Flatten(Builder):
             rows = x.N if x.static else x.T * x.N
             return replace(x, node=self.reshaped(x.node, (rows, *target[2:]), path))
         return self.reshaped(self._varying(x, path).node, target, path)
-
-    def _reshape_swapped(self, x: _Folded, target: tuple[int, ...], path: str) -> Node | None:
-        """[N, T, ...] in a shape of rank up to 4."""
-        if x.order != _SWAPPED or len(target) > 4:
-            return None
-        x = self._varying(x, path)
-        columns = self.reshaped(x.node, (x.T, x.N, _numel(x.rest)), path)
-        turned = self.call(aten.permute.default, columns, [1, 0, 2], path=path)
-        return self.reshaped(turned, target, path)
 
     def _neuron(self, n: Node) -> _Folded:
         x = self._fold(n.args[0])
@@ -244,17 +207,15 @@ class _Flatten(Builder):
         x = self.env[n.args[0]]
         if isinstance(x, fx.Node) and len(shape(x)) > 1 and shape(n)[1:] == shape(x):
             return _Folded(x, shape(n)[0], shape(x)[0], static=True)
-        if isinstance(x, _Folded) and not x.order and x.T == 1 and shape(n)[1:] == (x.N, *x.rest):
+        if isinstance(x, _Folded) and x.T == 1 and shape(n)[1:] == (x.N, *x.rest):
             return _Folded(x.node, shape(n)[0], x.N, static=True)
         return None
 
     def _unsqueeze(self, n: Node) -> Node | _Folded | None:
         at = ops.dim(n, n.args[1])
         if isinstance(x := self.env[n.args[0]], fx.Node):
-            if at == 1 and len(shape(x)) == 4:
-                return _Folded(x, 1, shape(x)[0], order=_SWAPPED)
             return _Folded(x, 1, shape(x)[0]) if at == 0 and len(shape(x)) > 1 else None
-        return self._replace(n, x, at - 1) if at > 1 and not x.order else None
+        return self._replace(n, x, at - 1) if at > 1 else None
 
     def _squeeze(self, n: Node) -> _Folded | None:
         at = ops.dim(n.args[0], n.args[1])
@@ -302,60 +263,14 @@ class _Flatten(Builder):
         at = ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
         if at == 1:
             return None
-        if any(isinstance(p, _Folded) and p.order for p in parts):
-            return None
         folded = [self._varying(self._fold(p), where(n)) for p in n.args[0]]
         nodes = [p.node for p in folded]
         node = self.call(aten.cat.default, nodes, max(at - 1, 0), path=where(n))
         T = sum(p.T for p in folded) if at == 0 else folded[0].T
         return _Folded(node, T, folded[0].N)
 
-    def _average(self, n: Node) -> _Folded | None:
-        x = self._held(n)
-        if x is None or set(n.args[1]) != {1} or len(x.shape) != 5:
-            return None
-        return self._kept(aten.mean.dim, x, [2, 3, 4], where(n))
-
-    def _kept(self, target: Any, x: _Folded, dims: list[int], path: str) -> _Folded | None:
-        """A reduction whose dimensions stay, of size 1."""
-        places = sorted(map(x.place, dims))
-        if 1 in places:
-            return None
-        if later := [p - 1 for p in places if p > 1]:
-            x = replace(x, node=self.call(target, x.node, later, True, path=path))
-        if 0 in places and not x.static:
-            rows = self.reshaped(x.node, (x.T, x.N * _numel(x.rest)), path)
-            node = self.call(target, rows, [0], False, path=path)
-            x = replace(x, node=self.reshaped(node, (x.N, *x.rest), path))
-        return replace(x, T=1, static=False) if 0 in places else x
-
-    def _pointwise_convolution(self, n: Node) -> _Folded | None:
-        """A convolution with a kernel of 1 by 1 by 1: a matrix for one dimension."""
-        x, weight = self._held(n), n.args[1]
-        kernel = shape(weight)
-        names = [a.name for a in n.target._schema.arguments]
-        given = dict(zip(names, n.args, strict=False))
-        plain = all(given.get(name, value) == value for name, value in _PLAIN.items())
-        if x is None or len(x.shape) != 5 or set(kernel[2:]) != {1} or not plain:
-            return None
-        path, matrix = where(n), self.env[weight]
-        assert isinstance(matrix, fx.Node)
-        if x.place(1) == 2:
-            square = self.reshaped(matrix, (*kernel[:2], 1, 1), path)
-            return replace(x, node=self.call(aten.conv2d.default, x.node, square, path=path))
-        if x.order != _SWAPPED:
-            return None
-        x = self._varying(x, path)
-        rows = self.reshaped(x.node, (x.T, x.N * _numel(x.rest)), path)
-        square = self.reshaped(matrix, kernel[:2], path)
-        node = self.call(aten.matmul.default, square, rows, path=path)
-        return replace(x, node=self.reshaped(node, (kernel[0] * x.N, *x.rest), path), T=kernel[0])
-
     def _reduce(self, n: Node) -> Node | _Folded | None:
         keep = n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)
-        if (held := self._held(n)) is not None and held.order and keep:
-            wanted = [ops.dim(n.args[0], d) for d in n.args[1]]
-            return self._kept(n.target, held, wanted, where(n))
         if (x := self._unit(n)) is None:
             return None
         kwargs = {k: v for k, v in n.kwargs.items() if k != "keepdim"}
@@ -373,28 +288,15 @@ class _Flatten(Builder):
 
     def _permute(self, n: Node) -> _Folded | None:
         order = ops.permutation(n)
-        if (x := self._held(n)) is not None and (x.order or order[:2] != [0, 1]):
-            return self._reorder(x, order, where(n))
-        return None if x is None else self._replace(n, x, [0, *(d - 1 for d in order[2:])])
+        if (x := self._unit(n)) is None or order[:2] != [0, 1]:
+            return None
+        return self._replace(n, x, [0, *(d - 1 for d in order[2:])])
 
     def _transpose(self, n: Node) -> _Folded | None:
         a, b = (ops.dim(n, d) for d in n.args[1:3])
-        if (x := self._held(n)) is not None and (x.order or min(a, b) < 2):
-            return self._reorder(x, ops.permutation(n), where(n))
-        return None if x is None else self._replace(n, x, a - 1, b - 1)
-
-    def _reorder(self, x: _Folded, order: Sequence[int], path: str) -> _Folded | None:
-        """A value of rank above 4 whose time or batch moves: the node stays as it is."""
-        if len(order) < 5:
+        if (x := self._unit(n)) is None or min(a, b) < 2:
             return None
-        places = tuple(map(x.place, order))
-        if places[:2] != (0, 1):
-            return replace(x, order=places)
-        later = [place - 1 for place in places[2:]]
-        if later == sorted(later):
-            return replace(x, order=())
-        node = self.call(aten.permute.default, x.node, [0, *later], path=path)
-        return replace(x, node=node, order=())
+        return self._replace(n, x, a - 1, b - 1)
 
     def _along(self, n: Node) -> _Folded | None:
         """Operators with one dimension as their second argument."""
@@ -417,8 +319,6 @@ class _Flatten(Builder):
         if len(parts) != 2 or not isinstance(parts[0], _Folded):
             return None
         left, right = parts
-        if left.order or (isinstance(right, _Folded) and right.order):
-            return None
         if isinstance(right, fx.Node):
             if len(shape(right)) != 2:
                 return None
@@ -432,8 +332,6 @@ class _Flatten(Builder):
         folded = [v for v in self._inputs(n) if isinstance(v, _Folded)]
         if not folded:
             return None
-        if any(v.order for v in folded):
-            return self._reordered_elementwise(n, folded)
         rank = len(shape(n))
         lead = max(folded, key=lambda v: (len(v.shape), v.T * v.N))
         T, N = shape(n)[:2]
@@ -447,19 +345,6 @@ class _Flatten(Builder):
                 return None
             env[a] = operand
         return _Folded(self.copy(n, env), T, N, static)
-
-    def _reordered_elementwise(self, n: Node, folded: list[_Folded]) -> _Folded | None:
-        """Operands in one order; those of one step are the same at each."""
-        order, path = folded[0].order, where(n)
-        T, N = max(v.T for v in folded), folded[0].N
-        alike = all((v.order, v.N) == (order, N) and v.T in (1, T) for v in folded)
-        if not alike or len(folded) != len(n.all_input_nodes):
-            return None
-        env: dict[Node, Node] = {}
-        for a, value in zip(n.all_input_nodes, folded, strict=True):
-            repeated = replace(value, T=T, static=True) if value.T == 1 < T else value
-            env[a] = self._varying(repeated, path).node
-        return _Folded(self.copy(n, env), T, N, order=order)
 
     def _same_each_step(self, n: Node, rank: int) -> bool:
         value = self.env[n]
@@ -493,23 +378,6 @@ class _Flatten(Builder):
             sizes = [T, N, _numel(size[2:])]
             value = self.call(aten.expand.default, columns, sizes, path=path)
         return self.reshaped(value, (T * N, *size[2:]), path)
-
-
-def _in_order(value: Node | _Folded) -> TypeGuard[_Folded]:
-    """Whether a value is folded, each step of [T, N, ...] in its place."""
-    return isinstance(value, _Folded) and not (value.static or value.order)
-
-
-#: What a convolution in three dimensions is given that does no more than its kernel.
-_PLAIN: dict[str, Any] = {
-    "bias": None,
-    "stride": [1, 1, 1],
-    "padding": [0, 0, 0],
-    "dilation": [1, 1, 1],
-    "groups": 1,
-}
-#: Batch before time.
-_SWAPPED = (1, 0, 2, 3, 4)
 
 
 def _numel(sizes: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from spikeport.converters.passes import (
     fold_constants,
     hoist_time_invariant,
     lower_neurons,
+    merge_dimensions,
     reroll_time,
 )
 from spikeport.targets.lynxi.capabilities import CAPABILITIES
@@ -176,7 +177,12 @@ def test_a_layer_converts(name: str) -> None:
     assert torch.equal(program(x), expected)
     for rewrite in (fold_constants, reroll_time, hoist_time_invariant, flatten_time):
         program = rewrite(program)
-    program = lower_neurons(decompose_operators(CAPABILITIES.ops or ())(program))
+    for rewrite in (
+        decompose_operators(CAPABILITIES.ops or ()),
+        merge_dimensions(4),
+        lower_neurons,
+    ):
+        program = rewrite(program)
     assert torch.allclose(program(x), expected, rtol=0, atol=1e-5)
     ranks = [n.meta["val"].dim() for n in program.nodes("call_function")]
     if len(shape) < 6:
