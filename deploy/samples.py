@@ -23,18 +23,28 @@ def batch_dims(program: Program) -> tuple[Dims, Dims]:
     It follows from the sizes. Where these leave a choice, the program is run on the samples in another
     order: along the batch the outputs then have that order too.
     """
-    inputs = [_only(_by_size(program, spec)) for spec in program.inputs]
+    given = [_by_size(program, spec) for spec in program.inputs]
     found = [_by_size(program, spec) for spec in program.outputs]
+    inputs = [_only(dims) for dims in given]
     clear = [_is_clear(program, *pair) for pair in zip(program.outputs, found, strict=True)]
-    if (program.sites and all(clear)) or program.batch == 1:
+    told = all(len(dims) < 2 for dims in given)
+    if (program.sites and told and all(clear)) or program.batch == 1:
         return inputs, [*map(_only, found)]
-    moved = _moved(program, inputs)
-    seen = [[d for d in dims if d in moves] for dims, moves in zip(found, moved, strict=True)]
-    if not program.sites and not any(seen):  # the first dimension may be anything then
-        inputs = [None] * len(inputs)
+    if not told:  # as many steps as samples: time first, or else the batch
         clear = [False] * len(clear)
+    for choice in (-1,) if told else (-1, 0):
+        tried = [dims[choice] if dims else None for dims in given]
+        moved = _moved(program, tried)
+        seen = [[d for d in dims if d in moves] for dims, moves in zip(found, moved, strict=True)]
+        if any(seen):
+            inputs = tried
+            break
+    else:
+        if not program.sites:  # the first dimension may be anything then
+            inputs = [None] * len(inputs)
+            clear = [False] * len(clear)
     pairs = zip(found, seen, clear, strict=True)
-    return inputs, [_only(dims if sure else told) for dims, told, sure in pairs]
+    return inputs, [_only(dims if sure else moves) for dims, moves, sure in pairs]
 
 
 def by_size(program: Program, spec: TensorSpec) -> int | None:
@@ -48,8 +58,6 @@ def _only(dims: Sequence[int]) -> int | None:
 
 
 def _by_size(program: Program, spec: TensorSpec) -> list[int]:
-    if spec.folded:  # of rank 5 at least, and with time first unless it does not fit
-        return [d for d in (1, 0) if spec.shape[d] == program.batch][:1]
     leading = spec.shape[: 2 if program.stepping is None else 1]
     return [d for d, size in enumerate(leading) if size == program.batch]
 

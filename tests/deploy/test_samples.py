@@ -85,3 +85,22 @@ def test_an_input_whose_batch_comes_first_is_taken_as_it_was_given(tmp_path: Pat
     deploy.compile(deploy.convert(net, (x,), "reference"), tmp_path / "a", cache=False)
     with deploy.load(tmp_path / "a") as model, torch.no_grad():
         assert torch.equal(model(x), net(x))
+
+
+@pytest.mark.parametrize("shape", [(T, T, 8), (T, T, 2, 2, 2)])
+@pytest.mark.parametrize("first", ["time", "batch"])
+def test_as_many_steps_as_samples(first: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Which of them an input has first shows where samples come in another order."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1) if first == "batch" else x
+        y: torch.Tensor = s.fc(s.lif(s.fc1(x.flatten(2)) * 4)).mean(0)
+        return y
+
+    net = Net(run, fc1=nn.Linear(8, 12), lif=LIFNode(), fc=nn.Linear(12, 5))
+    with model(net, tmp_path, shape) as loaded, torch.no_grad():
+        x = rand(*shape, seed=1)
+        fewer = x[:, :3] if first == "time" else x[:3]
+        assert torch.equal(loaded(fewer), net(fewer))
+        with pytest.raises(UsageError, match="allowed: "):
+            loaded(x[:3] if first == "time" else x[:, :3])
