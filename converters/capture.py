@@ -61,7 +61,7 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     first = _outputs(work, args, state)
     # What that call has cached would be taken for a constant: a fresh copy is exported.
     fresh = _traceable(net, watched, state)
-    state.v.clear()
+    state.clear()
     with sources.isolated(fresh):
         exported = export(fresh, copies(args))
     program = to_program(exported, net, args)
@@ -114,7 +114,7 @@ def _numbers(net: nn.Module) -> None:
 
 
 def _outputs(net: nn.Module, args: Sequence[torch.Tensor], state: State) -> Any:
-    state.v.clear()
+    state.clear()
     try:
         with torch.no_grad(), sources.isolated(net):
             return net(*copies(args))
@@ -127,9 +127,9 @@ def _touched(error: StateAccessError) -> Finding:
         rule="neuron-state",
         where=error.path,
         found=error.did,
-        allowed="neurons that are only called; their state is not part of the graph",
-        fix="compute what you need from the spikes, or read the membrane after the conversion "
-        "(deploy.compare)",
+        allowed="a state that is read after a call has set it, and never set by the forward",
+        fix="read v after the layer was called (v_seq with store_v_seq=True), and compute the rest from "
+        "what it returns",
     )
 
 

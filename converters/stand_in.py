@@ -16,13 +16,22 @@ from .sources import Reading
 
 
 class State:
-    """States of single-step neurons during one forward, by path; each forward starts without.
+    """States of neurons during one forward, by path; each forward starts without.
 
-    With each the number of steps that led to it, and its parts as they were returned.
+    Attributes:
+        v: Of single-step neurons, each with the number of steps that led to it, and its parts as they
+            were returned.
+        x: What led to those of multi-step neurons, [T, N, ...].
     """
 
     def __init__(self) -> None:
         self.v: dict[str, tuple[torch.Tensor, int, dict[str, torch.Tensor]]] = {}
+        self.x: dict[str, torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Begin a forward."""
+        self.v.clear()
+        self.x.clear()
 
 
 class StateAccessError(Exception):
@@ -88,10 +97,10 @@ class StandIn(nn.Module):
         """The operator that the neuron is in the graph; ``given`` is the membrane, handed back."""
         params = [getattr(self, name) for name in self._names]
         readout = self._reading.readout
-        if self._reading.step_mode == "m" and readout is not None:
-            index = self._reading.state
-            return readout(STATE(x, params, self._spec, "stepped", x.shape[0], index))
         if self._reading.step_mode == "m":
+            self._steps.x[self._path] = x
+            if readout is not None:
+                return readout(self._states(x, self._reading.state))
             return NEURON(x, params, self._spec, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
         initial = neuron.initial(x)
@@ -133,11 +142,34 @@ class StandIn(nn.Module):
     def reset(self) -> None:
         """As the original's, for a forward that resets its neurons itself."""
         self._steps.v.pop(self._path, None)
+        self._steps.x.pop(self._path, None)
+
+    def _states(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What the steps of a multi-step call end with in one of the states, [T, N, ...]."""
+        params = [getattr(self, name) for name in self._names]
+        after: torch.Tensor = STATE(x, params, self._spec, "stepped", x.shape[0], index)
+        return after
+
+    def _remembered(self, name: str) -> torch.Tensor | None:
+        """What the last call left in a state, if there was one and the name is a state's."""
+        neuron, original = self._reading.neuron, self._original[0]
+        names = ["v", *neuron.dynamics.states]
+        places = {**{name: i for i, name in enumerate(names)}, **self._reading.states}
+        x, kept = self._steps.x.get(self._path), self._steps.v.get(self._path)
+        if name == "v_seq" and getattr(original, "store_v_seq", False) and x is not None:
+            return self._states(x, 0)
+        if name not in places:
+            return None
+        if x is not None:
+            return self._states(x, places[name])[-1]
+        return None if kept is None else kept[0][places[name]]
 
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("_original")
         if original is None or name in self._buffers:
             return super().__getattr__(name)
+        if (state := self._remembered(name)) is not None:
+            return state
         value = getattr(original[0], name)
         if isinstance(value, torch.Tensor) or name in self._hidden:
             raise StateAccessError(self._path, f"the forward reads its {name}")

@@ -70,17 +70,20 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
         _written(i) for i, (a, b) in enumerate(zip(args, inputs, strict=True)) if not equal(a, b)
     ]
     changes = _changes(before, _snapshot(work))
+    # What was not there before the first call is nothing that a call starts from.
+    starts: dict[str, set[str]] = {}
     for path, module in work.named_modules():
         if path in changes and id(module) in ids:
             if path in seen.readings:
                 seen.memories[path] = changes[path]
+                starts[path] = changes[path] & before[path].keys()
         elif path in changes:
             seen.findings.append(_kept(path, changes[path]))
     stateful: dict[str, Reading | Memory] = {**seen.readings, **seen.kept}
     again = {
         path: seen.calls[path]
         for path, reading in seen.readings.items()
-        if reading.step_mode == "m" and seen.calls.get(path, 0) > 1 and seen.memories.get(path)
+        if reading.step_mode == "m" and seen.calls.get(path, 0) > 1 and starts.get(path)
     }
     once = [
         path
@@ -109,7 +112,7 @@ def _restarted(
     def look(path: str, names: set[str]) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
             now = _snapshot(module)[""]
-            started = names and not any(_moved(before[path][n], now[n]) for n in names)
+            started = names and not any(_moved(before[path].get(n), now.get(n)) for n in names)
             (found if started else moved).add(path)
 
         return hook

@@ -555,9 +555,23 @@ def test_a_neuron_called_in_another_way_than_with_one_tensor() -> None:
     assert rules(findings(net, rand(T, N, 3))) == [("neuron-input", "spike")]
 
 
-def test_reading_a_neurons_state() -> None:
+def test_a_neurons_state_is_read_after_its_call() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        between = []
+        for t in range(T):
+            s.spike(s.fc(x[t]))
+            between.append(s.spike.v)
+        return torch.stack(between) + s.spike.v
+
+    net = Net(run, fc=nn.Linear(3, 3), spike=SingleStep())
+    program = captured(net, rand(T, N, 3))
+    for form in (program, lowered(program)):
+        assert [len(s.spikes) for s in form.sites] == [T]
+
+
+def test_a_neurons_state_before_its_first_call() -> None:
     net = Net(
-        lambda s, x: torch.stack([s.spike(x[t]) for t in range(T)]) + s.spike.v, spike=SingleStep()
+        lambda s, x: s.spike.v + torch.stack([s.spike(x[t]) for t in range(T)]), spike=SingleStep()
     )
     found = findings(net, rand(T, N, 3))
     assert rules(found) == [("neuron-state", "spike")]
