@@ -11,6 +11,12 @@
     conv2d by kernels of one 1     of im2col
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
     x W, along H and along W       of adaptive average pooling whose windows differ
+    x W, W ones above the diagonal of the running sum
+    (x y') W                       of the bilinear layer, x y' being all products
+    log(1 + x)                     of log1p, less exact near 0
+    where(x != x, 0, x)            of nan_to_num, and likewise for infinities
+    a != b                         of the exclusive or
+    their steps                    of LSTM, GRU and RNN (converters/recurrences.py)
 
 A transposed convolution is a convolution of its input with s - 1 zeros after each row and column, s
 being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:1603.07285, section 4).
@@ -19,6 +25,7 @@ being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:160
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -29,6 +36,7 @@ from .. import ops
 from ..builder import Builder
 from ..ops import Node, aten, shape
 from ..program import PassReport, Program, short, where
+from ..recurrences import recurrent
 
 
 def decompose_operators(available: Collection[str]) -> Callable[[Program], Program]:
@@ -45,7 +53,8 @@ class _Decompose(Builder):
     def __init__(self, program: Program, available: Collection[str]) -> None:
         super().__init__(program)
         self.available = available
-        self.env: dict[Node, Node] = {}
+        # Of an operator with several results the list of them.
+        self.env: dict[Node, Any] = {}
         self.path = ""
 
     def run(self) -> Program:
@@ -59,6 +68,9 @@ class _Decompose(Builder):
             elif n.op == "call_function":
                 rule = _RULES.get(n.target)
                 self.path = where(n)
+                if n.target is operator.getitem and isinstance(self.env[n.args[0]], list):
+                    self.env[n] = self.env[n.args[0]][n.args[1]]
+                    continue
                 missing = short(n.target) not in self.available
                 tried = rule is not None and (missing or n.target in _IN_PART)
                 made = rule(self, n) if rule is not None and tried else None
@@ -88,9 +100,7 @@ class _Decompose(Builder):
 
     def zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Node:
         name = "zeros_" + "_".join(map(str, size))
-        return self.constant(
-            f"{name}_{str(dtype).removeprefix('torch.')}", torch.zeros(size, dtype=dtype)
-        )
+        return self.constant(f"{name}_{_name(dtype)}", torch.zeros(size, dtype=dtype))
 
     def normalised(self, x: Node, dims: list[int], eps: float) -> Node:
         mean = self.emit(aten.mean.dim, x, dims, True)
@@ -199,11 +209,62 @@ class _Decompose(Builder):
             return None
         N, C, H, W = shape(x)
         count = math.prod(kernel)
-        ones = torch.eye(count, dtype=x.meta["val"].dtype).reshape(count, 1, *kernel)
-        kernels = self.constant(f"im2col_{'_'.join(map(str, kernel))}", ones)
+        dtype = x.meta["val"].dtype
+        ones = torch.eye(count, dtype=dtype).reshape(count, 1, *kernel)
+        kernels = self.constant(f"im2col_{'_'.join(map(str, kernel))}_{_name(dtype)}", ones)
         rows = self.reshape(x, N * C, 1, H, W)
         taken = self.emit(aten.conv2d.default, rows, kernels, None, stride, padding, dilation)
         return self.reshape(taken, *shape(n))
+
+    def running_sum(self, n: Node) -> Node | None:
+        x, dim, _ = self.given(n)
+        rank, dtype = len(shape(x)), x.meta["val"].dtype
+        if rank == 0 or not dtype.is_floating_point:
+            return None
+        dim, size = dim % rank, shape(x)[dim]
+        above = torch.ones(size, size, dtype=dtype).triu()
+        ones = self.constant(f"running_sum_{size}_{_name(dtype)}", above)
+        row = x if dim == rank - 1 else self.emit(aten.transpose.int, x, dim, rank - 1)
+        total = self.emit(aten.matmul.default, row, ones)
+        return total if row is x else self.emit(aten.transpose.int, total, dim, rank - 1)
+
+    def bilinear(self, n: Node) -> Node:
+        x, y, weight, bias = self.given(n)
+        products = self.emit(
+            aten.mul.Tensor,
+            self.reshape(x, *shape(x), 1),
+            self.reshape(y, *shape(y)[:-1], 1, shape(y)[-1]),
+        )
+        rows = self.reshape(products, *shape(x)[:-1], -1)
+        return self.emit(aten.linear.default, rows, self.reshape(weight, shape(n)[-1], -1), bias)
+
+    def log1p(self, n: Node) -> Node | None:
+        if "aten.log" not in self.available:
+            return None
+        (x,) = self.given(n)
+        return self.emit(aten.log.default, self.emit(aten.add.Tensor, x, 1.0))
+
+    def nan_to_num(self, n: Node) -> Node:
+        x, nan, high, low = self.given(n)
+        most = torch.finfo(x.meta["val"].dtype).max
+        ends = (
+            (math.inf, most if high is None else high),
+            (-math.inf, -most if low is None else low),
+        )
+        y = x
+        for end, value in ends:
+            y = self.emit(aten.where.ScalarSelf, self.emit(aten.eq.Scalar, x, end), value, y)
+        nans = self.emit(aten.ne.Tensor, x, x)
+        return self.emit(aten.where.ScalarSelf, nans, 0.0 if nan is None else nan, y)
+
+    def exclusive_or(self, n: Node) -> Node | None:
+        a, b = self.given(n)
+        if {v.meta["val"].dtype for v in (a, b)} != {torch.bool}:
+            return None
+        return self.emit(aten.ne.Tensor, a, b)
+
+    def recurrent(self, n: Node) -> list[Node] | None:
+        return recurrent(self, n, self.given(n), self.path)
 
     def adaptive_average(self, n: Node) -> Node | None:
         x, wanted = self.given(n)
@@ -293,6 +354,10 @@ class _Decompose(Builder):
         return self.reshape(wide, N, C, H * (s if at == 2 else 1), W * (s if at == 3 else 1))
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _windows(have: int, want: int) -> torch.Tensor:
     """Adaptive average pooling along one dimension as a matrix [have, want]."""
     matrix = torch.zeros(have, want)
@@ -311,7 +376,7 @@ _ROWS: dict[Any, tuple[Any, ...]] = {
 #: Operators that a target has, but not for all sizes: a pooling whose windows differ.
 _IN_PART = frozenset({aten.adaptive_avg_pool2d.default})
 
-_RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
+_RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.addmm.default: _Decompose.addmm,
     aten.rsub.Scalar: _Decompose.rsub,
     aten.rsub.Tensor: _Decompose.rsub,
@@ -328,6 +393,16 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | None]] = {
     aten.var.dim: _Decompose.variance,
     aten.scaled_dot_product_attention.default: _Decompose.attention,
     aten.im2col.default: _Decompose.im2col,
+    aten.cumsum.default: _Decompose.running_sum,
+    aten.bilinear.default: _Decompose.bilinear,
+    aten.log1p.default: _Decompose.log1p,
+    aten.nan_to_num.default: _Decompose.nan_to_num,
+    aten.bitwise_xor.Tensor: _Decompose.exclusive_or,
+    aten.logical_xor.default: _Decompose.exclusive_or,
+    aten.lstm.input: _Decompose.recurrent,
+    aten.gru.input: _Decompose.recurrent,
+    aten.rnn_tanh.input: _Decompose.recurrent,
+    aten.rnn_relu.input: _Decompose.recurrent,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
     aten.conv_transpose2d.input: _Decompose.conv_transpose2d,
     **dict.fromkeys(_ROWS, _Decompose.pool1d),

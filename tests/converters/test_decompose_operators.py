@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from spikeport.converters.capture import capture
 from spikeport.converters.passes import decompose_operators
@@ -25,6 +26,22 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.run(x)
         return y
+
+
+class Whole(nn.Module):
+    """All that a recurrent layer returns, in one tensor."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([y.flatten() for y in tree_leaves(self.layer(x))])
+
+
+class Bilinear(nn.Bilinear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, x.flip(0))
 
 
 IMAGE, LINE = (2, 4, 6, 5), (2, 4, 9)
@@ -57,6 +74,23 @@ CASES = {
         IMAGE,
     ),
     "im2col": (lambda x: F.unfold(x, (3, 2), 1, (1, 0), (2, 1)), IMAGE),
+    "running sum": (lambda x: x.cumsum(1) + x.cumsum(-1), IMAGE),
+    "bilinear": (Bilinear(9, 9, 3), LINE),
+    "bilinear without a bias": (Bilinear(9, 9, 3, bias=False), LINE),
+    "no number": (lambda x: (x / x.relu()).nan_to_num(0.5) / 1e38, IMAGE),
+    "no number, infinities": (lambda x: (x / x.relu()).nan_to_num(posinf=2, neginf=-3), IMAGE),
+    "exclusive or": (lambda x: ((x > 0) ^ (x > 1)).float(), IMAGE),
+    "exclusive or by name": (lambda x: torch.logical_xor(x > 0, x > 1).float(), IMAGE),
+    "LSTM": (Whole(nn.LSTM(9, 5)), LINE),
+    "LSTM, two layers both ways": (
+        Whole(nn.LSTM(9, 5, 2, batch_first=True, bidirectional=True)),
+        LINE,
+    ),
+    "LSTM without biases": (Whole(nn.LSTM(9, 5, bias=False)), LINE),
+    "GRU": (Whole(nn.GRU(9, 5, 2, dropout=0.5)), LINE),
+    "GRU both ways": (Whole(nn.GRU(9, 5, batch_first=True, bidirectional=True)), LINE),
+    "RNN": (Whole(nn.RNN(9, 5)), LINE),
+    "RNN of rectifiers": (Whole(nn.RNN(9, 5, nonlinearity="relu")), LINE),
     "max pool": (nn.MaxPool1d(3, 2, 1), LINE),
     "max pool with its own stride": (nn.MaxPool1d(2), LINE),
     "adaptive average in 1-D": (nn.AdaptiveAvgPool1d(3), LINE),
@@ -83,6 +117,19 @@ def test_an_operator_in_others(name: str) -> None:
     assert max(n.meta["val"].dim() for n in program.nodes("call_function")) <= 4
     with torch.no_grad():
         assert torch.allclose(program(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_log1p_where_there_is_a_logarithm() -> None:
+    x = torch.cat([torch.tensor([0.0, 1e9, -1.0, -2.0, torch.inf]), torch.linspace(-0.9, 5, 99)])
+    program = decompose_operators({*OPS, "aten.log"})(capture(Net(torch.log1p), (x,)))
+    assert "aten.log1p" not in {short(n.target) for n in program.nodes("call_function")}
+    torch.testing.assert_close(program(x), x.log1p(), rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert not decompose_operators(OPS)(capture(Net(torch.log1p), (x,))).history[-1].done
+
+
+def test_an_lstm_that_projects_stays() -> None:
+    program = capture(Net(Whole(nn.LSTM(9, 5, proj_size=3))), (torch.rand(LINE),))
+    assert len(decompose_operators(OPS)(program).history[-1].skipped) == 1
 
 
 def test_what_a_target_has_stays() -> None:
