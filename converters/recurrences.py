@@ -116,3 +116,6 @@ _KINDS: dict[Any, Callable[..., list[Node]]] = {
     aten.rnn_tanh.input: _Cell.tanh,
     aten.rnn_relu.input: _Cell.relu,
 }
+
+#: The layers that are known.
+RECURRENT = frozenset(_KINDS)

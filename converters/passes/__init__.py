@@ -10,7 +10,7 @@ from typing import TypeAlias
 from ..program import Program
 from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
-from .decompose_operators import decompose_operators
+from .decompose_operators import decompose_operators, unroll_recurrences
 from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
@@ -27,11 +27,11 @@ def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """A target's passes for one time step.
 
     Steps are told apart once layers and neurons have their final weights, which so are those of the
-    unrolled program, and before neurons are taken apart.
+    unrolled program, and before neurons are taken apart. Recurrent layers have steps as loops have.
     """
     late = (lower_neurons, cast_float16)
     at = next((i for i, one in enumerate(passes) if one in late), len(passes))
-    return (*passes[:at], step_time, *passes[at:])
+    return (*passes[:at], unroll_recurrences, step_time, *passes[at:])
 
 
 def keeping_rounding(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
@@ -61,4 +61,5 @@ __all__ = [
     "reroll_time",
     "step_time",
     "stepped",
+    "unroll_recurrences",
 ]

@@ -36,28 +36,36 @@ from .. import ops
 from ..builder import Builder
 from ..ops import Node, aten, shape
 from ..program import PassReport, Program, short, where
-from ..recurrences import recurrent
+from ..recurrences import RECURRENT, recurrent
 
 
 def decompose_operators(available: Collection[str]) -> Callable[[Program], Program]:
     """The pass for a target that has ``available``, such as ``"aten.conv2d"``."""
 
     def decompose(program: Program) -> Program:
-        return _Decompose(program, available).run()
+        return _Decompose(program, available, _IN_PART).run("decompose_operators")
 
     decompose.__name__ = decompose_operators.__name__  # as its report says
     return decompose
 
 
+def unroll_recurrences(program: Program) -> Program:
+    """Take LSTM, GRU and RNN apart into their steps."""
+    others = {short(target) for target in _RULES if target not in RECURRENT}
+    return _Decompose(program, others, frozenset()).run("unroll_recurrences")
+
+
 class _Decompose(Builder):
-    def __init__(self, program: Program, available: Collection[str]) -> None:
+    def __init__(
+        self, program: Program, available: Collection[str], in_part: Collection[Any]
+    ) -> None:
         super().__init__(program)
-        self.available = available
+        self.available, self.in_part = available, in_part
         # Of an operator with several results the list of them.
         self.env: dict[Node, Any] = {}
         self.path = ""
 
-    def run(self) -> Program:
+    def run(self, name: str) -> Program:
         done: list[str] = []
         skipped: list[str] = []
         for n in self.program.walk():
@@ -72,14 +80,14 @@ class _Decompose(Builder):
                     self.env[n] = self.env[n.args[0]][n.args[1]]
                     continue
                 missing = short(n.target) not in self.available
-                tried = rule is not None and (missing or n.target in _IN_PART)
+                tried = rule is not None and (missing or n.target in self.in_part)
                 made = rule(self, n) if rule is not None and tried else None
                 if made is not None:
                     done.append(f"{n.name} ({self.path})")
                 elif tried and missing:
                     skipped.append(f"{n.name} ({self.path})")
                 self.env[n] = self.copy(n, self.env) if made is None else made
-        report = PassReport("decompose_operators", tuple(done), tuple(skipped))
+        report = PassReport(name, tuple(done), tuple(skipped))
         return self.finish([self.env[r] for r in self.program.results], report)
 
     # What the rules are written in
@@ -399,11 +407,8 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.nan_to_num.default: _Decompose.nan_to_num,
     aten.bitwise_xor.Tensor: _Decompose.exclusive_or,
     aten.logical_xor.default: _Decompose.exclusive_or,
-    aten.lstm.input: _Decompose.recurrent,
-    aten.gru.input: _Decompose.recurrent,
-    aten.rnn_tanh.input: _Decompose.recurrent,
-    aten.rnn_relu.input: _Decompose.recurrent,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
     aten.conv_transpose2d.input: _Decompose.conv_transpose2d,
     **dict.fromkeys(_ROWS, _Decompose.pool1d),
+    **dict.fromkeys(RECURRENT, _Decompose.recurrent),
 }
