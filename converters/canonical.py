@@ -239,6 +239,8 @@ class _Canonical(Builder):
             if part.meta["val"].numel() or not like.numel()
             for piece in pieces(self, part, at, 0, shape(part)[at], path)
         ]
+        if len(parts) > 1 and all(_put_in(part, at) for part in parts):
+            return self.call(aten.stack.default, [part.args[0] for part in parts], at, path=path)
         if any(part.meta["val"].dtype != like.dtype for part in parts):
             return self.call(aten.cat.default, args[0], at, path=path)
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, at, path=path)
@@ -416,6 +418,11 @@ def _stacked(x: Node, dim: int, index: int) -> Node | None:
     if x.target is not aten.stack.default or ops.dim(x, (*x.args, 0)[1]) != at:
         return None
     return x.args[0][index]
+
+
+def _put_in(x: Node, dim: int) -> bool:
+    """Whether a dimension of 1 was put in there."""
+    return x.target is aten.unsqueeze.default and ops.dim(x, x.args[1]) == dim
 
 
 def _same(x: fx.Node, kwargs: dict[str, Any]) -> bool:

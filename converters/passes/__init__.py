@@ -19,6 +19,7 @@ from .lower_neurons import lower_neurons
 from .merge_dimensions import merge_dimensions
 from .reroll_time import reroll_time
 from .step_time import step_time
+from .sum_over_time import sum_over_time
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -61,5 +62,6 @@ __all__ = [
     "reroll_time",
     "step_time",
     "stepped",
+    "sum_over_time",
     "unroll_recurrences",
 ]

@@ -19,7 +19,7 @@ from ...converters.errors import (
     UnsupportedError,
     UsageError,
 )
-from ...converters.passes import Pass
+from ...converters.passes import Pass, sum_over_time
 from ...converters.program import Program, short
 from ...converters.sources.nir import NirNetwork, Unit
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
@@ -70,7 +70,7 @@ class Nir:
         """
         if dtype != torch.float32:
             raise UsageError("the nir target writes float32; leave dtype out")
-        return rewrites(dtype)
+        return rewrites(dtype, sum_over_time)
 
     def sdk(self) -> SDK:
         """The nir package."""
@@ -170,7 +170,9 @@ class _Model:
         results = [torch.empty(0)] * len(found)
         for unit, y in zip(self._outputs, found, strict=True):
             at = int(unit.metadata["position"])
-            results[at] = _reduced(y, str(unit.metadata["over_time"])).reshape(self._shapes[at])
+            y = _reduced(y, str(unit.metadata["over_time"]))
+            y = y.transpose(0, 1) if unit.metadata["batch_first"] else y
+            results[at] = y.reshape(self._shapes[at])
         return results
 
     def _over_time(self, unit: Unit, x: torch.Tensor) -> torch.Tensor:
@@ -179,6 +181,8 @@ class _Model:
         if unit.metadata["over_time"] == "same":
             return x.unsqueeze(0).expand(self._steps, *x.shape)
         assert unit.shape is not None
+        if unit.metadata["batch_first"]:
+            return x.reshape(-1, self._steps, *unit.shape).transpose(0, 1)
         return x.reshape(self._steps, -1, *unit.shape)
 
     def close(self) -> None:

@@ -113,11 +113,12 @@ class CycleExporter(Exporter):
     def input(self, n: Node, name: str, position: int) -> Signal:
         """An Input, of one step."""
         axis = self.stepping.inputs[position]
-        if axis not in (0, None):
+        if axis not in (0, 1, None):
             raise NotInNir(f"an input whose dimension {axis} is time", "give [T, N, ...]")
         name = self.unique(name)
         size = shape(n)[1:]
         said = {"position": position, "over_time": "same" if axis is None else "steps"}
+        said |= {"batch_first": axis == 1}
         self.done.units[name] = Unit("Input", {"shape": np.array(size)}, said)
         self._shapes[name] = size
         return Signal((name,), size, "step")
@@ -132,6 +133,8 @@ class CycleExporter(Exporter):
             )
         if axis is None:
             how = "last"
+        elif axis == 1 and how == "steps":
+            signal = replace(signal, layout="samples")
         elif axis != 0:
             raise NotInNir(f"an output whose dimension {axis} is time", "return [T, N, ...]")
         super().output(replace(signal, over_time=how), name, position)

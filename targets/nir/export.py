@@ -20,8 +20,8 @@ from torch import fx
 
 from ...converters.errors import Finding, UsageError
 from ...converters.neurons import Neuron
-from ...converters.ops import RESHAPE, Node, aten, dim, shape, slice_args
-from ...converters.program import NEURON, STATE, Program, short, where
+from ...converters.ops import RESHAPE, Node, aten, dim, permutation, shape, slice_args
+from ...converters.program import NEURON, STATE, Program, TensorSpec, short, where
 from ...converters.sources.nir import Unit
 from ...converters.sources.nir.neurons import continuous, heard, metadata
 
@@ -46,7 +46,7 @@ class Signal:
         shape: Its shape at one step, of one sample.
         layout: How the program holds it: ``"stepped"`` [T, N, ...], ``"flat"`` [TN, ...], ``"static"``
             [N, ...], ``"step"`` likewise, other at each step, ``"alone"`` [1, N, ...]; ``"merged"``
-            [T, all the rest]; after a reduction over time
+            [T, all the rest]; ``"samples"`` [N, T, ...] or [NT, ...]; after a reduction over time
             ``"reduced"`` [N, ...] or all of it in one dimension.
         binary: Whether it is 0 and 1 only.
         over_time: What is done with its steps.
@@ -157,6 +157,11 @@ class Exporter:
     def signal(self, n: Any) -> Signal:
         """The signal of an argument, over time."""
         signal = self.given(n)
+        if signal.layout == "samples":
+            raise NotInNir(
+                "samples before time steps",
+                "transpose to [T, N, ...] right after the input, and back right before the output",
+            )
         if signal.over_time != "steps":
             raise NotInNir(
                 f"after the {signal.over_time} over time, NIR has no step to compute it at",
@@ -211,26 +216,35 @@ class Exporter:
 
     def lead(self, layout: str) -> tuple[int, ...]:
         """The leading dimensions of a value in a layout."""
-        leads = {"stepped": (self.steps, self.batch), "flat": (self.steps * self.batch,)}
-        return leads.get(layout, (self.batch,))
+        T, N = self.steps, self.batch
+        leads: dict[str, tuple[int, ...]]
+        leads = {"stepped": (T, N), "samples": (N, T), "flat": (T * N,)}
+        return leads.get(layout, (N,))
 
     # Ports
 
     def input(self, n: Node, name: str, position: int) -> Signal:
         """An Input."""
-        layout = self._layout_of_input(n)
-        lead = self.lead(layout)
-        size = shape(n)[len(lead) :]
+        layout, spec = self._layout_of_input(n), self._spec(n)
+        size = spec.shape[len(self.lead(layout)) :]
+        if layout == "stepped" and spec.folded:
+            layout = "flat"
         name = self.unique(name)
         said = {"position": position, "over_time": "same" if layout == "static" else "steps"}
+        said |= {"batch_first": layout == "samples"}
         self.done.units[name] = Unit("Input", {"shape": np.array(size)}, said)
         return Signal((name,), size, layout)
 
+    def _spec(self, n: Node) -> TensorSpec:
+        return dict(zip(self.program.nodes("placeholder"), self.program.inputs, strict=True))[n]
+
     def _layout_of_input(self, n: Node) -> str:
-        """Whether an input has time steps, and if so folded: the neurons that it comes to know."""
-        spec = dict(zip(self.program.nodes("placeholder"), self.program.inputs, strict=True))[n]
-        if spec.folded:
-            return "flat"
+        """Whether an input has time steps, and where: the neurons that it comes to know."""
+        size = self._spec(n).shape[:2]
+        if size == self.lead("samples") != self.lead("stepped") and _is_swapped(n):
+            return "samples"
+        if self._spec(n).folded:
+            return "stepped"
         stack, seen = [n], set[Node]()
         while stack:
             for user in stack.pop().users:
@@ -239,12 +253,13 @@ class Exporter:
                 if user not in seen and user.target not in (NEURON, STATE):
                     seen.add(user)
                     stack.append(user)
-        return "stepped" if shape(n)[:2] == self.lead("stepped") else "static"
+        return "stepped" if size == self.lead("stepped") else "static"
 
     def output(self, signal: Signal, name: str, position: int) -> None:
         """An Output."""
         name = self.unique(name)
-        said = {"position": position, "over_time": signal.over_time}
+        said: dict[str, Any] = {"position": position, "over_time": signal.over_time}
+        said["batch_first"] = signal.layout == "samples"
         if signal.layout == "static":
             said["over_time"] = "last"
         self.done.units[name] = Unit("Output", {"shape": np.array(signal.shape)}, said)
@@ -289,6 +304,13 @@ def _extent(program: Program) -> tuple[int, int]:
             found.add((steps, *batches.get(layout, size[:1])))
     (extent,) = found if len(found) == 1 else [(0, 0)]
     return extent[0], extent[1]
+
+
+def _is_swapped(n: Node) -> bool:
+    """Whether the first thing that is done to a value is that its first dimensions trade places."""
+    users = [u for user in n.users for u in (user.users if user.target is RESHAPE else [user])]
+    moves = [u for u in users if u.target in (aten.transpose.int, aten.permute.default)]
+    return any(permutation(u)[:2] == [1, 0] for u in moves)
 
 
 # Operators
@@ -421,6 +443,10 @@ def _reshape(export: Exporter, n: Node) -> Signal:
     x, size = export.given(n.args[0]), shape(n)
     if x.layout == "reduced":  # what runs the graph puts its outputs into shape
         return x
+    if x.layout == "samples":
+        if size == (*export.lead("samples"), *x.shape):
+            return x
+        raise NotInNir(f"reshaping {list(shape(n.args[0]))} to {list(size)}")
     whole = export.batch * math.prod(x.shape)
     if export.batch > 1 and size == (export.steps, whole) and x.layout in ("flat", "stepped"):
         return replace(x, layout="merged")
@@ -452,6 +478,17 @@ def _reshape(export: Exporter, n: Node) -> Signal:
                     )
                     return replace(signal, layout=layout, binary=x.binary)
     raise NotInNir(f"reshaping {list(shape(n.args[0]))} to {list(size)}")
+
+
+def _swap(export: Exporter, n: Node) -> Signal:
+    """Time before samples, or after."""
+    x, order = export.given(n.args[0]), permutation(n)
+    swapped = {"stepped": "samples", "samples": "stepped"}.get(x.layout)
+    if swapped is None or x.over_time != "steps" or order != [1, 0, *range(2, len(order))]:
+        raise NotInNir(f"dimensions in the order {order}")
+    if shape(n.args[0]) != (*export.lead(x.layout), *x.shape):
+        raise NotInNir(f"dimensions of {list(shape(n.args[0]))} in another order")
+    return replace(x, layout=swapped)
 
 
 def _repeat_first(export: Exporter, n: Node) -> Signal:
@@ -600,6 +637,8 @@ OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal]] = {
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
     aten._adaptive_avg_pool2d.default: _adaptive_avg_pool,
     aten.max_pool2d.default: _max_pool,
+    aten.transpose.int: _swap,
+    aten.permute.default: _swap,
     aten.unsqueeze.default: _repeat_first,
     aten.expand.default: _expand,
     aten.repeat.default: _expand,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
@@ -487,10 +488,23 @@ def test_what_is_done_over_time_with_maps_of_spikes(
             lambda steps: _mean([s.flatten(1) for s in steps]),
             lambda steps: torch.stack(steps).flatten(2).mean(0),
             lambda steps: torch.stack(steps).mean(0, keepdim=True),
+            lambda steps: sum(steps) / len(steps),
         ],
-        "sum": [lambda steps: torch.stack(steps).sum(0)],
+        "sum": [
+            lambda steps: torch.stack(steps).sum(0),
+            sum,
+            lambda steps: sum(steps, torch.zeros_like(steps[0])).flatten(1),
+            lambda steps: functools.reduce(lambda so_far, step: step + so_far, steps),
+        ],
         "last": [lambda steps: steps[-1], lambda steps: torch.stack(steps).flatten(2)[-1]],
-        "steps": [torch.stack, torch.cat, lambda steps: torch.stack(steps).flatten(2)],
+        "steps": [
+            torch.stack,
+            torch.cat,
+            lambda steps: torch.stack(steps).flatten(2),
+            lambda steps: torch.cat([s.unsqueeze(0) for s in steps]),
+            lambda steps: torch.stack(steps, 1),
+            lambda steps: torch.stack(steps).flatten(2).transpose(0, 1),
+        ],
     }
 
     def run(s: Any, x: torch.Tensor) -> Any:
@@ -519,6 +533,27 @@ def test_what_is_done_over_time_with_maps_of_spikes(
     said = {int(n.metadata["position"]): n.metadata["over_time"] for n in outputs}
     told = [how for how, made in ends.items() for _ in made]
     assert [said[i] for i in range(len(told))] == told
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 2, 6, 6)])
+def test_samples_before_time_steps(shape: tuple[int, ...], tmp_path: Path) -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1)
+        y = s.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        spikes: torch.Tensor = s.lif(y * 4).transpose(0, 1)
+        return spikes
+
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 6) if len(shape) == 3 else nn.Conv2d(2, 3, 3)
+    net = Net(run, layer=layer, lif=LIFNode())
+    with deploy.load(compiled(net, (torch.rand(shape),), tmp_path)) as model:
+        x = torch.rand(shape, generator=GENERATOR)
+        expected = net(x)
+        assert 0.05 < expected.mean() < 0.95
+        assert torch.equal(model(x), expected)
+    # Where there are as many of one as of the other, nothing tells them apart.
+    (found,) = deploy.check(net, (torch.rand(4, 4, *shape[2:]),), ["nir"]).errors
+    assert "aten.reshape" in found.found
 
 
 def test_a_mean_over_the_batch_is_no_mean_over_time() -> None:
