@@ -177,6 +177,19 @@ def state_of(n: Node) -> fx.Node | None:
     return call if step and n.args[1] == 0 and state.args[1] == 1 else None  # type: ignore[return-value]
 
 
+def holds_state(n: Node) -> bool:
+    """Whether a value is the state of neurons that are still operators."""
+    if n.op == "placeholder":
+        return bool(n.users) and all(
+            u.target is aten.stack.default and holds_state(u) for u in n.users
+        )
+    if n.target is aten.stack.default:
+        return bool(n.users) and all(u.target is NEURON_STEP and u.args[1] is n for u in n.users)
+    if n.target is operator.getitem:
+        return n.args[0].target is NEURON_STEP and n.args[1] == 1
+    return state_of(n) is not None
+
+
 def _is_site(n: Node) -> bool:
     """Whether a node is the spikes of a layer, or of one step of it."""
     source = n.args[0] if n.target is operator.getitem else None

@@ -48,8 +48,9 @@ def batch_dims(program: Program) -> tuple[Dims, Dims]:
 
 
 def by_size(program: Program, spec: TensorSpec) -> int | None:
-    """The dimension that the sizes alone tell."""
+    """The dimension that the sizes alone tell, of spikes and states: time, folded, comes first there."""
     dims = _by_size(program, spec)
+    dims = dims[-1:] if spec.folded else dims
     return _only(dims) if _is_clear(program, spec, dims) else None
 
 

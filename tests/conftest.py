@@ -1,4 +1,4 @@
-"""One thread for torch; tests that need a GPU are left out where there is none."""
+"""One thread for torch, a cache of its own; tests that need a GPU are left out where there is none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine has compiled before is nothing that a test should find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPIKEPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,14 +13,13 @@ A neuron that is still one operator computes in float32, so its parameters and s
 from __future__ import annotations
 
 import math
-import operator
 
 import numpy as np
 import torch
 from torch import fx
 
 from .. import ops
-from ..builder import seal, state_of
+from ..builder import holds_state, seal
 from ..errors import Finding, UnsupportedError
 from ..ops import Node, aten
 from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, short, where
@@ -61,7 +60,7 @@ def cast_float16(program: Program) -> Program:
         findings += _overflowing_scalars(n)
         if n.kwargs.get("dtype") in (torch.float32, torch.float64):
             n.kwargs = {**n.kwargs, "dtype": torch.float16}
-        if not _holds_state(n):
+        if not holds_state(n):
             n.meta["val"] = _half(n.meta["val"])
     if findings:
         # One for each layer and number, not for each of its unrolled nodes.
@@ -92,19 +91,6 @@ def cast_float16(program: Program) -> Program:
 def _only_of_neurons(n: Node) -> bool:
     """Whether a tensor is nothing but a parameter of neurons."""
     return all(u.target in (NEURON, NEURON_STEP, STATE) and u.args[0] is not n for u in n.users)
-
-
-def _holds_state(n: Node) -> bool:
-    """Whether a value is the state of neurons that are still operators."""
-    if n.op == "placeholder":
-        return bool(n.users) and all(
-            u.target is aten.stack.default and _holds_state(u) for u in n.users
-        )
-    if n.target is aten.stack.default:
-        return bool(n.users) and all(u.target is NEURON_STEP and u.args[1] is n for u in n.users)
-    if n.target is operator.getitem:
-        return n.args[0].target is NEURON_STEP and n.args[1] == 1
-    return state_of(n) is not None
 
 
 #: Where the second side of a comparison is rounded to: up, or down.

@@ -25,9 +25,9 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..builder import Builder
+from ..builder import Builder, holds_state, state_of
 from ..ops import Node, aten, shape
-from ..program import PassReport, Program, short, where
+from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, short, where
 
 
 def merge_dimensions(most: int) -> Callable[[Program], Program]:
@@ -79,6 +79,9 @@ class _Merge(Builder):
         return self.finish(results, report, outputs=tuple(outputs))
 
     def _is_wide(self, n: Node) -> bool:
+        # The states of neurons are not there any more once these are lowered.
+        if n.target in (NEURON, NEURON_STEP, STATE) or holds_state(n) or state_of(n):
+            return False
         values = [v.meta["val"] for v in (n, *n.all_input_nodes)]
         return any(isinstance(v, torch.Tensor) and v.dim() > self.most for v in values)
 

@@ -269,8 +269,8 @@ def test_batches_of_two_inputs_must_be_equal(tmp_path):
         ((16, 10), False, 4, 16, 0),
         ((4, 16, 10), False, 4, 16, 1),
         ((4, 16, 10), True, 4, 16, 1),
-        ((4, 4, 10), True, 4, 4, None),  # either may be the batch
-        ((4, 4, 10), False, 4, 4, None),
+        ((4, 4, 10), True, 4, 4, 1),
+        ((4, 4, 10), False, 4, 4, None),  # either may be the batch
         ((4, 1, 10), False, 4, 4, 0),
         ((1, 16, 10), False, 1, 16, 1),
         ((7, 16), False, 4, 16, None),
