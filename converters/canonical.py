@@ -96,6 +96,8 @@ class _Canonical(Builder):
         super().__init__(program)
         self.env: dict[fx.Node, Any] = {}
         self.findings: list[Finding] = []
+        # What was put together as a stack, which may go on: the rows, by dimension.
+        self.rows: dict[tuple[fx.Node, int], list[fx.Node]] = {}
 
     def emit(self, n: fx.Node) -> None:
         target: Any = n.target
@@ -237,10 +239,13 @@ class _Canonical(Builder):
             piece
             for part in args[0]
             if part.meta["val"].numel() or not like.numel()
-            for piece in pieces(self, part, at, 0, shape(part)[at], path)
+            for piece in self.rows.get((part, at))
+            or pieces(self, part, at, 0, shape(part)[at], path)
         ]
         if len(parts) > 1 and all(_put_in(part, at) for part in parts):
-            return self.call(aten.stack.default, [part.args[0] for part in parts], at, path=path)
+            stack = self.call(aten.stack.default, [part.args[0] for part in parts], at, path=path)
+            self.rows[stack, at] = parts
+            return stack
         if any(part.meta["val"].dtype != like.dtype for part in parts):
             return self.call(aten.cat.default, args[0], at, path=path)
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, at, path=path)

@@ -255,12 +255,20 @@ def _snapshot(net: nn.Module) -> dict[str, dict[str, Any]]:
     """Every module's attributes and buffers, as they are now."""
     return {
         path: {
-            name: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+            name: _kept_as(value)
             for name, value in (*vars(module).items(), *module._buffers.items())
             if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks")
         }
         for path, module in net.named_modules()
     }
+
+
+def _kept_as(value: Any) -> Any:
+    """A value to compare with later; itself where a copy would not be equal to it."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    by_identity: Any = object.__eq__
+    return value if type(value).__eq__ is by_identity else copy.copy(value)
 
 
 def _changes(

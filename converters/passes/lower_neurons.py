@@ -268,6 +268,9 @@ class _Lower(Builder):
         elif t > 0 and before.target is aten.stack.default:  # of the inputs of a stepped program
             state = tuple(_Value(emit, self.env[part]) for part in before.args[0])
         spikes, self.states[n] = self._step(neuron, state, _Value(emit, self.env[x]), t)
+        if spikes.users or any(getattr(part, "node", None) is spikes for part in self.states[n]):
+            # Where a run is given other spikes, the layer goes on from its own.
+            spikes = self.call(spikes.target, *spikes.args, path=path, **spikes.kwargs)
         for user in n.users:
             if user.args[1] == 0:
                 self.env[user] = spikes
