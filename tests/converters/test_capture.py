@@ -846,3 +846,26 @@ def test_a_declaration_that_is_wrong_is_named() -> None:
     grid = torch.randint(-8, 17, (T, N, 3), generator=torch.Generator().manual_seed(0)) / 8
     with pytest.raises(MismatchError, match="the first is 1: .* spikes differ, first at step"):
         capture(nn.Sequential(nn.Identity(), Mine(), nn.Linear(3, 3)), (grid * 2,))
+
+
+class Settings:
+    """An object that is equal to itself alone."""
+
+    scale = 2.0
+
+
+def test_objects_that_a_module_keeps_are_no_state() -> None:
+    net = Net(lambda s, x: s.spike(s.fc(x) * s.settings.scale), fc=nn.Linear(3, 3), spike=IFNode())
+    net.settings = Settings()
+    captured(net, rand(T, N, 3))
+
+
+def test_a_graph_module_with_neurons() -> None:
+    """What torch.fx rewrites, as SpikingJelly's conversion of networks of rectifiers does."""
+
+    class Leaf(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+            return True
+
+    made = nn.Sequential(nn.Linear(3, 4), IFNode(v_reset=None), nn.Linear(4, 2))
+    captured(torch.fx.GraphModule(made, Leaf().trace(made)), rand(T, N, 3))

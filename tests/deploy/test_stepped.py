@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import Net
 from torch import nn
 
 from spikeport import deploy
@@ -295,3 +296,17 @@ def test_compare_shell_and_bundle_take_stepped_artifacts(tmp_path, capsys):
     ran = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "the chip computes what was recorded" in ran.stdout
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_what_rounding_flips_is_no_other_neuron_from_then_on(seed: int) -> None:
+    """A soft reset of 1 subtracts the spikes themselves, which are given where layers are compared."""
+    torch.manual_seed(seed)
+    net = Net(
+        lambda s, x: s.lif(s.conv(x).mul(1.821979).unsqueeze(0).repeat(8, 1, 1, 1, 1)).mean(0),
+        conv=nn.Conv2d(3, 4, 3, padding=1),
+        lif=IFNode(v_reset=None),
+    )
+    program = deploy.convert(net, (torch.rand(2, 3, 8, 8),), "lynxi-sim", time="stepped")
+    assert program.evidence is not None
+    assert program.evidence.layers[0].flips > 0
