@@ -298,7 +298,7 @@ def test_compare_shell_and_bundle_take_stepped_artifacts(tmp_path, capsys):
     assert "the chip computes what was recorded" in ran.stdout
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_what_rounding_flips_is_no_other_neuron_from_then_on(seed: int) -> None:
     """A soft reset of 1 subtracts the spikes themselves, which are given where layers are compared."""
     torch.manual_seed(seed)
