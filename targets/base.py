@@ -263,8 +263,8 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
                 "rank",
                 f"{op or n.op} of shape {list(one.shape)}, rank {one.dim()}",
                 f"rank up to {can.max_rank}",
-                "keep time and batch as the two leading dimensions, so that they fold into one, or "
-                "merge dimensions before this operator",
+                "merge dimensions before this operator, or use one over fewer, such as conv2d on steps "
+                "that are folded into the batch",
             )
         if can.dtypes is not None and one.dtype not in can.dtypes:
             yield (
