@@ -95,8 +95,7 @@ class StandIn(nn.Module):
 
     def forward(self, x: torch.Tensor, *given: Any, **named: Any) -> Any:
         """The operator that the neuron is in the graph; ``given`` is the membrane, handed back."""
-        params = [getattr(self, name) for name in self._names]
-        readout = self._reading.readout
+        params, readout = self._params(), self._reading.readout
         if self._reading.step_mode == "m":
             self._steps.x[self._path] = x
             if readout is not None:
@@ -144,10 +143,12 @@ class StandIn(nn.Module):
         self._steps.v.pop(self._path, None)
         self._steps.x.pop(self._path, None)
 
+    def _params(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self._names]
+
     def _states(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """What the steps of a multi-step call end with in one of the states, [T, N, ...]."""
-        params = [getattr(self, name) for name in self._names]
-        after: torch.Tensor = STATE(x, params, self._spec, "stepped", x.shape[0], index)
+        after: torch.Tensor = STATE(x, self._params(), self._spec, "stepped", x.shape[0], index)
         return after
 
     def _remembered(self, name: str) -> torch.Tensor | None:

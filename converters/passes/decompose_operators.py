@@ -254,6 +254,8 @@ class _Decompose(Builder):
 
     def nan_to_num(self, n: Node) -> Node:
         x, nan, high, low = self.given(n)
+        if not x.meta["val"].dtype.is_floating_point:
+            return x
         most = torch.finfo(x.meta["val"].dtype).max
         ends = (
             (math.inf, most if high is None else high),

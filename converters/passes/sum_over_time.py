@@ -54,8 +54,9 @@ class _Sum(Builder):
         if len(sources) == 1 and None not in sources and {t for _, t in taken} == {*range(steps)}:
             source: Node = sources.pop()
             return self.reshaped(env[source], size, path=where(n))
-        # Where steps are nodes of their own, spikes that come back are why.
-        if sources == {None} and any(m.target is NEURON_STEP for m in self.program.graph.nodes):
+        # Where spikes come back steps are nodes of their own, and other sums may have as many parts.
+        looped = any(m.target is NEURON_STEP for m in self.program.graph.nodes)
+        if sources == {None} and looped and _is_returned(n):
             steps_in_order = [env[p] for p in sorted(parts)]  # as they are computed
             return self.call(aten.stack.default, steps_in_order, 0, path=where(n))
         return None
@@ -84,6 +85,12 @@ def _is_sum(n: Any) -> bool:
         and isinstance(n.meta["val"], torch.Tensor)
     )
     return tensors and n.target is aten.add.Tensor and not n.kwargs
+
+
+def _is_returned(n: Node) -> bool:
+    """Whether a value is for outputs alone, as it is, in another shape or divided."""
+    kept = (ops.RESHAPE, aten.div.Tensor)
+    return all(u.op == "output" or (u.target in kept and _is_returned(u)) for u in n.users)
 
 
 def _taken(n: Node, steps: int) -> tuple[Node | None, int]:

@@ -171,7 +171,7 @@ class _Model:
         for unit, y in zip(self._outputs, found, strict=True):
             at = int(unit.metadata["position"])
             y = _reduced(y, str(unit.metadata["over_time"]))
-            y = y.transpose(0, 1) if unit.metadata["batch_first"] else y
+            y = y.transpose(0, 1) if unit.metadata.get("batch_first", False) else y
             results[at] = y.reshape(self._shapes[at])
         return results
 
@@ -181,7 +181,7 @@ class _Model:
         if unit.metadata["over_time"] == "same":
             return x.unsqueeze(0).expand(self._steps, *x.shape)
         assert unit.shape is not None
-        if unit.metadata["batch_first"]:
+        if unit.metadata.get("batch_first", False):
             return x.reshape(-1, self._steps, *unit.shape).transpose(0, 1)
         return x.reshape(self._steps, -1, *unit.shape)
 

@@ -79,6 +79,7 @@ CASES = {
     "bilinear without a bias": (Bilinear(9, 9, 3, bias=False), LINE),
     "no number": (lambda x: (x / x.relu()).nan_to_num(0.5) / 1e38, IMAGE),
     "no number, infinities": (lambda x: (x / x.relu()).nan_to_num(posinf=2, neginf=-3), IMAGE),
+    "no number among whole ones": (lambda x: x.int().nan_to_num().float(), IMAGE),
     "exclusive or": (lambda x: ((x > 0) ^ (x > 1)).float(), IMAGE),
     "exclusive or by name": (lambda x: torch.logical_xor(x > 0, x > 1).float(), IMAGE),
     "LSTM": (Whole(nn.LSTM(9, 5)), LINE),
