@@ -537,17 +537,20 @@ def test_what_is_done_over_time_with_maps_of_spikes(
 
 def test_a_sum_of_as_many_parts_as_steps_is_none_over_time(tmp_path: Path) -> None:
     def run(s: Any, x: torch.Tensor) -> torch.Tensor:
-        s.lif.reset()
+        s.one.reset()
+        s.two.reset()
         back, steps = torch.zeros(x.shape[1], 5), []
         for x_t in x:
-            back = s.lif(s.a(x_t) + s.b(x_t) + s.back(back))
+            first = s.one(x_t + s.back(back))
+            back = s.two(s.a(first) + s.b(first) + s.c(back))
             steps.append(back)
         return torch.stack(steps)
 
     torch.manual_seed(0)
-    layers = {name: nn.Linear(5, 5, bias=False) for name in ("a", "b", "back")}
-    lif = Cell(Neuron(neurons.LIF, {"tau": 2.0, "v_rest": 0.0}), True)
-    net, x = Net(run, lif=lif, **layers), 9 * torch.rand(3, 2, 5, generator=GENERATOR)
+    layers: dict[str, nn.Module]
+    layers = {name: nn.Linear(5, 5, bias=False) for name in ("a", "b", "c", "back")}
+    cells = {name: Cell(Neuron(neurons.IF, {}), True) for name in ("one", "two")}
+    net, x = Net(run, **layers, **cells), 3 * torch.rand(3, 2, 5, generator=GENERATOR)
     with deploy.load(compiled(net, (x,), tmp_path, dt=DT)) as model:
         assert 0.05 < net(x).mean() < 0.95
         assert torch.equal(model(x), net(x))
