@@ -24,7 +24,7 @@ from ...converters.program import Program, short
 from ...converters.sources.nir import NirNetwork, Unit
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from .cycles import export
-from .export import OPERATORS
+from .operators import OPERATORS
 
 _FILE = "model.nir"
 #: The time step for which time constants are written unless the user says another.

@@ -30,7 +30,8 @@ from ...converters.sources.nir import Graph, Unit
 from ...converters.sources.nir.graph import NEURONS
 from ...converters.sources.nir.network import parts
 from ...converters.sources.nir.neurons import KEY
-from .export import Exported, Exporter, NotInNir, Signal, divides
+from .export import Exported, Exporter, NotInNir, Signal
+from .operators import divides
 
 
 def export(program: Program, dt: float) -> Exported:
@@ -75,8 +76,6 @@ class CycleExporter(Exporter):
             return None
         if n.target is aten.select.int and n.args[0].target is operator.getitem:
             return self._membrane(n)
-        if n.target is aten.cat.default:
-            return self._cat(n)
         return super().emit(n)
 
     def wanted(self, n: Node) -> list[Node]:
@@ -153,19 +152,6 @@ class CycleExporter(Exporter):
 
     def _declared(self, n: Node) -> Neuron:
         return Neuron.from_json(n.args[3], [self.program.tensor(p.target) for p in n.args[2]])
-
-    def _cat(self, n: Node) -> Signal:
-        """A concatenation as a sum: each part is put into its place among zeros."""
-        parts = [self.signal(a) for a in n.args[0]]
-        along = (*n.args, 0)[1]
-        if dim(n, along) != 1 or any(len(x.shape) != 1 for x in parts):
-            raise NotInNir(f"a concatenation over dimension {along} of {list(shape(n))}")
-        size, start, sources = shape(n)[1], 0, list[str]()
-        for x in parts:
-            weight = np.eye(size, x.shape[0], -start, dtype=np.float32)
-            sources += self.add("Linear", x, (size,), weight=weight).sources
-            start += x.shape[0]
-        return Signal(tuple(sources), (size,), "step", all(x.binary for x in parts))
 
     # What comes back
 

@@ -9,8 +9,7 @@ and gates are a SumPool2d or a sum, and a Threshold.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import fx
 
 from ...converters.errors import Finding, UsageError
 from ...converters.neurons import Neuron
-from ...converters.ops import RESHAPE, Node, aten, dim, permutation, shape, slice_args
+from ...converters.ops import BATCHED, RESHAPE, Node, aten, permutation, shape
 from ...converters.program import NEURON, STATE, Program, TensorSpec, short, where
 from ...converters.sources.nir import Unit
 from ...converters.sources.nir.neurons import continuous, heard, metadata
@@ -118,7 +117,11 @@ class Exporter:
 
     def emit(self, n: Node) -> Signal | None:
         """The signal of a call; None for what no other node takes."""
-        return OPERATORS.get(n.target, _unknown)(self, n)
+        from .operators import OPERATORS
+
+        if n.target not in OPERATORS:
+            raise NotInNir("no node computes it")
+        return OPERATORS[n.target](self, n)
 
     def wanted(self, n: Node) -> list[Node]:
         """What a call takes."""
@@ -247,9 +250,12 @@ class Exporter:
             return "stepped"
         stack, seen = [n], set[Node]()
         while stack:
-            for user in stack.pop().users:
+            value = stack.pop()
+            for user in value.users:
                 if user.target in (NEURON, STATE) and user.args[3] == "static":
                     return "static"
+                if user.target in BATCHED and shape(value) == self._spec(n).shape:
+                    return "static"  # such a layer takes samples first, and time is not among them
                 if user not in seen and user.target not in (NEURON, STATE):
                     seen.add(user)
                     stack.append(user)
@@ -311,347 +317,3 @@ def _is_swapped(n: Node) -> bool:
     users = [u for user in n.users for u in (user.users if user.target is RESHAPE else [user])]
     moves = [u for u in users if u.target in (aten.transpose.int, aten.permute.default)]
     return any(permutation(u)[:2] == [1, 0] for u in moves)
-
-
-# Operators
-
-
-def _same(export: Exporter, n: Node) -> Signal:
-    if n.meta["val"].dtype != n.args[0].meta["val"].dtype:
-        raise NotInNir(f"a conversion to {n.meta['val'].dtype}")
-    return export.signal(n.args[0])
-
-
-def _neuron(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    signal = export.population(x, _declaration(export, n), fires=True)
-    return replace(signal, layout=_after(n), binary=True)
-
-
-def _readout(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    return replace(export.readout(x, _declaration(export, n), n.args[5]), layout=_after(n))
-
-
-def _declaration(export: Exporter, n: Node) -> Neuron:
-    params = [export.program.tensor(p.target) for p in n.args[1]]
-    return Neuron.from_json(n.args[2], params)
-
-
-def _after(n: Node) -> str:
-    return "stepped" if n.args[3] == "stepped" else "flat"
-
-
-def _unknown(export: Exporter, n: Node) -> Signal:
-    raise NotInNir("no node computes it")
-
-
-def _conv(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    weight = export.tensor(n.args[1])
-    if weight is None:
-        raise NotInNir("a weight that is computed")
-    given = [*n.args[2:], *[None, 1, 0, 1, 1][len(n.args) - 2 :]]
-    bias = export.tensor(given[0])
-    dims = weight.dim() - 2
-    if x.layout == "stepped" or len(x.shape) != dims + 1:
-        raise NotInNir(f"a convolution over {list(x.shape)}")
-    stride, padding, dilation = (_sizes(v, dims) for v in given[1:4])
-    zeros = torch.zeros(weight.shape[0]) if bias is None else bias
-    return export.add(
-        f"Conv{dims}d",
-        x,
-        _shape_after(n, x),
-        input_shape=x.shape[1] if dims == 1 else tuple(x.shape[1:]),
-        weight=_numpy(weight),
-        stride=stride[0] if dims == 1 else stride,
-        padding=padding[0] if dims == 1 else padding,
-        dilation=dilation[0] if dims == 1 else dilation,
-        groups=int(given[4]),
-        bias=_numpy(zeros),
-    )
-
-
-def _linear(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    weight = export.tensor(n.args[1])
-    bias = export.tensor(n.args[2]) if len(n.args) > 2 else None
-    if weight is None or len(x.shape) != 1:
-        raise NotInNir(
-            f"a matrix product over the last dimension of {list(x.shape)}",
-            "flatten before it, so that it takes a vector at each step",
-        )
-    size = (weight.shape[0],)
-    if bias is None:
-        return export.add("Linear", x, size, weight=_numpy(weight))
-    return export.add("Affine", x, size, weight=_numpy(weight), bias=_numpy(bias))
-
-
-def _avg_pool(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    kernel, stride, padding, ceil, counted, divisor = _pool(n, 6)
-    if ceil or divisor is not None or (any(padding) and counted is False):
-        raise NotInNir("average pooling with ceil_mode, divisor_override, or padding not counted")
-    return _pooled(export, "AvgPool2d", x, n, kernel, stride, padding)
-
-
-def _adaptive_avg_pool(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    sizes, wanted = x.shape[-2:], shape(n)[-2:]
-    if any(a % b for a, b in zip(sizes, wanted, strict=True)):
-        raise NotInNir(f"adaptive pooling of {list(sizes)} to {list(wanted)}, windows of two sizes")
-    kernel = tuple(a // b for a, b in zip(sizes, wanted, strict=True))
-    return _pooled(export, "AvgPool2d", x, n, kernel, kernel, (0, 0))
-
-
-def _max_pool(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    kernel, stride, padding, dilation, ceil = _pool(n, 5)
-    if not x.binary:
-        raise NotInNir(
-            "max pooling of values other than spikes of 0 and 1",
-            "pool after the neurons, or use average pooling",
-        )
-    if ceil or _sizes(dilation or 1, 2) != (1, 1):
-        raise NotInNir("max pooling with ceil_mode or dilation")
-    return _above(export, _pooled(export, "SumPool2d", x, n, kernel, stride, padding), 0.5)
-
-
-def _pool(n: Node, count: int) -> list[Any]:
-    given: list[Any] = [*n.args[1:], *[None] * (count - len(n.args) + 1)]
-    given += [None] * (count - len(given))
-    kernel = _sizes(given[0], 2)
-    return [kernel, _sizes(given[1] or kernel, 2), _sizes(given[2] or 0, 2), *given[3:count]]
-
-
-def _pooled(
-    export: Exporter, kind: str, x: Signal, n: Node, kernel: Any, stride: Any, padding: Any
-) -> Signal:
-    if x.layout == "stepped" or len(x.shape) != 3:
-        raise NotInNir(f"pooling over {list(x.shape)}")
-    sizes = {"kernel_size": kernel, "stride": stride, "padding": padding}
-    arrays = {name: np.array(size) for name, size in sizes.items()}
-    return export.add(kind, x, _shape_after(n, x), **arrays)
-
-
-def _above(export: Exporter, x: Signal, threshold: float) -> Signal:
-    signal = export.add("Threshold", x, x.shape, threshold=np.full(x.shape, threshold))
-    return replace(signal, binary=True)
-
-
-def _reshape(export: Exporter, n: Node) -> Signal:
-    x, size = export.given(n.args[0]), shape(n)
-    if x.layout == "reduced":  # what runs the graph puts its outputs into shape
-        return x
-    if x.layout == "samples":
-        if size == (*export.lead("samples"), *x.shape):
-            return x
-        raise NotInNir(f"reshaping {list(shape(n.args[0]))} to {list(size)}")
-    whole = export.batch * math.prod(x.shape)
-    if export.batch > 1 and size == (export.steps, whole) and x.layout in ("flat", "stepped"):
-        return replace(x, layout="merged")
-    if x.layout == "merged":
-        for layout in ("flat", "stepped"):
-            if size == (*export.lead(layout), *x.shape):
-                return replace(x, layout=layout)
-    layouts = (x.layout,) if x.layout in ("static", "step") else ("flat", "stepped")
-    fits = []
-    for layout in layouts:
-        lead = export.lead(layout)
-        if size[: len(lead)] == lead and math.prod(size[len(lead) :]) == math.prod(x.shape):
-            fits.append((layout, size[len(lead) :]))
-    for layout, rest in fits:
-        if rest == x.shape:
-            return replace(x, layout=layout)
-    for layout, rest in fits:
-        for start in range(len(x.shape)):
-            for end in range(start + 1, len(x.shape)):
-                merged = math.prod(x.shape[start : end + 1])
-                if (*x.shape[:start], merged, *x.shape[end + 1 :]) == rest:
-                    signal = export.add(
-                        "Flatten",
-                        x,
-                        rest,
-                        input_type=np.array(x.shape),
-                        start_dim=start,
-                        end_dim=end,
-                    )
-                    return replace(signal, layout=layout, binary=x.binary)
-    raise NotInNir(f"reshaping {list(shape(n.args[0]))} to {list(size)}")
-
-
-def _swap(export: Exporter, n: Node) -> Signal:
-    """Time before samples, or after."""
-    x, order = export.given(n.args[0]), permutation(n)
-    swapped = {"stepped": "samples", "samples": "stepped"}.get(x.layout)
-    if swapped is None or x.over_time != "steps" or order != [1, 0, *range(2, len(order))]:
-        raise NotInNir(f"dimensions in the order {order}")
-    if shape(n.args[0]) != (*export.lead(x.layout), *x.shape):
-        raise NotInNir(f"dimensions of {list(shape(n.args[0]))} in another order")
-    return replace(x, layout=swapped)
-
-
-def _repeat_first(export: Exporter, n: Node) -> Signal:
-    """A static value put before time, to be repeated there."""
-    x = export.signal(n.args[0])
-    if n.target is aten.unsqueeze.default and n.args[1] == 0 and x.layout == "static":
-        return replace(x, layout="alone")
-    raise NotInNir(f"reshaping {list(shape(n.args[0]))} to {list(shape(n))}")
-
-
-def _expand(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    for layout in ("stepped", "flat"):
-        if x.layout in ("alone", "static") and shape(n) == (*export.lead(layout), *x.shape):
-            return replace(x, layout=layout)
-    raise NotInNir(f"expanding {list(shape(n.args[0]))} to {list(shape(n))}")
-
-
-def _add(export: Exporter, n: Node) -> Signal:
-    a, b = n.args
-    if n.kwargs.get("alpha", 1) != 1:
-        raise NotInNir("a sum with alpha")
-    return _summed(export, export.signal(a), export.signal(b))
-
-
-def _sub(export: Exporter, n: Node) -> Signal:
-    a, b = n.args
-    if n.kwargs.get("alpha", 1) != 1:
-        raise NotInNir("a difference with alpha")
-    return _summed(export, export.signal(a), _scaled(export, export.signal(b), -1.0))
-
-
-def _summed(export: Exporter, a: Signal, b: Signal) -> Signal:
-    if a.shape != b.shape or a.layout != b.layout:
-        raise NotInNir(f"a sum of signals {list(a.shape)} and {list(b.shape)}, broadcast")
-    # Sums are taken from the left: one of the two stays a single edge, and no edge comes twice.
-    if (len(a.sources) > 1 and len(b.sources) > 1) or {*a.sources} & {*b.sources}:
-        b = _scaled(export, b, 1.0)
-    first, second = (a, b) if len(b.sources) == 1 else (b, a)
-    return replace(a, sources=(*first.sources, *second.sources), binary=False)
-
-
-def _mul(export: Exporter, n: Node) -> Signal:
-    a, b = n.args
-    if isinstance(b, fx.Node) and export.tensor(a) is not None:
-        a, b = b, a
-    x = export.signal(a)
-    if not isinstance(b, fx.Node):
-        return _scaled(export, x, b)
-    factor = export.tensor(b)
-    if factor is not None:
-        return _scaled(export, x, _of_one_step(factor, x))
-    y = export.signal(b)
-    if not (x.binary and y.binary):
-        raise NotInNir("a product of two signals that are not both spikes of 0 and 1")
-    return _above(export, _summed(export, x, y), 1.5)
-
-
-def _of_one_step(factor: torch.Tensor, x: Signal) -> np.ndarray[Any, Any]:
-    """A factor without the dimensions of time and batch."""
-    extra = max(factor.dim() - len(x.shape), 0)
-    if set(factor.shape[:extra]) - {1}:
-        raise NotInNir("a factor that changes with time or sample")
-    return _numpy(factor.reshape(factor.shape[extra:]))
-
-
-def _div(export: Exporter, n: Node) -> Signal:
-    summed = export.given(n.args[0])
-    if summed.over_time == "sum" and divides(n, export.steps):
-        return replace(summed, over_time="mean")
-    x, divisor = export.signal(n.args[0]), n.args[1]
-    by = export.tensor(divisor) if isinstance(divisor, fx.Node) else torch.tensor(float(divisor))
-    if by is None or not bool((torch.frexp(by).mantissa == 0.5).all()):
-        raise NotInNir(
-            f"a division by {divisor}, which no factor gives bit for bit",
-            "multiply by the reciprocal",
-        )
-    return x if bool((by == 1).all()) else _scaled(export, x, _of_one_step(1 / by, x))
-
-
-def divides(n: Node, steps: int) -> bool:
-    """Whether a node divides by the number of time steps, which makes a sum over them a mean."""
-    return n.target is aten.div.Tensor and not isinstance(n.args[1], fx.Node) and n.args[1] == steps
-
-
-def _neg(export: Exporter, n: Node) -> Signal:
-    return _scaled(export, export.signal(n.args[0]), -1.0)
-
-
-def _scaled(export: Exporter, x: Signal, factor: Any) -> Signal:
-    scale = np.broadcast_to(np.asarray(factor, dtype=np.float32), x.shape)
-    return export.add("Scale", x, x.shape, scale=np.ascontiguousarray(scale))
-
-
-def _over_time(how: str) -> Callable[[Exporter, Node], Signal]:
-    def reduce(export: Exporter, n: Node) -> Signal:
-        x = export.signal(n.args[0])
-        first = x.layout in ("stepped", "merged") or (x.layout == "flat" and export.batch == 1)
-        if not first or [dim(n.args[0], d) for d in n.args[1]] != [0]:
-            raise NotInNir(f"the {how} over dimensions {n.args[1]}")
-        return replace(x, layout="reduced", over_time=how)
-
-    return reduce
-
-
-def _select(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    last = n.args[2] in (-1, export.steps - 1)
-    if x.layout != "stepped" or n.args[1] != 0 or not last:
-        raise NotInNir(f"element {n.args[2]} of dimension {n.args[1]}")
-    return replace(x, layout="reduced", over_time="last")
-
-
-def _slice(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    along, start, end, step = slice_args(n, 1)
-    length = shape(n.args[0])[along]
-    rows = range(length)[start:end:step]
-    if along == 0 and x.layout == "flat" and rows == range(length - export.batch, length):
-        return replace(x, layout="reduced", over_time="last")
-    raise NotInNir(f"elements {rows.start} to {rows.stop} of dimension {along}")
-
-
-def _shape_after(n: Node, x: Signal) -> tuple[int, ...]:
-    return shape(n)[1:]
-
-
-def _sizes(value: Any, count: int) -> tuple[int, ...]:
-    given = (value,) if isinstance(value, int) else tuple(value)
-    return given * count if len(given) == 1 else given
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().cpu().contiguous().numpy()
-
-
-#: What makes the nodes of NIR for an operator.
-OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal]] = {
-    NEURON: _neuron,
-    STATE: _readout,
-    RESHAPE: _reshape,
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.linear.default: _linear,
-    aten.avg_pool2d.default: _avg_pool,
-    aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
-    aten._adaptive_avg_pool2d.default: _adaptive_avg_pool,
-    aten.max_pool2d.default: _max_pool,
-    aten.transpose.int: _swap,
-    aten.permute.default: _swap,
-    aten.unsqueeze.default: _repeat_first,
-    aten.expand.default: _expand,
-    aten.repeat.default: _expand,
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _sub,
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
-    aten.neg.default: _neg,
-    aten.mean.dim: _over_time("mean"),
-    aten.sum.dim_IntList: _over_time("sum"),
-    aten.select.int: _select,
-    aten.slice.Tensor: _slice,
-    aten.clone.default: _same,
-    aten._to_copy.default: _same,
-    aten.alias.default: _same,
-}

@@ -39,6 +39,11 @@ GRID = torch.randint(-6, 9, (T, N, 5), generator=GENERATOR) / 8
 TENSOR = torch.tensor([0.5, 1.0, 0.25, 0.75, 1.5])
 
 
+@pytest.fixture(autouse=True)
+def _same_draws_in_any_order() -> None:
+    GENERATOR.manual_seed(0)
+
+
 class Net(nn.Module):
     """A forward over layers."""
 
@@ -273,6 +278,67 @@ def test_a_network_of_all_that_nir_can_say(batch: int, tmp_path: Path) -> None:
     assert report.equal
 
 
+def norm(layer: nn.Module) -> nn.Module:
+    """With statistics on a grid, so that any way to compute it is exact."""
+    with torch.no_grad():
+        for tensor, span in ((layer.weight, 4), (layer.bias, 4), (layer.running_mean, 8)):
+            tensor.copy_(torch.randint(1, 1 + span, tensor.shape, generator=GENERATOR) / 4)
+        layer.running_var.fill_(0.25)
+    layer.eps = 0.0
+    return layer.eval()
+
+
+@pytest.mark.parametrize(
+    ("size", "layers"),
+    [
+        ((5,), {"norm": nn.BatchNorm1d(5), "after": nn.Linear(13, 4)}),
+        ((2, 6), {"norm": nn.BatchNorm1d(2), "after": nn.Conv1d(7, 4, 3)}),
+        ((2, 4, 4), {"norm": nn.BatchNorm2d(2), "after": nn.Conv2d(7, 4, 3)}),
+    ],
+)
+def test_concatenated_channels_norms_and_constants(
+    size: tuple[int, ...], layers: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        flat = s.norm(x.flatten(0, 1))
+        spikes = s.lif((flat * 2 + s.bias).unflatten(0, x.shape[:2])).flatten(0, 1)
+        parts = torch.cat(
+            [spikes, (1 - spikes) * s.other(x).flatten(0, 1), s.narrow(flat - 0.5)], 1
+        )
+        fired: torch.Tensor = s.out(s.after(parts).unflatten(0, x.shape[:2]))
+        return fired
+
+    C, features = size[0], len(size) - 1
+    kinds = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d}
+    narrow = kinds[features](C, 3, *[1] * (features > 0))
+    net = Net(
+        run, lif=LIFNode(), other=IFNode(), out=IFNode(v_threshold=0.25), narrow=narrow, **layers
+    )
+    norm(layers["norm"])
+    net.bias = nn.Parameter(torch.arange(C).reshape(C, *[1] * features) / 8)
+    for layer in (narrow, layers["after"]):
+        for p in layer.parameters():
+            with torch.no_grad():
+                p.copy_(torch.randint(-4, 5, p.shape, generator=GENERATOR) / 8)
+    x = torch.randint(-8, 9, (T, N, *size), generator=GENERATOR) / 8
+    with deploy.load(compiled(net, (x,), tmp_path)) as model:
+        expected = net(x)
+        assert 0.05 < expected.mean() < 0.95
+        assert torch.equal(model(x), expected)
+
+
+def test_constants_that_no_bias_adds() -> None:
+    def run(s: Any, x: torch.Tensor) -> Any:
+        maps = s.lif(x)
+        return s.a(maps + s.each), s.b(torch.cat([maps, maps], 3))
+
+    net = Net(run, lif=LIFNode(), a=LIFNode(), b=LIFNode())
+    net.each = nn.Parameter(torch.rand(2, 4, 4))
+    found = deploy.check(net, (torch.rand(T, N, 2, 4, 4),), ["nir"])
+    assert "a constant that differs within a channel of [2, 4, 4]" in str(found)
+    assert "concatenate channels" in str(found)
+
+
 def test_an_image_is_the_same_at_every_step(tmp_path: Path) -> None:
     layers = {"fc": nn.Linear(5, 4), "spike": LIFNode(v_threshold=0.1)}
 
@@ -300,7 +366,7 @@ def test_all_that_nir_cannot_say_is_found_at_once() -> None:
         a = s.a(x)
         return (
             a.mean(0) * 2,
-            torch.cat([a, a], 2),
+            torch.cat([a, a], 1),
             s.b(a.unflatten(2, (1, 5)).transpose(2, 3)),
             s.pool(image.flatten(0, 1)),
             a / 3,
