@@ -43,19 +43,33 @@ class TensorSpec:
         shape: Its shape, static.
         dtype: Its dtype in the source network.
         folded: Whether the graph holds it as [TN, ...] where the user's is [T, N, ...].
+        parts: As the sum of how many float16 numbers the graph holds it, one after the other in
+            dimension 1.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     folded: bool = False
+    parts: int = 1
 
     @property
     def graph_shape(self) -> tuple[int, ...]:
         """The shape inside the graph."""
-        if not self.folded:
-            return self.shape
-        return (self.shape[0] * self.shape[1], *self.shape[2:])
+        if self.folded:
+            return (self.shape[0] * self.shape[1], *self.shape[2:])
+        if self.parts > 1:
+            return (self.shape[0], self.parts * self.shape[1], *self.shape[2:])
+        return self.shape
+
+    def held(self, x: torch.Tensor) -> torch.Tensor:
+        """A value of this shape as the graph holds it."""
+        found, rest = [], x
+        for _ in range(self.parts - 1):
+            found.append(rest.half().to(x.dtype))
+            rest = torch.where(found[-1].isfinite(), rest - found[-1], 0)
+        whole = torch.cat([*found, rest.half().to(x.dtype)], 1) if found else x
+        return whole.reshape(self.graph_shape)
 
     def __str__(self) -> str:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
@@ -78,8 +92,8 @@ def fold(
         wrong.append(f"{len(inputs)} inputs given, {len(specs)} wanted")
     if wrong:
         raise UsageError("; ".join(wrong) + "; shapes are static, convert again for others")
-    folded = [x.reshape(spec.graph_shape) for spec, x in zip(specs, inputs, strict=True)]
-    return [x.to(dtype) if x.is_floating_point() else x for x in folded]
+    held = [spec.held(x) for spec, x in zip(specs, inputs, strict=True)]
+    return [x.to(dtype) if x.is_floating_point() else x for x in held]
 
 
 def unfold(specs: Sequence[TensorSpec], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -102,6 +116,7 @@ class Site:
         spikes: Names of the nodes that are its output, [T, N, ...], [TN, ...], or one a step.
         scale: What its drive was divided by, with the neuron's potentials, a value a channel; None
             if nothing was.
+        offset: What was taken from its drive before that, likewise.
     """
 
     name: str
@@ -112,14 +127,20 @@ class Site:
     drives: tuple[str, ...]
     spikes: tuple[str, ...]
     scale: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
     def drive(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Its input [T, N, ...] out of a run's values by node name, in the source's scale.
 
         The values of a stepped program are the stacks of those of its steps.
         """
-        drive = self._gather([values[n] for n in self.drives], self.layout)
-        return drive if self.scale is None else drive.float() * self.scale
+        drive = self.error(values)
+        return drive if self.offset is None else drive + self.offset
+
+    def error(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The same of errors of its input."""
+        error = self._gather([values[n] for n in self.drives], self.layout)
+        return error if self.scale is None else error.float() * self.scale
 
     def fired(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Its spikes [T, N, ...] out of a run's values by node name."""

@@ -178,7 +178,7 @@ class Bounds(fx.Interpreter):
 
     def at(self, site: Site) -> torch.Tensor:
         """The same for a site's drive, [T, N, ...], in the source's scale."""
-        return site.drive({d: self.of(d) for d in site.drives})
+        return site.error({d: self.of(d) for d in site.drives})
 
     def run_node(self, n: Node) -> Any:
         """The node's value and error; nothing where no drive or output depends on it."""

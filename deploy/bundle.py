@@ -112,10 +112,10 @@ def _samples(source: Artifact) -> dict[str, Any]:
         for i, port in enumerate(_ports(source.manifest, f"{side}s")):
             for call in range(source.manifest["samples"]["calls"]):
                 name = f"{call}.{side}.{i}"
-                tensor = recorded[name].to(port.graph_dtype)
+                tensor = recorded[name]
                 if stepped is None:
-                    tensor = tensor.reshape(port.spec.graph_shape)
-                samples[name] = tensor.numpy()
+                    tensor = port.spec.held(tensor)
+                samples[name] = tensor.to(port.graph_dtype).numpy()
     return samples
 
 

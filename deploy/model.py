@@ -54,6 +54,7 @@ class Port:
             "shape": list(spec.shape),
             "dtype": dtype_name(spec.dtype),
             "folded": spec.folded,
+            "parts": spec.parts,
             "batch_dim": self.batch_dim,
             "graph_dtype": dtype_name(self.graph_dtype),
         }
@@ -62,7 +63,11 @@ class Port:
     def from_dict(cls, data: Mapping[str, Any]) -> Port:
         """The inverse of :meth:`to_dict`."""
         spec = TensorSpec(
-            data["name"], tuple(data["shape"]), _dtype(data["dtype"]), bool(data["folded"])
+            data["name"],
+            tuple(data["shape"]),
+            _dtype(data["dtype"]),
+            bool(data["folded"]),
+            int(data.get("parts", 1)),  # artifacts written before had none
         )
         return cls(spec, data["batch_dim"], _dtype(data["graph_dtype"]))
 

@@ -11,6 +11,7 @@ from ..program import Program
 from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
 from .decompose_operators import decompose_operators, unroll_recurrences
+from .exact_encoder import exact_encoder
 from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
@@ -29,7 +30,9 @@ def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 
     Steps are told apart once layers and neurons have their final weights, which so are those of the
     unrolled program, and before neurons are taken apart. Recurrent layers have steps as loops have.
+    An encoder needs all steps to be one layer.
     """
+    passes = tuple(one for one in passes if one is not exact_encoder)
     late = (lower_neurons, cast_float16)
     at = next((i for i, one in enumerate(passes) if one in late), len(passes))
     return (*passes[:at], unroll_recurrences, step_time, *passes[at:])
@@ -52,6 +55,7 @@ __all__ = [
     "absorb_batch_norm",
     "cast_float16",
     "decompose_operators",
+    "exact_encoder",
     "flatten_time",
     "fold_batch_norm",
     "fold_constants",

@@ -182,9 +182,9 @@ class _Lower(Builder):
                 self.env[n] = emit.value(self.states[call][n.args[2]]).node
             elif n.op == "call_function":
                 self.env[n] = self.copy(n, self.env)
-        named = self.program.named()
+        named, known = self.program.named(), {site.name for site in self.lowered}
         for site in self.program.sites:
-            if site.layout in ("steps", "step"):
+            if site.name not in known:
                 self._site(
                     site,
                     [self.env[named[d]] for d in site.drives],

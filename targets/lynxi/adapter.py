@@ -21,7 +21,13 @@ from ...converters import ops
 from ...converters.builder import Builder
 from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
 from ...converters.ops import Node, aten
-from ...converters.passes import Pass, decompose_operators, lower_neurons, merge_dimensions
+from ...converters.passes import (
+    Pass,
+    decompose_operators,
+    exact_encoder,
+    lower_neurons,
+    merge_dimensions,
+)
 from ...converters.program import PassReport, Program, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, rewrites
 from ..onnx.export import DEFAULT_OPSET, export
@@ -61,7 +67,9 @@ class Lynxi:
         """The rewrites in order."""
         can = CAPABILITIES
         decompose = decompose_operators(can.ops or ())
-        return rewrites(dtype, decompose, merge_dimensions(can.max_rank or 4), lower_neurons)
+        encode = (exact_encoder,) if dtype == torch.float16 else ()
+        merge = merge_dimensions(can.max_rank or 4)
+        return rewrites(dtype, decompose, merge, *encode, lower_neurons)
 
     def _import(self, name: str) -> Any:
         if self.simulated:

@@ -195,8 +195,8 @@ def test_the_history_says_what_each_pass_did() -> None:
     program = convert(Net(), (X,), "lynxi-sim")
     assert [r.name for r in program.history] == [
         "capture", "fold_constants", "reroll_time", "hoist_time_invariant", "flatten_time",
-        "absorb_batch_norm", "fold_batch_norm", "decompose_operators", "merge_dimensions", "lower_neurons",
-        "cast_float16",
+        "absorb_batch_norm", "fold_batch_norm", "decompose_operators", "merge_dimensions", "exact_encoder",
+        "lower_neurons", "cast_float16",
     ]  # fmt: skip
     captured = convert(Net(), (X,), "lynxi-sim").captured
     assert captured is not None
