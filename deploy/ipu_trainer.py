@@ -78,7 +78,7 @@ class IpuTrainer:
 
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
         """Mean loss and accuracy, see :class:`~.trainer.Trainer`."""
-        return self._trainer.evaluate(x, y, self._options.batch_size)
+        return self._trainer.evaluate(x.to(self._options.dtype), y, self._options.batch_size)
 
     def state(self) -> dict[str, Any]:
         """State dicts of network and optimizer, and the epochs that are done."""

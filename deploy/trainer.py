@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -157,11 +158,16 @@ class TorchTrainer:
         self._ranks.spread(self.net.buffers())
 
     def evaluate(self, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-        """Mean loss and accuracy, see :class:`Trainer`, of what a checkpoint holds: no autocast."""
+        """Mean loss and accuracy, see :class:`Trainer`, of a checkpoint's weights in float32.
+
+        That is what a conversion is compared with, and how float16 rounds would be a matter of luck, of
+        which the best of many epochs has most.
+        """
         from ..targets.graphs import exact_sums
 
+        net = copy.deepcopy(self.net).float() if self._options.half else self.net
         with exact_sums(self._options.torch_device):
-            return evaluate(self.net, x, y, self._options.batch_size, self._ranks, self._loss)
+            return evaluate(net, x, y, self._options.batch_size, self._ranks, self._loss)
 
     def state(self) -> dict[str, Any]:
         """State dicts of network, optimizer, learning rate and loss scale."""

@@ -79,10 +79,9 @@ class Training:
         test_set = data.load(options.data, split="test", limit=options.limit)
         _check_batches(len(train_set), options, ranks)
         classes = 1 + int(max(train_set.y.max(), test_set.y.max()))
-        self._train, self._test = (
-            (s.x.to(options.torch_device, options.dtype), s.y.to(options.torch_device))
-            for s in (train_set, test_set)
-        )
+        device = options.torch_device
+        self._train = train_set.x.to(device, options.dtype), train_set.y.to(device)
+        self._test = test_set.x.to(device), test_set.y.to(device)
         torch.manual_seed(options.seed)
         self.net = make_net()
         self._plain = options.plain() | {"separate_norms": separate_norms(self.net, options, ranks)}

@@ -52,6 +52,7 @@ class _Encoder:
     Attributes:
         weight: [C, ...] in float32, scaled by a power of two for each channel.
         bias: [T, C] in float64, likewise: of the drive less what it is compared with.
+        terms: [T, C], likewise: how large the terms are that it is the sum of.
         offset: [C] in float64: the drive of the first comparison, less what the layer gives there, in the
             neuron's own scale.
         scale: [C]: the powers of two.
@@ -59,6 +60,7 @@ class _Encoder:
 
     weight: torch.Tensor
     bias: torch.Tensor
+    terms: torch.Tensor
     offset: torch.Tensor
     scale: torch.Tensor
 
@@ -146,12 +148,15 @@ class _Encode(Builder):
         if isinstance(found, str):
             return found
         b = torch.zeros(C).double() if bias is None else self.program.tensor(bias.target).double()
-        shift = b - found.double().reshape(T, C)
+        terms = b.abs() if bias is None else self.terms.get(str(bias.target), b.abs())
+        compared = found.double().reshape(T, C)
+        shift = b - compared
         magnitude = W.abs().flatten(1).sum(1).maximum(shift.abs().amax(0) / _SUM_OF_WEIGHTS)
         scale = torch.exp2((_SUM_OF_WEIGHTS / magnitude).log2().floor())
         weight = W * scale.reshape(-1, *[1] * (W.dim() - 1))
         offset = b - (shift[0] * scale).half().double() / scale
-        return _Encoder(weight.float(), shift * scale, offset, scale)
+        terms = (terms + compared.abs()) * scale
+        return _Encoder(weight.float(), shift * scale, terms, offset, scale)
 
     def _encode(self, n: Node, encoder: _Encoder) -> None:
         layer, T, path = n.args[0], n.args[4], where(n)
@@ -163,6 +168,7 @@ class _Encode(Builder):
         low = (encoder.weight - high).half().float()
         x, weights = self._wide(layer, high, low)
         bias = encoder.bias.half()
+        self.terms[f"{stem}_bias"] = encoder.terms.float().flatten()
         drives = self.call(
             layer.target,
             x,

@@ -140,6 +140,19 @@ def test_weights_that_float16_has_are_one_part() -> None:
     assert [*channels.values()] == [2 * 2, 3 * 2]
 
 
+def test_a_background_of_zeros_beside_a_norm_that_cancels() -> None:
+    """The drive is the norm's shift there, which the network adds up from larger terms."""
+    net = Encoder(IFNode(), layer=nn.Conv2d(2, 32, 3, padding=1))
+    with torch.no_grad():
+        net.norm.running_mean.copy_(torch.linspace(-3, 3, 32))
+        net.norm.bias.copy_(torch.linspace(-16, 16, 32) * net.norm.weight.sign())
+    x = torch.zeros(N, 2, 12, 12)
+    x[:, :, 4:6] = IMAGES[:, :, 4:6]
+    program = converted(net, x)
+    assert report(program).done
+    assert (program(x)[0] != net(x)[0]).float().mean() < 1e-4
+
+
 def test_a_drive_of_something_computed() -> None:
     """Whose rounding is not taken back, so that some spikes may differ."""
 

@@ -378,14 +378,15 @@ def test_network_that_cannot_be_trained():
             trainer.step(torch.zeros(5, 1, 28, 28), torch.zeros(5, dtype=torch.long))
 
 
-def test_a_training_with_autocast_is_evaluated_without():
-    """As the checkpoint's float32 weights are used."""
+@pytest.mark.parametrize("precision", [{}, {"amp": True}, {"half": True}])
+def test_a_training_is_evaluated_in_float32(precision):
+    """As conversions of the checkpoint are compared with that."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     x, y = torch.rand(8, 1, 28, 28), torch.arange(8)
-    for amp in (False, True):
-        assert TorchTrainer(net, Options(amp=amp), Ranks(), 10).evaluate(x, y) == evaluate(
-            net, x, y
-        )
+    trainer = TorchTrainer(net, Options(**precision), Ranks(), 10)
+    held = copy.deepcopy(trainer.net).float()
+    assert trainer.evaluate(x, y) == evaluate(held, x, y)
+    assert {p.dtype for p in trainer.net.parameters()} == {Options(**precision).dtype}
 
 
 def test_a_training_on_a_gpu_goes_on_without_one():
