@@ -27,6 +27,8 @@ from spikeport.deploy.bench.timing import Timer
 
 DTYPES = ("float32", "float16")
 PASSES = ("forward", "forward_backward")
+#: Time steps beside those that others are measured for too.
+LONG = (16, 32, 64, 128)
 #: Configurations whose first result is timed: neuron, dtype, T.
 FIRST = [
     ("IF", "float32", 4),
@@ -118,15 +120,19 @@ def errors(table: Table, name: str, dtype: str, found: neurons.Errors) -> None:
 
 
 def long_sequences(table: Table, elements: int, timer: Timer) -> None:
-    """T = 128 against T = 8 at the same number of elements."""
+    """Fractions of the roofline for more steps, and T = 128 against T = 8; as many elements in all."""
     for kind in NODES:
         for dtype in DTYPES:
-            short, long = (
-                measured(kind, dtype, T, elements, False, timer).entries[0] for T in (8, 128)
-            )
+            found = {
+                T: measured(kind, dtype, T, elements, False, timer).entries[0] for T in (8, *LONG)
+            }
             for what in PASSES:
-                said = f"{kind} {dtype} {what.replace('_', ' + ')}: T = 128 / T = 8, an element"
-                table.at_most(said, 1.1, getattr(long, what) / getattr(short, what))
+                said = f"{kind} {dtype} {what.replace('_', ' + ')}"
+                for T in LONG:
+                    fraction = getattr(found[T], f"{what}_fraction")
+                    table.at_least(f"{said}, T={T}: of the roofline", 0.9, fraction)
+                ratio = getattr(found[128], what) / getattr(found[8], what)
+                table.at_most(f"{said}: T = 128 / T = 8, an element", 1.1, ratio)
 
 
 def first_results(table: Table) -> None:

@@ -142,7 +142,7 @@ class TestEquality:
         compare(*pair(*KINDS["LIF"], surrogate=surrogate), x)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("T", [4, 36])
+    @pytest.mark.parametrize("T", [4, 20, 32, 36])
     def test_half_precision_computes_in_float32(
         self, dtype: torch.dtype, T: int, device: str
     ) -> None:

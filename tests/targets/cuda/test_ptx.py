@@ -34,7 +34,7 @@ def built(source, name, T, block):
     signature, sizes = {}, {}
     for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
         if parameter.is_constexpr:
-            sizes[(i,)] = T // kernels.CHUNK if argument == "chunks" else block[argument]
+            sizes[(i,)] = T // kernels.chunk(T, 2) if argument == "chunks" else block[argument]
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
             half = argument in ("x_ptr", "spikes_ptr", "g_spikes_ptr", "g_x_ptr")
@@ -47,11 +47,12 @@ def built(source, name, T, block):
 
 for T, told, block in CASES:
     blocks = {"BLOCK": block} if isinstance(block, int) else dict(zip(("BLOCK_R", "BLOCK_C"), block))
-    loop = T > kernels.CHUNK
+    steps = kernels.chunk(T, 2)
+    loop = steps < T
     spec = Spec(**{
         "neuron": node._declaration, "reads": (), "surrogate": node.surrogate.to_json(),
-        "detach_reset": False, "steps": min(T, kernels.CHUNK), "loop": loop,
-        "tail": T % kernels.CHUNK if loop else 0, **told,
+        "detach_reset": False, "steps": steps, "loop": loop,
+        "tail": T % steps if loop else 0, **told,
     })
     into_x = "norm" if spec.normalised else "x"
     wrt = ("norm_scale", "norm_shift") if spec.normalised else ()
