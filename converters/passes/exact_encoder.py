@@ -34,7 +34,7 @@ MOST_WORK = 0.5
 #: What the weights of a channel add up to, about, in magnitude: their low parts stay normal numbers, and
 #: images of bytes do not overflow.
 _SUM_OF_WEIGHTS = 16.0
-#: Bits of drives are searched in between.
+#: The drives that fire are looked for up to this magnitude.
 _FARTHEST = 2.0**100
 
 _LAYERS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.linear.default})
@@ -152,6 +152,7 @@ class _Encode(Builder):
         compared = found.double().reshape(T, C)
         shift = b - compared
         magnitude = W.abs().flatten(1).sum(1).maximum(shift.abs().amax(0) / _SUM_OF_WEIGHTS)
+        magnitude = magnitude.clamp(min=2.0**-20)  # a channel that computes nothing
         scale = torch.exp2((_SUM_OF_WEIGHTS / magnitude).log2().floor())
         weight = W * scale.reshape(-1, *[1] * (W.dim() - 1))
         offset = b - (shift[0] * scale).half().double() / scale

@@ -140,6 +140,15 @@ def test_weights_that_float16_has_are_one_part() -> None:
     assert [*channels.values()] == [2 * 2, 3 * 2]
 
 
+def test_a_channel_that_computes_nothing() -> None:
+    net = Encoder(IFNode(), T=1)
+    with torch.no_grad():
+        net.layer.weight[:2], net.layer.bias[:2] = 0.0, 0.0
+        net.norm.bias[:2] = torch.tensor([1.0, 0.0])
+    program = check(net, IMAGES)
+    assert program(IMAGES)[0][:, :, :2].mean((0, 1, 3, 4)).tolist() == [1.0, 0.0]
+
+
 def test_a_background_of_zeros_beside_a_norm_that_cancels() -> None:
     """The drive is the norm's shift there, which the network adds up from larger terms."""
     net = Encoder(IFNode(), layer=nn.Conv2d(2, 32, 3, padding=1))
