@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -79,4 +80,7 @@ def join(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     try:
         yield Ranks(rank, size), device
     finally:
+        # What still holds the group would keep Gloo's threads, and these may end the interpreter's exit
+        # with an abort (pytorch/pytorch#190489).
+        gc.collect()
         dist.destroy_process_group()

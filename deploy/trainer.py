@@ -184,9 +184,13 @@ class TorchTrainer:
             group["lr"] = _learning_rate(float(group["lr"]), self._options)
 
     def close(self) -> None:
-        """Free the captured step: NCCL does not end while a graph holds its kernels."""
+        """Free the captured step and what holds the processes' group.
+
+        NCCL does not end while a graph holds its kernels.
+        """
         if self._replay:
             self._replay.close()
+        self._together = self.net
 
     def _parts(self) -> dict[str, Any]:
         copies = {"float32": self._copies} if self._copies else {}
