@@ -20,6 +20,7 @@ three times the inputs, which is little for an image's few channels; where it is
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,29 +86,27 @@ class _Encode(Builder):
                 else:
                     layers[n] = found
         inputs = {n.args[0].args[0] for n in layers}
-        specs = []
-        for n, spec in zip(self.program.nodes("placeholder"), self.program.inputs, strict=False):
-            whole = n in inputs and spec.dtype.is_floating_point and spec.dtype != torch.float16
-            specs.append(replace(spec, parts=2) if whole else spec)
-        split = {
-            n: spec.parts == 2
-            for n, spec in zip(self.program.nodes("placeholder"), specs, strict=False)
-        }
+        specs = dict(zip(self.program.nodes("placeholder"), self.program.inputs, strict=True))
+        for n in inputs & specs.keys():
+            if specs[n].dtype.is_floating_point and specs[n].dtype != torch.float16:
+                specs[n] = replace(specs[n], parts=2)
         drives = {n.args[0] for n in layers}
         for n in self.program.walk():
             if n.op == "placeholder":
-                self._input(n, split.get(n, False))
+                self._input(n, specs[n].parts == 2)
             elif n in layers:
                 self._encode(n, layers[n])
             elif n.op == "get_attr" or (n.op == "call_function" and n not in drives):
                 self.env[n] = self.copy(n, self.env)
         report = PassReport("exact_encoder", tuple(self.done), tuple(self.skipped))
-        sites = [self.sites.get(site.name) or self._renamed(site) for site in self.program.sites]
-        results = [self.env[r] for r in self.program.results]
-        return self.finish(results, report, sites, inputs=tuple(specs))
-
-    def _renamed(self, site: Site) -> Site:
         named = self.program.named()
+        sites = [
+            self.sites.get(site.name) or self._renamed(site, named) for site in self.program.sites
+        ]
+        results = [self.env[r] for r in self.program.results]
+        return self.finish(results, report, sites, inputs=tuple(specs.values()))
+
+    def _renamed(self, site: Site, named: Mapping[str, Node]) -> Site:
         drives, spikes = (
             tuple(self.env[named[n]].name for n in names) for names in (site.drives, site.spikes)
         )

@@ -54,19 +54,33 @@ def _conv(export: Exporter, n: Node) -> Signal:
     dims = weight.dim() - 2
     if x.layout == "stepped" or len(x.shape) != dims + 1:
         raise NotInNir(f"a convolution over {list(x.shape)}")
-    stride, padding, dilation = (_sizes(v, dims) for v in given[1:4])
     zeros = torch.zeros(weight.shape[0]) if bias is None else bias
+    return _convolution(export, x, _shape_after(n, x), weight, zeros, *given[1:])
+
+
+def _convolution(
+    export: Exporter,
+    x: Signal,
+    size: tuple[int, ...],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Signal:
+    dims = weight.dim() - 2
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+    spread = {name: _sizes(value, dims) for name, value in sizes.items()}
     return export.add(
         f"Conv{dims}d",
         x,
-        _shape_after(n, x),
+        size,
         input_shape=x.shape[1] if dims == 1 else tuple(x.shape[1:]),
         weight=_numpy(weight),
-        stride=stride[0] if dims == 1 else stride,
-        padding=padding[0] if dims == 1 else padding,
-        dilation=dilation[0] if dims == 1 else dilation,
-        groups=int(given[4]),
-        bias=_numpy(zeros),
+        bias=_numpy(bias),
+        groups=int(groups),
+        **{name: value[0] if dims == 1 else value for name, value in spread.items()},
     )
 
 
@@ -228,20 +242,8 @@ def _pointwise(
     export: Exporter, x: Signal, weight: torch.Tensor, bias: torch.Tensor, groups: int
 ) -> Signal:
     """A convolution whose kernel has size 1."""
-    dims = len(x.shape) - 1
-    one, none = ((1,) * dims, (0,) * dims) if dims > 1 else (1, 0)
-    return export.add(
-        f"Conv{dims}d",
-        x,
-        (weight.shape[0], *x.shape[1:]),
-        input_shape=x.shape[1] if dims == 1 else tuple(x.shape[1:]),
-        weight=_numpy(weight),
-        stride=one,
-        padding=none,
-        dilation=one,
-        groups=groups,
-        bias=_numpy(bias),
-    )
+    size = (weight.shape[0], *x.shape[1:])
+    return _convolution(export, x, size, weight, bias, 1, 0, 1, groups)
 
 
 def _cat(export: Exporter, n: Node) -> Signal:
