@@ -42,6 +42,7 @@ class Spec:
         steps: Time steps of a chunk.
         tail: Time steps of the last chunk, if it is shorter, else 0.
         loop: Whether there are chunks besides the tail's that a loop runs over; T <= steps has none.
+        counted: Whether the compiler knows the number of whole chunks.
         tile: ``"flat"``, consecutive neurons; ``"rows"``, [neurons, channels] with channels innermost;
             ``"planes"``, [outer, inner] of one channel.
         masked: Whether the last tile reaches beyond the neurons.
@@ -58,6 +59,7 @@ class Spec:
     steps: int
     tail: int = 0
     loop: bool = False
+    counted: bool = True
     tile: Literal["flat", "rows", "planes"] = "flat"
     masked: bool = True
     wide: bool = False
@@ -173,7 +175,9 @@ class _Kernel:
         sizes += ["x_time", "x_inner", "x_outer"] if spec.strided else []
         sizes += ["rows", "C", "inner"] if spec.tile != "flat" else []
         sizes += ["columns", "within_column"] if self.pooled else []
-        blocks = ["chunks", *(["BLOCK"] if spec.tile == "flat" else ["BLOCK_R", "BLOCK_C"])]
+        sizes += [] if spec.counted else ["chunks"]
+        blocks = ["BLOCK"] if spec.tile == "flat" else ["BLOCK_R", "BLOCK_C"]
+        blocks = ["chunks", *blocks] if spec.counted else blocks
         arguments = [*self.arguments, *sizes, *(f"{b}: tl.constexpr" for b in blocks)]
         return f"def {self.name}({', '.join(arguments)}):\n" + "\n".join(self.text.lines) + "\n"
 

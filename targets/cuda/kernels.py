@@ -25,20 +25,19 @@ CHUNK = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Layers and inputs whose arrangement is remembered.
 _CALLS = 4096
-#: Most registers of a thread that works on 16-bit numbers in a loop over chunks: so 16 warps find room.
+#: Most registers of a thread that works on 16-bit numbers in the backward pass's loop over chunks: so 16
+#: warps find room.
 _REGISTERS = 128
+#: A compiler that knows of so many chunks makes code that needs more registers, and takes up to 1.26 times
+#: as long as for a number that it does not know (H200); of one chunk, three and more it makes the best.
+_UNROLLED = 2
 #: Most states of a window's neurons in one chunk: those of 2 x 2 over 16 steps.
 _MOST_STATES = 4 * CHUNK
 
 
-def chunk(T: int, itemsize: int) -> int:
-    """Time steps of a chunk.
-
-    Measured on an H200: on 16-bit numbers two chunks of 16 take up to 1.4 times as long as four of 8, while
-    four of 16 are as fast.
-    """
-    short = itemsize == 2 and CHUNK < T <= 2 * CHUNK
-    return CHUNK // 2 if short else min(max(T, 1), CHUNK)
+def chunk(T: int) -> int:
+    """Time steps of a chunk."""
+    return min(max(T, 1), CHUNK)
 
 
 def interpreted() -> bool:
@@ -348,14 +347,17 @@ def _plan(
     itemsize: int,
 ) -> Plan:
     out = lay.windows(window)
-    steps = chunk(lay.T, itemsize)
+    steps = chunk(lay.T)
     loop = steps < lay.T
+    crowded = loop and backward and itemsize == 2
     members = math.prod(window)
     declared = Neuron.from_json(neuron, [torch.empty(())] * len(params))
     warps, per_thread = _program(steps, members, len(declared.starts), backward)
     block = 32 * warps * per_thread
     launch = {"num_warps": warps}
-    if steps == CHUNK and loop and backward and itemsize == 2:
+    # The interpreter compiles nothing, and loops over no number that is not known (Triton 3.6, NumPy 2.4).
+    counted = not crowded or lay.T // steps != _UNROLLED or interpreted()
+    if crowded:
         launch["maxnreg"] = _REGISTERS
     tile = channel_tile(out, block) if norm else flat_tile(out, block)
     channel = (lay.shape[2], *(1,) * (len(lay.shape) - 3)) if norm else ()
@@ -370,6 +372,7 @@ def _plan(
         steps,
         lay.T % steps if loop else 0,
         loop,
+        counted,
         tile.kind,
         tile.masked,
         lay.N + block * members >= 2**31,

@@ -269,16 +269,10 @@ def kernel(node: neurons.Node, x_seq: torch.Tensor) -> Kernel:
     """The kernels that a layer runs in training on x_seq [T, N, ...], as text."""
     neuron = node.neuron
     tensors = neuron.tensors()
-    call = Call.of(
-        x_seq,
-        [],
-        [*tensors.values()],
-        neuron.to_json(),
-        node.surrogate.to_json(),
-        node.detach_reset,
-    )
+    asked = ([*tensors.values()], neuron.to_json(), node.surrogate.to_json(), node.detach_reset)
+    ahead, back = (Call.of(x_seq, [], *asked, backward=b) for b in (False, True))
     wrt = tuple(n for n, t in tensors.items() if t.requires_grad)
     return Kernel(
-        forward_source(call.spec, Forward(checkpoints=call.spec.loop)),
-        backward_source(call.spec, Backward(wrt=wrt)),
+        forward_source(ahead.spec, Forward(checkpoints=ahead.spec.loop)),
+        backward_source(back.spec, Backward(wrt=wrt)),
     )

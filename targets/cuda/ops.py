@@ -89,7 +89,7 @@ def fused_neuron(
     v = lay.empty(x) if v_seq else _nothing(x)
     last = lay.state(x, states) if final else _nothing(x)
     keep = checkpoints and call.spec.loop
-    kept = x.new_empty(_kept(x, lay, states, checkpoints), dtype=torch.float32)
+    kept = x.new_empty(_kept(lay, states, checkpoints), dtype=torch.float32)
     asked = Forward(initial is not None, final, v_seq, keep)
     tensors = [spikes]
     tensors += [v] if v_seq else []
@@ -136,13 +136,13 @@ def _(
         torch.empty_strided(x.shape, lay.strides, dtype=x.dtype, device=x.device)
         if v_seq
         else _nothing(x),
-        x.new_empty(_kept(x, lay, states, checkpoints), dtype=torch.float32),
+        x.new_empty(_kept(lay, states, checkpoints), dtype=torch.float32),
     )
 
 
-def _kept(x: torch.Tensor, lay: Layout, states: int, checkpoints: bool) -> tuple[int, int, int]:
+def _kept(lay: Layout, states: int, checkpoints: bool) -> tuple[int, int, int]:
     """The shape of the states that the backward pass starts its chunks from, but the first chunk."""
-    chunks = max(lay.T - 1, 0) // chunk(lay.T, x.itemsize)
+    chunks = max(lay.T - 1, 0) // chunk(lay.T)
     return (chunks if checkpoints else 0, states, lay.N)
 
 

@@ -25,6 +25,7 @@ CHANNELS = tuple((name, "channel") for name in NORM)
 CASES = [  # T, what the spec says besides, block sizes
     (4, {"masked": False}, 1024),
     (37, {}, 512),
+    (32, {"counted": False}, 512),
     (20, {"reads": CHANNELS, "tile": "rows", "normalised": True}, (8, 64)),
     (4, {"reads": CHANNELS, "tile": "planes", "normalised": True, "window": (2, 2)}, (4, 64)),
 ]
@@ -34,7 +35,7 @@ def built(source, name, T, block):
     signature, sizes = {}, {}
     for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
         if parameter.is_constexpr:
-            sizes[(i,)] = T // kernels.chunk(T, 2) if argument == "chunks" else block[argument]
+            sizes[(i,)] = T // kernels.chunk(T) if argument == "chunks" else block[argument]
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
             half = argument in ("x_ptr", "spikes_ptr", "g_spikes_ptr", "g_x_ptr")
@@ -47,7 +48,7 @@ def built(source, name, T, block):
 
 for T, told, block in CASES:
     blocks = {"BLOCK": block} if isinstance(block, int) else dict(zip(("BLOCK_R", "BLOCK_C"), block))
-    steps = kernels.chunk(T, 2)
+    steps = kernels.chunk(T)
     loop = steps < T
     spec = Spec(**{
         "neuron": node._declaration, "reads": (), "surrogate": node.surrogate.to_json(),
