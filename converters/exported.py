@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import re
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,7 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         CaptureError: It cannot be exported, or its graph would not follow from its inputs alone.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             exported = torch.export.export(net, args, strict=False)
             program = exported.run_decompositions(_simpler())
     except StateAccessError:
@@ -45,6 +47,20 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
     if findings:
         raise CaptureError(HEADLINE, findings)
     return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch writes of a failure besides its error: the graph so far, its symbols."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 #: Operators that torch computes by others, or that only move values: in those they have one spelling.

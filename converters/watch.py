@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from . import sources
-from .errors import CaptureError, Finding
+from .errors import CaptureError, Finding, SpikeportError
 from .exported import HEADLINE, place
 from .sources import Memory, Reading
 
@@ -231,10 +231,11 @@ def _tell_hidden(path: str, seen: Watched) -> Callable[..., None]:
 
 
 def _failed(error: Exception, args: Sequence[torch.Tensor]) -> Finding:
+    own = isinstance(error, SpikeportError)
     return Finding(
         rule="forward-fails",
         where="",
-        found=f"{type(error).__name__}: {error} ({place(error)})",
+        found=str(error) if own else f"{type(error).__name__}: {error} ({place(error)})",
         allowed="a network that runs on the example inputs "
         f"{', '.join(str(list(a.shape)) for a in args)}",
         fix="give inputs of the shapes that it takes, or mend its forward",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -651,10 +652,14 @@ def test_state_outside_the_network() -> None:
     ],
     ids=["branch", "item", "slice", "mask", "nonzero"],
 )
-def test_data_dependence(run: Callable[..., Any]) -> None:
+def test_data_dependence(
+    run: Callable[..., Any], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     found = findings(Here(run, spike=IFNode()), rand(T, N, 3))
     assert [f.rule for f in found] == ["data-dependent"]
     assert "test_capture.py:" in found[0].found
+    assert capfd.readouterr().err == ""
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("value", [torch.tensor(2), torch.tensor(True)])

@@ -331,9 +331,17 @@ def test_everything_wrong_with_a_graph_is_found_at_once() -> None:
 
 def test_what_the_time_step_cannot_give_and_shapes_that_do_not_meet() -> None:
     short = chain((3,), (3,), lif(3, tau=DT / 2), nir.Delay(full(DT / 3, 3)))
-    assert [(f.where, f.found) for f in findings(short)] == [
-        ("n0", "LIF: its tau is shorter than the time step of 0.25"),
-        ("n1", "Delay: its delay is no multiple of the time step of 0.25"),
+    assert [(f.where, f.found, f.fix) for f in findings(short)] == [
+        (
+            "n0",
+            "LIF: its tau of 0.125 is shorter than the time step of 0.25",
+            "take a shorter dt",
+        ),
+        (
+            "n1",
+            "Delay: its delay is no multiple of the time step of 0.25",
+            "take a dt that divides it, or round the delay",
+        ),
     ]
     (wrong,) = findings(chain((4,), (3,), nir.Affine(eighths(3, 5), eighths(3))))
     assert (wrong.rule, wrong.where) == ("nir-shape", "n0")

@@ -124,6 +124,20 @@ class Graph:
         return found
 
 
+class UnbuildableError(UsageError):
+    """A node that cannot be computed at this time step or at all.
+
+    Attributes:
+        found: What it has.
+        allowed: What it may have.
+        fix: What to do.
+    """
+
+    def __init__(self, found: str, allowed: str, fix: str) -> None:
+        super().__init__(f"{found}; allowed: {allowed}; {fix}")
+        self.found, self.allowed, self.fix = found, allowed, fix
+
+
 def read(source: Any) -> Graph:
     """A graph from a ``.nir`` file or an ``nir.NIRGraph``.
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import UsageError
 from ...neurons import Neuron, Node, Readout
 from ..base import Reading
-from .graph import NEURONS, Unit, numbers, sequence, whole_steps
+from .graph import NEURONS, UnbuildableError, Unit, numbers, sequence, whole_steps
 from .neurons import Discrete, discrete
 
 
@@ -147,17 +146,26 @@ def build(unit: Unit, dt: float, stepwise: bool) -> nn.Module:
         stepwise: Whether it lies in a loop, so that neurons keep their state between calls.
 
     Raises:
-        UsageError: The node cannot be computed at this time step or at all.
+        UnbuildableError: The node cannot be computed at this time step or at all.
     """
     if unit.kind in NEURONS or unit.kind == "Threshold":
-        short = [n for n, v in unit.fields.items() if n.startswith("tau") and np.min(v) < dt]
+        least = {n: np.min(v) for n, v in unit.fields.items() if n.startswith("tau")}
+        short = [f"{n} of {v:g}" for n, v in least.items() if v < dt]
         if short:
-            raise UsageError(f"its {' and '.join(short)} is shorter than the time step of {dt:g}")
+            raise UnbuildableError(
+                f"its {' and '.join(short)} is shorter than the time step of {dt:g}",
+                "time constants of one time step or more",
+                "take a shorter dt",
+            )
         return Neurons(discrete(unit, dt), stepwise)
     if unit.kind == "Delay":
         steps = whole_steps(unit.fields["delay"], dt)
         if steps is None:
-            raise UsageError(f"its delay is no multiple of the time step of {dt:g}")
+            raise UnbuildableError(
+                f"its delay is no multiple of the time step of {dt:g}",
+                "delays of whole time steps",
+                "take a dt that divides it, or round the delay",
+            )
         return Delay(steps)
     return _STATELESS[unit.kind](unit.fields)
 
@@ -173,13 +181,19 @@ def _filled(module: nn.Module, weight: Any, bias: Any = None) -> nn.Module:
     return module
 
 
+def _misshapen(name: str, value: Any, allowed: str) -> UnbuildableError:
+    return UnbuildableError(
+        f"its {name} is of shape {list(np.shape(value))}", allowed, f"mend the {name}"
+    )
+
+
 def _linear(f: Any) -> nn.Module:
     weight = f["weight"]
     if np.ndim(weight) != 2:
-        raise UsageError(f"its weight is of shape {list(np.shape(weight))}; allowed: [out, in]")
+        raise _misshapen("weight", weight, "[out, in]")
     rows, columns = np.shape(weight)
     if "bias" in f and np.shape(f["bias"]) != (rows,):
-        raise UsageError(f"its bias is of shape {list(np.shape(f['bias']))}; allowed: [{rows}]")
+        raise _misshapen("bias", f["bias"], f"[{rows}], one number for each row of its weight")
     empty = nn.Linear(columns, rows, bias=False, device="meta")
     return _filled(empty, weight, f.get("bias"))
 
@@ -187,7 +201,8 @@ def _linear(f: Any) -> nn.Module:
 def _conv(f: Any, dimensions: int) -> nn.Module:
     weight = f["weight"]
     if np.ndim(weight) != 2 + dimensions:
-        raise UsageError(f"its weight is of shape {list(np.shape(weight))}")
+        sizes = ("X",) if dimensions == 1 else ("Y", "X")
+        raise _misshapen("weight", weight, f"[out, in / groups, {', '.join(sizes)}]")
     kernel = np.shape(weight)[2:]
     stride, dilation = (_sizes(f[n], dimensions) for n in ("stride", "dilation"))
     groups = numbers(f["groups"])[0]
@@ -213,7 +228,11 @@ def _padding(
     if value == "valid":
         return None, nothing
     if {*stride} != {1}:
-        raise UsageError(f"padding 'same' with a stride of {stride}; allowed: a stride of 1")
+        raise UnbuildableError(
+            f"padding 'same' with a stride of {list(stride)}",
+            "such padding with a stride of 1",
+            "write the padding as numbers",
+        )
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if not any(n % 2 for n in total):
         return None, [n // 2 for n in total]

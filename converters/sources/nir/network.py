@@ -22,7 +22,16 @@ from torch import nn
 
 from ...errors import CaptureError, Finding, UsageError
 from ...neurons import Neuron
-from .graph import HEADLINE, NEURONS, Graph, Unit, finding, read, time_step
+from .graph import (
+    HEADLINE,
+    NEURONS,
+    Graph,
+    UnbuildableError,
+    Unit,
+    finding,
+    read,
+    time_step,
+)
 from .layers import Delay, Neurons, build
 from .neurons import without_own_loops
 
@@ -73,7 +82,7 @@ class NirNetwork(nn.Module):
             try:
                 module = build(unit, self.dt, name in cyclic)
             except (UsageError, RuntimeError, ValueError) as error:
-                findings.append(_refused(name, unit, str(error)))
+                findings.append(_refused(name, unit, error))
                 module = nn.Identity()
             self._paths[name] = _attach(self, name, module)
         findings = findings or list(self._infer_shapes())
@@ -105,7 +114,10 @@ class NirNetwork(nn.Module):
     def _check(self, inputs: Sequence[torch.Tensor]) -> None:
         names = self.graph.inputs
         if len(inputs) != len(names):
-            raise UsageError(f"{len(inputs)} inputs given; there are {', '.join(names)}")
+            raise UsageError(
+                f"{len(inputs)} given of the graph's {len(names)} inputs: {', '.join(names)} (nir adds "
+                "one called input_NODE before a node that no edge leads to)"
+            )
         for name, x in zip(names, inputs, strict=True):
             shape = self._shapes[name]
             if tuple(x.shape[2:]) != shape:
@@ -233,10 +245,12 @@ def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(operator.add, terms)
 
 
-def _refused(name: str, unit: Unit, why: str) -> Finding:
-    return finding(
-        "node", name, f"{unit.kind}: {why}", "what the documentation says", "mend the node or dt"
-    )
+def _refused(name: str, unit: Unit, error: Exception) -> Finding:
+    told = (str(error), "constants that such a node takes", "mend the node")
+    if isinstance(error, UnbuildableError):
+        told = (error.found, error.allowed, error.fix)
+    found, *rest = told
+    return finding("node", name, f"{unit.kind}: {found}", *rest)
 
 
 def _misfit(name: str, found: str, allowed: str) -> Finding:

@@ -29,7 +29,7 @@ import torch
 from ... import neurons
 from ...errors import Finding, UsageError
 from ...neurons import Neuron
-from .graph import Graph, Unit, finding
+from .graph import Graph, UnbuildableError, Unit, finding
 
 #: Where the declaration of a node lies in its metadata.
 KEY = "spikeport"
@@ -59,8 +59,10 @@ def discrete(unit: Unit, dt: float) -> Discrete:
     declared = _declared(entry)
     node = continuous(declared, unit.shape or (), dt, own.fires)
     if node.kind != unit.kind or not _same(node.fields, unit.fields):
-        raise UsageError(
-            f"its metadata declare another neuron than its parameters at a time step of {dt:g}"
+        raise UnbuildableError(
+            f"its metadata declare another neuron than its parameters at a time step of {dt:g}",
+            "parameters and a time step that its metadata follow from",
+            f"take the dt that it was written with, or remove {KEY!r} from its metadata",
         )
     return Discrete(declared, 1.0, own.fires)
 
@@ -224,7 +226,11 @@ def _declared(entry: Mapping[str, Any]) -> Neuron:
         tensors = [torch.from_numpy(array.copy()) for array in arrays]
         return Neuron.from_json(spec, tensors)
     except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"its metadata are no declaration: {error!r}") from error
+        raise UnbuildableError(
+            f"its metadata are no declaration: {error!r}",
+            "what this package writes",
+            f"remove {KEY!r} from its metadata, or write the graph again",
+        ) from error
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
