@@ -290,6 +290,9 @@ def _source(function: Callable[..., Any]) -> tuple[Any, ...]:
     return (code.co_code, code.co_consts, code.co_names, function.__kwdefaults__, cells)
 
 
+_ARITHMETIC = "plain arithmetic (+ - * / **, abs, and neurons.exp, relu, sigmoid, tanh)"
+
+
 def _probe(declared: Dynamics) -> None:
     """Evaluate the equation on tensors and on symbols, so that a wrong one is reported here."""
     name, count = declared.name, 1 + len(declared.states)
@@ -299,7 +302,10 @@ def _probe(declared: Dynamics) -> None:
         result = declared.charge(*state, x, **given)
         charged = declared(state, x, given)
     except Exception as error:
-        raise UsageError(f"dynamics {name}: the equation fails: {error}") from error
+        raise UsageError(
+            f"dynamics {name}: the equation fails: {error}; allowed: {_ARITHMETIC} on its arguments, "
+            "and no branch on their values"
+        ) from error
     gives = ["h", *(n for n in declared.states if n != SPIKES)]
     if len(charged) != count or (len(gives) > 1) != isinstance(result, tuple):
         raise UsageError(
@@ -320,8 +326,8 @@ def _probe(declared: Dynamics) -> None:
         results = [declared(start, _Probe(), given)[0] for start in starts]
     except Exception as error:
         raise UsageError(
-            f"dynamics {name}: the equation must be plain arithmetic (+ - * / **, abs, and "
-            f"neurons.exp, relu, sigmoid, tanh), which every target has and which has a derivative: {error}"
+            f"dynamics {name}: the equation must be {_ARITHMETIC}, which every target has and which has a "
+            f"derivative: {str(error).splitlines()[0]}"
         ) from error
     if not all(isinstance(result, Symbol) for result in results):
         raise UsageError(f"dynamics {name}: the equation does not use the input x")

@@ -114,6 +114,21 @@ def named(name: str) -> Kind:
     return KINDS[name]
 
 
+def checked(surrogate: Any) -> Surrogate:
+    """This surrogate.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(surrogate, Surrogate):
+        given = f"the kind {surrogate.name}" if isinstance(surrogate, Kind) else repr(surrogate)
+        raise UsageError(
+            f"surrogate is {given}; allowed: a surrogate of spikeport.converters.surrogates with its "
+            f"parameters, such as ATan(alpha=2.0); there are {', '.join(KINDS)}"
+        )
+    return surrogate
+
+
 class _Probe(Symbol):
     """Any value of the shape of u."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,24 @@ from torch import nn
 
 from ..equations import Dynamics
 from ..errors import UsageError
-from ..surrogates import ATan, Surrogate
+from ..surrogates import ATan, Surrogate, checked
 from .kinds import IF, LIF, ParametricLIF
 from .neuron import Neuron, Parameter, ResetAt
+
+
+def misfits(tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> list[str]:
+    """Why a layer with these parameters, by name, cannot run on x [T, N, ...]."""
+    if x.dim() < 2:
+        return [f"the input has shape {list(x.shape)}; allowed: [T, N, ...]"]
+    found = []
+    for name, tensor in tensors.items():
+        pairs = zip(reversed(tensor.shape), reversed(x.shape[1:]), strict=False)
+        if tensor.dim() >= x.dim() or any(a not in (1, b) for a, b in pairs):
+            found.append(
+                f"{name} has shape {list(tensor.shape)}, which does not broadcast against "
+                f"{list(x.shape[1:])}; one value a channel is [C, 1, 1]"
+            )
+    return found
 
 
 class _Layer(nn.Module):
@@ -32,6 +48,13 @@ class _Layer(nn.Module):
         """The declaration with the present values of its parameters."""
         names = self._declared.tensors()
         return self._declared.replace_tensors({n: getattr(self, n) for n in names})
+
+    def _fitting(self, x: torch.Tensor) -> Neuron:
+        """The declaration, for x [T, N, ...], which its parameters must broadcast against."""
+        neuron = self.neuron
+        if problems := misfits(neuron.tensors(), x):
+            raise UsageError(f"{type(self).__name__}: " + "; ".join(problems))
+        return neuron
 
 
 class Node(_Layer):
@@ -79,7 +102,7 @@ class Node(_Layer):
                 v_0=rest if v_0 is None else v_0,
             )
         )
-        self.surrogate = ATan() if surrogate is None else surrogate
+        self.surrogate = ATan() if surrogate is None else checked(surrogate)
         self.detach_reset = detach_reset
 
     @classmethod
@@ -91,8 +114,12 @@ class Node(_Layer):
         return node
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        """x_seq [T, N, ...] -> spikes [T, N, ...]."""
-        neuron = self.neuron
+        """x_seq [T, N, ...] -> spikes [T, N, ...].
+
+        Raises:
+            UsageError: The input has not these dimensions, or a parameter does not broadcast against it.
+        """
+        neuron = self._fitting(x_seq)
         if not torch.is_grad_enabled():
             return neuron.multi_step(x_seq)
         state, spikes = neuron.initial(x_seq[0]), []
@@ -117,8 +144,12 @@ class Readout(_Layer):
         super().__init__(Neuron(kind, params, reset="none", v_0=v_0))
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
-        """x_seq [T, N, ...] -> the potential that each step ends with, [T, N, ...]."""
-        neuron = self.neuron
+        """x_seq [T, N, ...] -> the potential that each step ends with, [T, N, ...].
+
+        Raises:
+            UsageError: As for :class:`Node`.
+        """
+        neuron = self._fitting(x_seq)
         state, kept = neuron.initial(x_seq[0]), []
         for x in x_seq:
             state = neuron.charge(state, x)

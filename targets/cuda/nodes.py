@@ -23,6 +23,7 @@ from torch import nn
 
 from ...converters import neurons, sources
 from ...converters.errors import TargetUnavailableError, UsageError
+from ...converters.neurons.layers import misfits
 from ...converters.sources import Reading
 from .codegen import Backward, Forward, backward_source, forward_source
 from .kernels import DTYPES, Call, interpreted
@@ -206,18 +207,10 @@ def _problems(
     tensors: dict[str, torch.Tensor], x: torch.Tensor, state: tuple[torch.Tensor, ...] | None
 ) -> list[str]:
     """Why a layer cannot run on x [T, N, ...]."""
-    found = []
-    if x.dim() < 2:
-        return [f"the input has shape {list(x.shape)}; allowed: [T, N, ...]"]
+    found = misfits(tensors, x)
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             found.append(f"{name} is on {tensor.device}, the input on {x.device}; move one")
-        pairs = zip(reversed(tensor.shape), reversed(x.shape[1:]), strict=False)
-        if tensor.dim() >= x.dim() or any(a not in (1, b) for a, b in pairs):
-            found.append(
-                f"{name} has shape {list(tensor.shape)}, which does not broadcast against "
-                f"{list(x.shape[1:])}; one value a channel is [C, 1, 1]"
-            )
     for part in state or ():
         if part.shape != x.shape[1:] or part.device != x.device:
             found.append(

@@ -246,6 +246,29 @@ def test_a_wrong_population(changes: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("given", ["atan", surrogates.ATan, nn.Sigmoid()], ids=str)
+def test_what_is_no_surrogate(given: Any) -> None:
+    with pytest.raises(
+        UsageError, match=r"surrogate is .*; allowed: .*ATan\(alpha=2.0\).*Gaussian"
+    ):
+        neurons.LIFNode(surrogate=given)
+
+
+@pytest.mark.parametrize("kind", [neurons.Node, neurons.Readout])
+def test_parameters_and_inputs_that_do_not_meet(kind: Any) -> None:
+    population = {"tau": torch.full((5,), 2.0), "v_rest": torch.zeros(4, 1), "decay_input": True}
+    layer = kind(neurons.LIF, **population)
+    with pytest.raises(UsageError) as error:
+        layer(torch.zeros(2, 1, 3))
+    assert str(error.value) == (
+        f"{kind.__name__}: tau has shape [5], which does not broadcast against [1, 3]; one value a "
+        "channel is [C, 1, 1]; v_rest has shape [4, 1], which does not broadcast against [1, 3]; one "
+        "value a channel is [C, 1, 1]"
+    )
+    with pytest.raises(UsageError, match=r"the input has shape \[3\]; allowed: \[T, N, ...\]"):
+        layer(torch.zeros(3))
+
+
 def test_missing_and_unknown_parameters_are_named_together() -> None:
     with pytest.raises(UsageError) as caught:
         Neuron(LIF, {"tua": 2.0, "v_rest": 0.0})
@@ -335,6 +358,13 @@ class TestDeclaring:
 
         with pytest.raises(UsageError, match="Broken: the equation fails: name 'missing'"):
             neurons.dynamics(Broken)
+
+    def test_an_equation_that_branches(self) -> None:
+        def Branching(v, x):  # noqa: N802
+            return v + x if v > 0 else x
+
+        with pytest.raises(UsageError, match="Branching: .*no branch on their values"):
+            neurons.dynamics(Branching)
 
     def test_an_equation_that_changes_the_shape(self) -> None:
         def Sum(v, x):  # noqa: N802
