@@ -421,8 +421,8 @@ class Program:
         return self.stepping.gather(found)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        """The network's outputs for one batch; each call starts from v_0."""
-        return self.nest(self.run(inputs))
+        """The network's outputs for one batch, on the CPU; each call starts from v_0."""
+        return self.nest(self.run([x.cpu() for x in inputs]))
 
     def to(self, dtype: torch.dtype) -> Program:
         """A copy with every floating-point tensor in another dtype, for reference runs."""

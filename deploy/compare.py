@@ -16,6 +16,7 @@ from .. import targets as registry
 from ..converters import sources
 from ..converters.capture import capture
 from ..converters.errors import UsageError
+from ..converters.host import on_host
 from ..converters.program import Program, Site, Time
 from ..converters.rounding import Bounds
 from ..converters.verify import Trace, first_flips, to_threshold
@@ -216,12 +217,12 @@ def compare(
                     if samples < layers and model.has_probes:
                         spikes.compare(part, samples)
                     start = time.perf_counter()
-                    ours = predictions(_source(net, part))
+                    ours = predictions(_source(net, part)).cpu()
                     middle = time.perf_counter()
-                    theirs = predictions(model(part))
+                    theirs = predictions(model(part)).cpu()
                     seconds[1] += time.perf_counter() - middle
                     seconds[0] += middle - start
-                    right += torch.stack([(p == labels).sum() for p in (ours, theirs)])
+                    right += torch.stack([(p == labels.cpu()).sum() for p in (ours, theirs)])
                     wrong = (ours != theirs).nonzero().flatten() + samples
                     disagreeing += wrong.tolist()
                     samples += len(labels)
@@ -272,8 +273,8 @@ def predictions(outputs: Any) -> torch.Tensor:
 
 def _source(net: nn.Module, x: torch.Tensor) -> Any:
     sources.reset(net)
-    floating = [p.dtype for p in net.parameters() if p.is_floating_point()]
-    result = net(x.to(floating[0]) if floating else x)
+    floating = [p for p in net.parameters() if p.is_floating_point()]
+    result = net(x.to(floating[0].device, floating[0].dtype) if floating else x)
     sources.reset(net)
     return result
 
@@ -293,7 +294,7 @@ class _Spikes:
 
     def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
         if self._programs is None:
-            captured = capture(self._net, (x,))
+            captured = capture(*on_host(self._net, (x,)))
             program = rewrite_for(captured, self._model.target, self._model.dtype, self._model.time)
             # The device rounds to its own type, whatever the graph's is.
             arithmetic = registry.get(self._model.target).capabilities.arithmetic
@@ -303,6 +304,7 @@ class _Spikes:
     def compare(self, x: torch.Tensor, start: int) -> None:
         """Compare one batch, whose first sample has the number ``start``."""
         _, spikes = self._model.probe(x)
+        x, spikes = x.cpu(), {name: s.cpu() for name, s in spikes.items()}
         at = self._model.batch_dim
         count = x.shape[at]
         last = x.narrow(at, count - 1, 1)

@@ -13,6 +13,7 @@ from torch import nn
 from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
+from ..converters.host import on_host
 from ..converters.passes import Pass, keeping_rounding, reroll_time, stepped
 from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
@@ -47,7 +48,7 @@ def check(
         raise UsageError(f"targets is a name; give a list of names: targets=[{targets!r}]")
     chosen = [registry.get(name) for name in targets]
     try:
-        net = _network(net, dt)
+        net, args = _network(net, args, dt)
         captured = capture(net, args)
     except FindingsError as error:
         return error.findings
@@ -96,7 +97,7 @@ def convert(
         UsageError: The target has no such dtype or time, or the dtype cannot keep the rounding.
     """
     chosen = registry.get(target)
-    net = _network(net, dt)
+    net, args = _network(net, args, dt)
     captured = capture(net, args)
     captured.examples = (tuple(x.detach().clone() for x in args),)
     program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time, keep_rounding)
@@ -107,12 +108,14 @@ def convert(
     return verify_program(program, net, uncast) if verify else program
 
 
-def _network(net: Any, dt: float | None) -> nn.Module:
+def _network(net: Any, args: Any, dt: float | None) -> tuple[nn.Module, Any]:
+    """The network as a module, and its inputs, on the CPU; what is neither, as it is."""
     if isinstance(net, nn.Module) and dt is not None:
         raise UsageError("dt is the time step of a NIR graph; a network of torch has its own")
     nir = isinstance(net, (str, os.PathLike)) or type(net).__name__ == "NIRGraph"
-    network: nn.Module = NirNetwork(net, dt) if nir else net
-    return network
+    net = NirNetwork(net, dt) if nir else net
+    fit = isinstance(args, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in args)
+    return on_host(net, args) if fit and isinstance(net, nn.Module) else (net, args)
 
 
 def _check_delays(net: nn.Module, program: Program) -> None:

@@ -7,7 +7,8 @@ itself is not needed here. Whatever only resembles a known neuron is reported, n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,15 +121,18 @@ def reset(net: nn.Module) -> None:
             source.reset(module)
 
 
-def copied(net: nn.Module) -> nn.Module:
-    """A deep copy, in which no neuron's state has a history; torch copies no tensor that has one."""
+def copied(net: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy, in which no neuron's state has a history; torch copies no tensor that has one.
+
+    ``memo`` says by ``id`` what takes the place of an object, as in ``copy.deepcopy``.
+    """
     states = {
         id(value): value.detach().clone()
         for _, module, _ in read_all(net)
         for value in (*vars(module).values(), *module._buffers.values())
         if isinstance(value, torch.Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(net, states)
+    return copy.deepcopy(net, {**states, **(memo or {})})
 
 
 def not_copied(error: Exception) -> Finding:

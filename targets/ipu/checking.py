@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from ...converters import losses
-from ...converters.errors import CompileError, Finding, Findings, FindingsError, SpikeportError
+from ...converters.errors import (
+    CaptureError,
+    CompileError,
+    Finding,
+    Findings,
+    FindingsError,
+    SpikeportError,
+)
+from ...converters.host import on_host
 from ...converters.losses import Loss
 from ...converters.surrogates import Surrogate
 from . import sdk as poplar
@@ -41,12 +49,16 @@ def check(
         UsageError: There is no such loss, or no neuron at a path of ``surrogates``.
     """
     loss = loss if callable(loss) else losses.named(loss)
+    label = torch.zeros(len(x), dtype=torch.long) if y is None else y
+    try:
+        net, (x, label) = on_host(net, (x, label))
+    except CaptureError as error:
+        return error.findings
     plans, findings = plan(net, surrogates)
     neurons = {f.where for f in findings if f.rule != "float64"}
     if x.dtype == torch.float64:
         findings.append(_wide())
         x = x.float()
-    label = torch.zeros(len(x), dtype=torch.long) if y is None else y
     traced: list[Finding] = []
     try:
         rehearse(TrainingModule(rewritten(net, plans), loss, output).train(), x, label)

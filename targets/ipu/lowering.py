@@ -20,6 +20,7 @@ from torch import nn
 from ...converters import sources
 from ...converters.equations import SPIKES
 from ...converters.errors import Finding, UnsupportedError, UsageError
+from ...converters.host import on_host
 from ...converters.neurons import Neuron, Node
 from ...converters.sources import Learning, Memory, Reading
 from ...converters.surrogates import Surrogate
@@ -184,6 +185,7 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
         UsageError: There is no neuron at a path of ``surrogates``.
         UnsupportedError: With everything that cannot be rewritten.
     """
+    net, _ = on_host(net)
     plans, findings = plan(net, surrogates)
     if findings:
         raise UnsupportedError(HEADLINE, findings)

@@ -99,7 +99,7 @@ class _Model:
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs."""
-        arrays = (x.contiguous().numpy() for x in inputs)
+        arrays = (x.cpu().contiguous().numpy() for x in inputs)
         feeds = {
             name: array.astype(dtype, copy=False)
             for name, array, dtype in zip(self._names, arrays, self._dtypes, strict=True)

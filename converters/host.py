@@ -1,0 +1,63 @@
+"""Networks are read, rewritten and verified on the CPU, wherever they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from . import sources
+from .errors import CaptureError, Finding
+
+_HEADLINE = "the network cannot be read:"
+
+
+def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Module, Any]:
+    """A network and its inputs on the CPU: copies of what lies elsewhere, all else itself.
+
+    Raises:
+        CaptureError: With every tensor that has no values, or the network cannot be copied.
+    """
+    held = [*_held(net)]
+    findings = [_without_values(path, name) for path, name, value in held if value.is_meta]
+    findings += [_without_values("", f"input {i}") for i, x in enumerate(args) if x.is_meta]
+    if findings:
+        raise CaptureError(_HEADLINE, findings)
+    elsewhere = {id(value): _moved(value) for *_, value in held if value.device.type != "cpu"}
+    if elsewhere:
+        try:
+            net = sources.copied(net, elsewhere)
+        except Exception as error:
+            raise CaptureError(_HEADLINE, [sources.not_copied(error)]) from error
+    return net, tuple(x.cpu() for x in args)
+
+
+def _moved(value: torch.Tensor) -> torch.Tensor:
+    moved = value.detach().cpu()
+    learned = isinstance(value, nn.Parameter)
+    return nn.Parameter(moved, requires_grad=value.requires_grad) if learned else moved
+
+
+def _held(net: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Module path, name and value of each tensor that the network's modules hold, states among them."""
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        yield name.rpartition(".")[0], name, value
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for part in pytree.tree_flatten(value)[0]:
+                    if isinstance(part, torch.Tensor):
+                        yield path, f"{path}.{name}".lstrip("."), part
+
+
+def _without_values(path: str, name: str) -> Finding:
+    return Finding(
+        rule="no-values",
+        where=path,
+        found=f"{name} is on the meta device, where tensors have no values",
+        allowed="tensors with values",
+        fix="make the network on the CPU or a GPU and load its checkpoint",
+    )
