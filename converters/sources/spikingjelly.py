@@ -357,6 +357,9 @@ _WHY = {
     "MaskedPSN": "a mask over time that the value of a buffer chooses",
 }
 
+#: Of 0.0.0.0.14, those whose other backends are for training alone.
+_TORCH_IN_EVAL = ("IFNode", "LIFNode")
+
 
 def _obstacles(module: Any, path: str) -> Iterator[Finding]:
     def finding(rule: str, found: str, allowed: str, fix: str) -> Finding:
@@ -365,12 +368,14 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
     name = type(module).__name__
     if hasattr(module, "surrogate_function") and _fires(module) is None:
         yield surrogate_output(module.surrogate_function, path)
-    if _clock_driven(type(module)) and getattr(module, "backend", "torch") != "torch":
+    old = _clock_driven(type(module))
+    if getattr(module, "backend", "torch") != "torch" and (old or name not in _TORCH_IN_EVAL):
+        how = "" if old else ": functional.set_backend(net, 'torch')"
         yield finding(
             "neuron-backend",
             f"backend={module.backend!r}, whose kernels round in another order",
             "backend='torch'",
-            "set the neuron's backend to 'torch' before the conversion",
+            f"set the neuron's backend to 'torch' before the conversion{how}",
         )
     if getattr(module, "_neuron_precision", None) is not None:
         yield finding(

@@ -699,3 +699,17 @@ def test_an_integrator_that_a_forward_calls_twice_starts_anew() -> None:
     converted(
         Reads(lif, lambda s, x: s.lif(s.fc(x)) + s.lif(s.fc(x.flip(0))) + s.lif.v), rand(T, N, 6)
     )
+
+
+@pytest.mark.skipif(not OLD, reason="only 0.0.0.0.14 has backends to choose from")
+def test_a_backend_whose_kernels_run_in_evaluation_too() -> None:
+    nodes = [neuron.IFNode(step_mode="m"), neuron.ParametricLIFNode(step_mode="m")]
+    for node in nodes:
+        node._backend = "cupy"  # its setter asks for CuPy
+    with pytest.raises(CaptureError) as caught:
+        capture(nn.Sequential(*nodes), (rand(T, N, 5),))
+    first = caught.value.findings[0]
+    assert (first.rule, first.where) == ("neuron-backend", "1")
+    assert "functional.set_backend(net, 'torch')" in first.fix
+    nodes[1]._backend = "torch"
+    capture(nn.Sequential(*nodes), (rand(T, N, 5),))
