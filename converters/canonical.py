@@ -16,9 +16,10 @@ from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
 from .exported import HEADLINE, idle, path_of
 from .moves import moved, pieces
+from .neuron_ops import path_and_spec
 from .neurons import Neuron
 from .ops import Node, aten, shape
-from .program import NEURON_STEP, PassReport, Program, TensorSpec, short
+from .program import NEURON, NEURON_STEP, STATE, PassReport, Program, TensorSpec, short
 
 _PASS_THROUGH = frozenset(
     {
@@ -29,6 +30,8 @@ _PASS_THROUGH = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
+#: Where the operators of neurons have their declaration.
+_NEURONS = {NEURON: 2, STATE: 2, NEURON_STEP: 3}
 _CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"})
 
 
@@ -47,7 +50,7 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
     values = {**dict(exported.state_dict), **exported.constants}
     specs = []
     empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
-    build = _Canonical(empty)
+    build = _Canonical(empty, net)
     user = iter(args)
     for n in exported.graph.nodes:
         if n.op == "placeholder":
@@ -92,8 +95,9 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
 class _Canonical(Builder):
     """Copies exported nodes, with one spelling for what ATen spells in several ways."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, net: nn.Module) -> None:
         super().__init__(program)
+        self._modules = dict(net.named_modules(remove_duplicate=False))
         self.env: dict[fx.Node, Any] = {}
         self.findings: list[Finding] = []
         # What was put together as a stack, which may go on: the rows, by dimension.
@@ -104,6 +108,12 @@ class _Canonical(Builder):
         given: Any = fx.map_arg((n.args, n.kwargs), self.env.__getitem__)
         args, kwargs = given
         path = path_of(n)
+        if target in _NEURONS:
+            at = _NEURONS[target]
+            own, spec = path_and_spec(args[at])
+            # One module may have several paths; that of the call is known unless torch has lost it.
+            path = path if self._modules.get(path) is self._modules[own] else own
+            args = (*args[:at], spec, *args[at + 1 :])
         if getattr(target, "_opname", "") in _CHECKS:
             return
         if target is operator.getitem and isinstance(args[0], list):

@@ -45,6 +45,12 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
         )
     if not isinstance(net, nn.Module):
         raise UsageError(f"the network is {type(net).__name__}; give an nn.Module")
+    scripted = [n for n, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise UsageError(
+            f"the network{' at ' + ', '.join(scripted) if scripted[0] else ''} is a ScriptModule, in which "
+            "neurons cannot be found; give the nn.Module that it was made of"
+        )
     given: Any = args
     kinds = [type(given).__name__] if isinstance(given, torch.Tensor) else []
     kinds += [type(a).__name__ for a in args if not isinstance(a, torch.Tensor)]

@@ -33,8 +33,10 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         CaptureError: It cannot be exported, or its graph would not follow from its inputs alone.
     """
     try:
-        with _quiet():
+        # Without gradients a forward's torch.no_grad() changes nothing, and leaves no trace.
+        with _quiet(), torch.no_grad():
             exported = torch.export.export(net, args, strict=False)
+            findings = [*_lower_precision(exported.graph_module)]
             program = exported.run_decompositions(_simpler())
     except StateAccessError:
         raise
@@ -42,7 +44,7 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         raise CaptureError(HEADLINE, [_failed(error)]) from error
     signature = program.graph_signature
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    findings = [_written(name) for name in mutated]
+    findings += [_written(name) for name in mutated]
     findings += list(_undetermined(program.graph))
     if findings:
         raise CaptureError(HEADLINE, findings)
@@ -113,6 +115,22 @@ def _data_dependent(where: str, line: str) -> Finding:
         fix="compute both branches and choose with torch.where, or take the decision out of the "
         "network",
     )
+
+
+def _lower_precision(graph: fx.GraphModule) -> Iterator[Finding]:
+    """Regions in which torch.autocast lowers the precision of operators on the CPU."""
+    for n in graph.graph.nodes:
+        if str(n.target) == "wrap_with_autocast" and n.args[0] == "cpu" and n.args[2]:
+            yield Finding(
+                rule="autocast",
+                where=path_of(n),
+                found=f"torch.autocast to {n.args[1]} inside the forward",
+                allowed="a forward that computes in the dtype of its inputs and weights",
+                fix="put autocast around the training's call of the network; convert takes a dtype",
+            )
+    for child in graph.children():
+        if isinstance(child, fx.GraphModule):
+            yield from _lower_precision(child)
 
 
 def _written(name: str) -> Finding:

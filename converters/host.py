@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from . import sources
@@ -18,11 +19,17 @@ _HEADLINE = "the network cannot be read:"
 def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Module, Any]:
     """A network and its inputs on the CPU: copies of what lies elsewhere, all else itself.
 
+    Of a wrapper for several devices or processes it is what is wrapped.
+
     Raises:
         CaptureError: With every tensor that has no values, or the network cannot be copied.
     """
+    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        net = net.module
     held = [*_held(net)]
-    findings = [_without_values(path, name) for path, name, value in held if value.is_meta]
+    findings = [_uninitialised(path, name) for path, name, value in held if is_lazy(value)]
+    held = [(path, name, value) for path, name, value in held if not is_lazy(value)]
+    findings += [_without_values(path, name) for path, name, value in held if value.is_meta]
     findings += [_without_values("", f"input {i}") for i, x in enumerate(args) if x.is_meta]
     if findings:
         raise CaptureError(_HEADLINE, findings)
@@ -51,6 +58,16 @@ def _held(net: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
                 for part in pytree.tree_flatten(value)[0]:
                     if isinstance(part, torch.Tensor):
                         yield path, f"{path}.{name}".lstrip("."), part
+
+
+def _uninitialised(path: str, name: str) -> Finding:
+    return Finding(
+        rule="no-values",
+        where=path,
+        found=f"{name} of a lazy module, which no input has given its shape",
+        allowed="tensors with values",
+        fix="call the network once on an example, and load its checkpoint",
+    )
 
 
 def _without_values(path: str, name: str) -> Finding:

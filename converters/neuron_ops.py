@@ -73,8 +73,22 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def located(spec: str, path: str) -> str:
+    """A declaration with the path of its module, for an operator that is traced.
+
+    torch forgets the modules of operators inside ``torch.autocast`` and the like.
+    """
+    return f"{path}\n{spec}"
+
+
+def path_and_spec(spec: str) -> tuple[str, str]:
+    """What :func:`located` put together."""
+    path, _, own = spec.rpartition("\n")
+    return path, own
+
+
 def _neuron(spec: str, params: Sequence[torch.Tensor]) -> Neuron:
-    return Neuron.from_json(spec, map(_wide, params))
+    return Neuron.from_json(path_and_spec(spec)[1], map(_wide, params))
 
 
 NEURON = torch.ops.spikeport.neuron.default

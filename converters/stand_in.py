@@ -10,6 +10,7 @@ from torch import nn
 
 from .equations import SPIKES
 from .errors import UsageError
+from .neuron_ops import located
 from .neurons import Neuron
 from .program import NEURON, NEURON_STEP, STATE
 from .sources import Reading
@@ -89,6 +90,7 @@ class StandIn(nn.Module):
         self._path, self._reading, self._steps = path, reading, state
         self._names = list(tensors)
         self._spec = reading.neuron.to_json()
+        self._located = located(self._spec, path)
         self._original = (original,)
         self._hidden = frozenset({*memories, *getattr(original, "_memories", ()), "v_seq"})
         self._sealed = True
@@ -100,7 +102,7 @@ class StandIn(nn.Module):
             self._steps.x[self._path] = x
             if readout is not None:
                 return readout(self._states(x, self._reading.state))
-            return NEURON(x, params, self._spec, "stepped", x.shape[0])
+            return NEURON(x, params, self._located, "stepped", x.shape[0])
         neuron = Neuron.from_json(self._spec, params)
         initial = neuron.initial(x)
         state, t, returned = self._steps.v.get(self._path) or (torch.stack(initial), 0, {})
@@ -118,7 +120,7 @@ class StandIn(nn.Module):
                 parts[at] = neuron.fired(parts[0]).to(x.dtype)
             # Whether it is the first step shows in the graph, by where the state comes from.
             state, t = torch.stack(parts), 1
-        spikes, state = NEURON_STEP(x, state, params, self._spec, t)
+        spikes, state = NEURON_STEP(x, state, params, self._located, t)
         # Where the last spikes are a state, they are what the caller hands back.
         last = {name: i for i, name in enumerate(neuron.dynamics.states, 1)}.get(SPIKES)
         returned = {name: spikes if i == last else state[i] for name, i in places.items()}
@@ -148,7 +150,7 @@ class StandIn(nn.Module):
 
     def _states(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """What the steps of a multi-step call end with in one of the states, [T, N, ...]."""
-        after: torch.Tensor = STATE(x, self._params(), self._spec, "stepped", x.shape[0], index)
+        after: torch.Tensor = STATE(x, self._params(), self._located, "stepped", x.shape[0], index)
         return after
 
     def _remembered(self, name: str) -> torch.Tensor | None:
@@ -205,7 +207,8 @@ class Fired:
         state, t, _ = self._steps.v.get(key) or (torch.stack(self._neuron.initial(h)), 0, {})
         params = [*self._neuron.tensors().values()]
         spikes: torch.Tensor
-        spikes, state = NEURON_STEP(h, state, params, self._neuron.to_json(), t)
+        spec = located(self._neuron.to_json(), self._path)
+        spikes, state = NEURON_STEP(h, state, params, spec, t)
         self._steps.v[key] = (state, t + 1, {})
         return spikes
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from . import sources
@@ -342,6 +344,7 @@ def evaluation_copy(net: nn.Module) -> nn.Module:
     for module in list(work.modules()):
         if parametrize.is_parametrized(module):
             _compute_parametrizations(module)
+        _compute_by_hooks(module)
     work.requires_grad_(False)
     sources.reset(work)
     return work
@@ -358,6 +361,17 @@ def _compute_parametrizations(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[0]
     for name, value in values.items():
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _compute_by_hooks(module: nn.Module) -> None:
+    """The same for weights that a hook computes before each call."""
+    for hook in [*module._forward_pre_hooks.values()]:
+        if isinstance(hook, WeightNorm):
+            nn.utils.remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            nn.utils.remove_spectral_norm(module, hook.name)
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
 
 
 def copies(args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -122,13 +122,13 @@ def reset(net: nn.Module) -> None:
 
 
 def copied(net: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy, in which no neuron's state has a history; torch copies no tensor that has one.
+    """A deep copy, in which no module's tensor has a history; torch copies none that has one.
 
     ``memo`` says by ``id`` what takes the place of an object, as in ``copy.deepcopy``.
     """
     states = {
         id(value): value.detach().clone()
-        for _, module, _ in read_all(net)
+        for module in net.modules()
         for value in (*vars(module).values(), *module._buffers.values())
         if isinstance(value, torch.Tensor) and not value.is_leaf
     }
@@ -141,8 +141,10 @@ def not_copied(error: Exception) -> Finding:
         rule="copy",
         where="",
         found=f"the network cannot be copied ({error})",
-        allowed="a network that keeps no tensor of an earlier training step",
-        fix="reset it first (SpikingJelly: functional.reset_net(net), snnTorch: utils.reset(net))",
+        allowed="a network of what copy.deepcopy copies, which no container with tensors of an earlier "
+        "training step is",
+        fix="take that out of the network, or reset it first (SpikingJelly: functional.reset_net(net), "
+        "snnTorch: utils.reset(net))",
     )
 
 

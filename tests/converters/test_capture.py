@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capturing import captured, findings, lowered, rules
 from networks import Net, equal, rand, reference
 from torch import nn
 
 from spikeport.converters import sources
 from spikeport.converters.capture import capture
-from spikeport.converters.errors import CaptureError, Findings, UsageError
+from spikeport.converters.errors import UsageError
 from spikeport.converters.neurons import (
     IF,
     LIF,
@@ -25,13 +26,7 @@ from spikeport.converters.neurons import (
     Node,
     ParametricLIFNode,
 )
-from spikeport.converters.passes import (
-    flatten_time,
-    fold_batch_norm,
-    hoist_time_invariant,
-    lower_neurons,
-)
-from spikeport.converters.program import Program, short
+from spikeport.converters.program import short
 from spikeport.converters.sources import Reading
 
 T, N = 4, 2
@@ -72,38 +67,6 @@ class Here(Net):
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(self, *inputs)
-
-
-def lowered(program: Program) -> Program:
-    for rewrite in (hoist_time_invariant, flatten_time, fold_batch_norm, lower_neurons):
-        program = rewrite(program)
-    return program
-
-
-def captured(net: nn.Module, *inputs: torch.Tensor) -> Program:
-    """The program, checked against the network on these inputs and on others, and lowered."""
-    torch.manual_seed(0)
-    program = capture(net, inputs)
-    for example in (inputs, tuple(x.flip(0) for x in inputs)):
-        expected = reference(net, *example)
-        assert equal(program(*example), expected)
-        assert equal(lowered(program)(*example), expected)
-    return program
-
-
-def findings(net: nn.Module, *inputs: Any) -> Findings:
-    with pytest.raises(CaptureError) as caught:
-        capture(net, inputs)
-    for finding in caught.value.findings:
-        assert finding.found
-        assert finding.allowed
-        assert finding.fix
-        assert finding.rule in str(caught.value)
-    return caught.value.findings
-
-
-def rules(found: Findings) -> list[tuple[str, str]]:
-    return [(f.rule, f.where) for f in found]
 
 
 # Topology
@@ -837,6 +800,8 @@ def test_something_else_than_a_network() -> None:
 def test_a_network_that_cannot_be_copied() -> None:
     net = nn.Sequential(nn.Linear(3, 3), IFNode())
     net.kept = net(rand(T, N, 3).requires_grad_())
+    capture(net, (rand(T, N, 3),))
+    net.kept = [net.kept]
     assert rules(findings(net, rand(T, N, 3))) == [("copy", "")]
 
 

@@ -1,0 +1,116 @@
+"""Networks in the ways in which they are wrapped, normalised, pruned and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from capturing import captured, findings
+from networks import rand
+from torch import nn
+from torch.nn.utils import prune
+
+from spikeport import deploy
+from spikeport.converters.capture import capture
+from spikeport.converters.errors import UsageError
+from spikeport.converters.neurons import IFNode, LIFNode
+
+T, N = 4, 2
+
+
+def snn() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 6), IFNode(), nn.Linear(6, 3), LIFNode())
+
+
+class Within(nn.Module):
+    """A network that runs inside a setting of torch's."""
+
+    def __init__(self, region: Callable[[], Any]) -> None:
+        super().__init__()
+        self.net, self.region = snn(), region
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.region():
+            spikes: torch.Tensor = self.net(x)
+            return spikes
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        torch.no_grad,
+        torch.enable_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cuda", dtype=torch.float16),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=False),
+    ],
+    ids=["no_grad", "enable_grad", "inference_mode", "autocast of a GPU", "no autocast"],
+)
+def test_a_forward_with_settings_of_torch(region: Callable[[], Any]) -> None:
+    program = captured(Within(region), rand(T, N, 5))
+    assert [s.path for s in program.sites] == ["net.1", "net.3"]
+
+
+def test_autocast_inside_the_forward() -> None:
+    found = findings(Within(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), rand(T, N, 5))
+    assert [f.rule for f in found] == ["autocast"]
+    assert "torch.bfloat16" in found[0].found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        lambda layer: prune.random_unstructured(
+            prune.l1_unstructured(layer, "weight", 0.3), "weight", 0.2
+        ),
+    ],
+    ids=[
+        *("weight_norm", "spectral_norm", "parametrized weight_norm"),
+        *("parametrized spectral_norm", "pruned", "pruned twice"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_weights_that_are_computed(change: Callable[[nn.Module], Any]) -> None:
+    torch.manual_seed(0)
+    net = snn()
+    change(net[0])
+    net(rand(T, N, 5)).sum().backward()
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    x = rand(T, N, 5, seed=1)
+    program = capture(net, (rand(T, N, 5),))
+    with torch.no_grad():
+        assert torch.equal(program(x), net.eval()(x))
+    assert not [n for n in program.nodes("call_function") if "linear" not in str(n.target)][2:]
+    assert kept.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in kept.items())
+
+
+def test_a_network_that_is_scripted() -> None:
+    scripted = torch.jit.script(nn.Linear(5, 3))
+    for net, where in ((scripted, "network is"), (nn.Sequential(scripted), "network at 0 is")):
+        with pytest.raises(UsageError, match=f"the {where} a ScriptModule"):
+            capture(net, (rand(T, N, 5),))
+
+
+def test_a_network_in_a_wrapper(tmp_path: Path) -> None:
+    net, x = snn(), rand(T, N, 5)
+    expected = deploy.convert(net, (x,), target="onnx")
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        for wrapper in (wrapped, nn.DataParallel(net), torch.compile(net)):
+            program = deploy.convert(wrapper, (x,), target="onnx")
+            assert torch.equal(program(x), expected(x))
+            assert [s.path.removeprefix("_orig_mod.") for s in program.sites] == ["1", "3"]
+        del wrapped, wrapper
+    finally:
+        torch.distributed.destroy_process_group()
