@@ -308,7 +308,9 @@ class _Flatten(Builder):
     def _trailing(self, n: Node) -> _Folded | None:
         if (x := self._unit(n)) is None:
             return None
-        if n.target is aten.layer_norm.default and len(n.args[1]) > len(x.rest):
+        # Of a network without a batch, the second dimension is one of features.
+        taken = len(n.args[1]) if n.target is aten.layer_norm.default else 1
+        if taken > len(x.rest):
             return None
         weights: Any = self.env.__getitem__
         args: Any = fx.map_arg(n.args[1:], weights)
@@ -319,6 +321,8 @@ class _Flatten(Builder):
         if len(parts) != 2 or not isinstance(parts[0], _Folded):
             return None
         left, right = parts
+        if not left.rest:
+            return None
         if isinstance(right, fx.Node):
             if len(shape(right)) != 2:
                 return None

@@ -1,4 +1,4 @@
-"""Networks in the ways in which they are wrapped, normalised, pruned and evaluated."""
+"""Networks as they come: wrapped, normalised, pruned, without a batch."""
 
 from __future__ import annotations
 
@@ -114,3 +114,35 @@ def test_a_network_in_a_wrapper(tmp_path: Path) -> None:
         del wrapped, wrapper
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Image(nn.Module):
+    """Without a batch all the way: [T, C, H, W] -> [T, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 36, 3)
+        self.spike, self.last = IFNode(), LIFNode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spikes: torch.Tensor = self.last(self.fc(self.spike(self.conv(x)).flatten(1)))
+        return spikes
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("target", ["reference", "lynxi-sim", "onnx", "ipu-sim", "cuda"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(snn, (T, 5)), (snn, (2, 5)), (Image, (T, 1, 6, 6))],
+    ids=["linear", "two steps", "image"],
+)
+def test_without_a_batch(make: Any, shape: tuple[int, ...], target: str, time: Any) -> None:
+    torch.manual_seed(0)
+    net, x = make().eval(), rand(*shape).abs()
+    for weight in net.parameters():
+        weight.data = weight.abs() * 2  # untrained layers hardly fire
+    program = deploy.convert(net, (x,), target=target, time=time)
+    with torch.no_grad():
+        expected = net(x)
+    assert expected.any()
+    assert torch.equal(program(x).float(), expected)
