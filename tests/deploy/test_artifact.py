@@ -235,6 +235,7 @@ def test_without_a_probe_the_error_says_how_to_get_one(program, tmp_path):
         ((torch.tensor(1.0),), "float32[]"),
         ((torch.ones(BATCH, 1, 8, 8, dtype=torch.uint8),), "uint8"),
         ((), "0 inputs given, 1 wanted"),
+        ((np.zeros((BATCH, 1, 8, 8)),), "inputs of type ndarray, not torch tensors"),
         ((torch.rand(BATCH, 1, 8, 8),) * 2, "2 inputs given, 1 wanted"),
     ],
 )
