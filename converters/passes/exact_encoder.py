@@ -52,7 +52,8 @@ class _Encoder:
 
     Attributes:
         weight: [C, ...] in float32, scaled by a power of two for each channel.
-        bias: [T, C] in float64, likewise: of the drive less what it is compared with.
+        bias: [T, C] in float64, likewise, rounded to float16: of the drive less what it is compared with.
+        rest: [T, C], likewise: what is left to compare with, the bias's rounding.
         terms: [T, C], likewise: how large the terms are that it is the sum of.
         offset: [C] in float64: the drive of the first comparison, less what the layer gives there, in the
             neuron's own scale.
@@ -61,6 +62,7 @@ class _Encoder:
 
     weight: torch.Tensor
     bias: torch.Tensor
+    rest: torch.Tensor
     terms: torch.Tensor
     offset: torch.Tensor
     scale: torch.Tensor
@@ -154,9 +156,10 @@ class _Encode(Builder):
         magnitude = magnitude.clamp(min=2.0**-20)  # a channel that computes nothing
         scale = torch.exp2((_SUM_OF_WEIGHTS / magnitude).log2().floor())
         weight = W * scale.reshape(-1, *[1] * (W.dim() - 1))
-        offset = b - (shift[0] * scale).half().double() / scale
+        rounded = (shift * scale).half().double()
+        rest = (rounded - shift * scale).half()  # exact where it matters: 0 on a grid
         terms = (terms + compared.abs()) * scale
-        return _Encoder(weight.float(), shift * scale, terms, offset, scale)
+        return _Encoder(weight.float(), rounded, rest, terms, b - rounded[0] / scale, scale)
 
     def _encode(self, n: Node, encoder: _Encoder) -> None:
         layer, T, path = n.args[0], n.args[4], where(n)
@@ -167,18 +170,17 @@ class _Encode(Builder):
         high = encoder.weight.half().float()
         low = (encoder.weight - high).half().float()
         x, weights = self._wide(layer, high, low)
-        bias = encoder.bias.half()
         self.terms[f"{stem}_bias"] = encoder.terms.float().flatten()
         drives = self.call(
             layer.target,
             x,
             self.constant(f"{stem}_weight", weights.repeat(T, *[1] * (weights.dim() - 1))),
-            self.constant(f"{stem}_bias", bias.float().flatten()),
+            self.constant(f"{stem}_bias", encoder.bias.float().flatten()),
             *layer.args[3:],
             path=where(layer),
         )
-        rest = (bias.double() - encoder.bias).half().float()  # exact where it matters: 0 on a grid
         fires = aten.ge.Tensor if site.neuron.fires == ">=" else aten.gt.Tensor
+        rest = encoder.rest.float()
         parts, reached = list[Node](), list[Node]()
         for k in range(T):
             part = self.call(aten.slice.Tensor, drives, 1, k * C, (k + 1) * C, path=path)

@@ -246,7 +246,9 @@ def test_a_wrong_population(changes: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("given", ["atan", surrogates.ATan, nn.Sigmoid()], ids=str)
+@pytest.mark.parametrize(
+    "given", ["atan", surrogates.ATan, nn.Sigmoid()], ids=["name", "kind", "module"]
+)
 def test_what_is_no_surrogate(given: Any) -> None:
     with pytest.raises(
         UsageError, match=r"surrogate is .*; allowed: .*ATan\(alpha=2.0\).*Gaussian"
