@@ -27,10 +27,10 @@ def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Modul
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         net = net.module
     held = [*_held(net)]
-    findings = [_uninitialised(path, name) for path, name, value in held if is_lazy(value)]
+    findings = [_lazy(path, name) for path, name, value in held if is_lazy(value)]
     held = [(path, name, value) for path, name, value in held if not is_lazy(value)]
-    findings += [_without_values(path, name) for path, name, value in held if value.is_meta]
-    findings += [_without_values("", f"input {i}") for i, x in enumerate(args) if x.is_meta]
+    findings += [_on_meta(path, name) for path, name, value in held if value.is_meta]
+    findings += [_on_meta("", f"input {i}") for i, x in enumerate(args) if x.is_meta]
     if findings:
         raise CaptureError(_HEADLINE, findings)
     elsewhere = {id(value): _moved(value) for *_, value in held if value.device.type != "cpu"}
@@ -60,21 +60,21 @@ def _held(net: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
                         yield path, f"{path}.{name}".lstrip("."), part
 
 
-def _uninitialised(path: str, name: str) -> Finding:
-    return Finding(
-        rule="no-values",
-        where=path,
-        found=f"{name} of a lazy module, which no input has given its shape",
-        allowed="tensors with values",
-        fix="call the network once on an example, and load its checkpoint",
+def _lazy(path: str, name: str) -> Finding:
+    return _no_values(
+        path,
+        f"{name} of a lazy module, which no input has given its shape",
+        "call the network once on an example, and load its checkpoint",
     )
 
 
-def _without_values(path: str, name: str) -> Finding:
-    return Finding(
-        rule="no-values",
-        where=path,
-        found=f"{name} is on the meta device, where tensors have no values",
-        allowed="tensors with values",
-        fix="make the network on the CPU or a GPU and load its checkpoint",
+def _on_meta(path: str, name: str) -> Finding:
+    return _no_values(
+        path,
+        f"{name} is on the meta device, where tensors have no values",
+        "make the network on the CPU or a GPU and load its checkpoint",
     )
+
+
+def _no_values(where: str, found: str, fix: str) -> Finding:
+    return Finding("no-values", where, found, "tensors with values", fix)

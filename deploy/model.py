@@ -352,17 +352,18 @@ class Model:
     def _fill(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
         """The inputs as the graph takes them, padded, and how many samples they hold."""
         others = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
+        given = [] if others else inputs
         sizes = {
             x.shape[p.batch_dim]
-            for p, x in zip(self.inputs, inputs, strict=False)
-            if not others and p.batch_dim is not None and x.dim() > p.batch_dim
+            for p, x in zip(self.inputs, given, strict=False)
+            if p.batch_dim is not None and x.dim() > p.batch_dim
         }
         n = min(sizes) if len(sizes) == 1 else self.batch
         allowed = ", ".join(p.with_batch("N") for p in self.inputs)
         wrong = [
             f"input {p.spec.name} is {dtype_name(x.dtype)}{list(x.shape)}"
-            for p, x in zip(self.inputs, inputs, strict=False)
-            if not others and not _fits(p, x, n)
+            for p, x in zip(self.inputs, given, strict=False)
+            if not _fits(p, x, n)
         ]
         if others:
             wrong.append(f"inputs of type {', '.join(sorted(others))}, not torch tensors")

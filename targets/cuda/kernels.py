@@ -284,8 +284,7 @@ def pools(x: torch.Tensor, window: tuple[int, int], params: Sequence[torch.Tenso
     Windows must tile x[t], in whose memory W is right inside H, and share the neuron's parameters; the
     states of a window's neurons over a chunk must find room in registers.
     """
-    steps = min(x.shape[0], CHUNK)
-    if x.dim() < 4 or 0 in x.shape or math.prod(window) * steps > _MOST_STATES:
+    if x.dim() < 4 or 0 in x.shape or math.prod(window) * chunk(x.shape[0]) > _MOST_STATES:
         return False
     if x.shape[-2] % window[0] or x.shape[-1] % window[1]:
         return False
@@ -344,12 +343,12 @@ def _plan(
     detach_reset: bool,
     window: tuple[int, int],
     backward: bool,
-    itemsize: int,
+    half: bool,
 ) -> Plan:
     out = lay.windows(window)
     steps = chunk(lay.T)
     loop = steps < lay.T
-    crowded = loop and backward and itemsize == 2
+    crowded = loop and backward and half
     members = math.prod(window)
     declared = Neuron.from_json(neuron, [torch.empty(())] * len(params))
     warps, per_thread = _program(steps, members, len(declared.starts), backward)
@@ -414,7 +413,7 @@ class Call:
         """The call for x [T, N, ...]; ``norm`` is empty, or mean, scale and shift, [C] each."""
         x, lay = layout(x)
         shapes = tuple(p.shape for p in params)
-        how = (neuron, surrogate, detach_reset, window, backward, x.itemsize)
+        how = (neuron, surrogate, detach_reset, window, backward, x.itemsize == 2)
         plan = _plan(lay, bool(norm), shapes, *how)
         tensors = zip(plan.reads, (*norm, *params), strict=True)
         return cls(x, lay, plan, tuple(read.tensor(lay, tensor) for read, tensor in tensors))

@@ -184,6 +184,7 @@ def lower(net: nn.Module, surrogates: Mapping[str, Surrogate] | None = None) -> 
     Raises:
         UsageError: There is no neuron at a path of ``surrogates``.
         UnsupportedError: With everything that cannot be rewritten.
+        CaptureError: As in ``on_host``.
     """
     net, _ = on_host(net)
     plans, findings = plan(net, surrogates)
