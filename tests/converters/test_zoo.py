@@ -36,3 +36,11 @@ def test_a_network_computes_on_a_target_what_was_trained(target: str) -> None:
     row = zoo.convert(net, batch, 1, target)
     assert row.verdict == "equal" or row.verdict.startswith("rounding flips")
     assert (row.rate or 0) > 0.05
+
+
+@pytest.mark.parametrize("target", ["onnx", "lynxi-sim", "ipu-sim"])
+def test_where_nothing_rounds_nothing_differs(target: str) -> None:
+    net, batch = zoo.build("MNISTNet", exact=True)
+    row = zoo.convert(net, batch, 1, target)
+    assert row.verdict == "equal"
+    assert (row.rate or 0) > 0.05
