@@ -343,6 +343,8 @@ _POOLS = {
     aten.avg_pool1d.default: 1,
     aten.max_pool2d.default: 2,
     aten.avg_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool3d.default: 3,
 }
 #: Adaptive max pooling, and the pooling that it is with windows of one size.
 _ADAPTIVE_MAX = {

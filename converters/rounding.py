@@ -60,7 +60,9 @@ _SUMS = frozenset(
         aten.mean.dim,
         aten.sum.dim_IntList,
         aten.avg_pool2d.default,
+        aten.avg_pool3d.default,
         aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
     }
 )
 _LAYERS = frozenset(
@@ -70,6 +72,7 @@ _LAYERS = frozenset(
         aten.conv3d.default,
         aten.conv_transpose1d.default,
         aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
         aten.linear.default,
     }
 )

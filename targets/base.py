@@ -233,6 +233,16 @@ def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Fi
                 yield Finding(rule, where(n), found, allowed, fix, node=n.name, target=target)
 
 
+#: What to do about an operator that a target lacks and that has no other form there.
+_INSTEAD = {
+    "aten.gelu": "train with nn.GELU(approximate='tanh'), which is computed from tanh",
+    **dict.fromkeys(
+        ("aten.log_softmax", "aten.argmax", "aten.topk", "aten.sort", "aten.argsort"),
+        "leave it out of the network, and apply it to what the model returns",
+    ),
+}
+
+
 def memory(program: Program) -> int:
     """Bytes of the weights and of the largest set of activations alive at once."""
     weights = sum(t.numel() * t.element_size() for t in program.tensors.values())
@@ -292,7 +302,7 @@ def _node_violations(n: Any, can: Capabilities) -> Iterator[tuple[str, str, str,
                 "operator",
                 op,
                 "the operators that the target has (spikeport targets --json lists them)",
-                "replace it in the network's forward by one of those",
+                _INSTEAD.get(op, "replace it in the network's forward by one of those"),
             )
     schema = getattr(n.target, "_schema", None)
     if not can.in_place and schema is not None and schema.is_mutable:

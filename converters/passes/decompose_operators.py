@@ -4,8 +4,10 @@
     b - a                          of rsub
     max(x, -x)                     of abs
     sqrt(sum of x x)               of the Euclidean norm
-    pool2d of [1, 1, rest, K]      of amax over K values
+    pool2d of [1, 1, rest, K]      of amax over K values, and -amax(-x) of amin
     (x - m) / sqrt(var + eps)      of layer, group and instance norm, m and var being means
+    x / sqrt(mean of x x + eps)    of RMS norm
+    s - m - log(sum exp(s - m))    of log_softmax, m being the largest
     sum of (x - m)^2, over n - c   of the variance, and its root of the standard deviation
     softmax(s Q K' + mask) V       of attention
     conv2d by kernels of one 1     of im2col
@@ -17,6 +19,12 @@
     where(x != x, 0, x)            of nan_to_num, and likewise for infinities
     a != b                         of the exclusive or
     their steps                    of LSTM, GRU and RNN (converters/recurrences.py)
+    formulas                       of elementwise operators (converters/passes/formulas.py)
+    conv2d, pool2d                 of convolution and pooling over [N, C, D, H, W], see below
+
+What is over three dimensions leaves tensors of rank 5 around it, on which merge_dimensions has no operator
+left to do. A convolution finds the D of a window as further channels, kernel [K, C, d, h, w] as
+[K, C d, h, w]; pooling takes H and W first, then D.
 
 A transposed convolution is a convolution of its input with s - 1 zeros after each row and column, s
 being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:1603.07285, section 4).
@@ -37,13 +45,17 @@ from ..builder import Builder
 from ..ops import Node, aten, shape
 from ..program import PassReport, Program, short, where
 from ..recurrences import RECURRENT, recurrent
+from .formulas import FORMULAS, Term
 
 
 def decompose_operators(available: Collection[str]) -> Callable[[Program], Program]:
     """The pass for a target that has ``available``, such as ``"aten.conv2d"``."""
 
+    def lacking(target: Any) -> bool:
+        return short(target) not in available
+
     def decompose(program: Program) -> Program:
-        return _Decompose(program, available, _IN_PART).run("decompose_operators")
+        return _Decompose(program, lacking, _IN_PART).run("decompose_operators")
 
     decompose.__name__ = decompose_operators.__name__  # as its report says
     return decompose
@@ -51,16 +63,17 @@ def decompose_operators(available: Collection[str]) -> Callable[[Program], Progr
 
 def unroll_recurrences(program: Program) -> Program:
     """Take LSTM, GRU and RNN apart into their steps."""
-    others = {short(target) for target in _RULES if target not in RECURRENT}
-    return _Decompose(program, others, frozenset()).run("unroll_recurrences")
+    return _Decompose(program, RECURRENT.__contains__).run("unroll_recurrences")
 
 
 class _Decompose(Builder):
     def __init__(
-        self, program: Program, available: Collection[str], in_part: Collection[Any]
+        self, program: Program, lacking: Callable[[Any], bool], in_part: Collection[Any] = ()
     ) -> None:
         super().__init__(program)
-        self.available, self.in_part = available, in_part
+        self.lacking, self.in_part = lacking, in_part
+        #: Whether a rule came to an operator that the target lacks.
+        self.failed = False
         # Of an operator with several results the list of them.
         self.env: dict[Node, Any] = {}
         self.path = ""
@@ -74,31 +87,40 @@ class _Decompose(Builder):
             elif n.op == "get_attr":
                 self.env[n] = self.copy(n, {})
             elif n.op == "call_function":
-                rule = _RULES.get(n.target)
+                rule = self.rule(n.target)
                 self.path = where(n)
                 if n.target is operator.getitem and isinstance(self.env[n.args[0]], list):
                     self.env[n] = self.env[n.args[0]][n.args[1]]
                     continue
-                missing = short(n.target) not in self.available
-                tried = rule is not None and (missing or n.target in self.in_part)
-                made = rule(self, n) if rule is not None and tried else None
+                self.failed = False
+                made = None if rule is None else rule(self, n)
+                made = None if self.failed else made
                 if made is not None:
                     done.append(f"{n.name} ({self.path})")
-                elif tried and missing:
+                elif rule is not None and n.target not in self.in_part:
                     skipped.append(f"{n.name} ({self.path})")
                 self.env[n] = self.copy(n, self.env) if made is None else made
         report = PassReport(name, tuple(done), tuple(skipped))
         return self.finish([self.env[r] for r in self.program.results], report)
 
+    def rule(self, target: Any) -> Callable[[_Decompose, Node], Node | list[Node] | None] | None:
+        """How an operator is taken apart, if the target lacks it."""
+        return _RULES.get(target) if self.lacking(target) or target in self.in_part else None
+
     # What the rules are written in
 
     def given(self, n: Node) -> list[Any]:
         """A node's arguments in the new graph, as its schema has them."""
-        values: Any = fx.map_arg(ops.arguments(n), self.env.__getitem__)
+        values: Any = fx.map_arg(ops.arguments(n), lambda a: self.env.get(a, a))
         return [*values.values()]
 
-    def emit(self, target: Any, *args: Any) -> Node:
-        return self.call(target, *args, path=self.path)
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call, itself taken apart where the target lacks it."""
+        node = self.call(target, *args, path=self.path, **kwargs)
+        rule = self.rule(target)
+        made: Any = None if rule is None else rule(self, node)
+        self.failed |= made is None and self.lacking(target)
+        return node if made is None else made
 
     def reshape(self, x: Node, *size: int) -> Node:
         return self.emit(ops.RESHAPE, x, list(size))
@@ -159,6 +181,34 @@ class _Decompose(Builder):
         rows = self.reshape(x, 1, 1, -1, window[1])
         largest = self.emit(aten.max_pool2d.default, rows, window, window)
         return self.reshape(largest, *shape(n))
+
+    def amin(self, n: Node) -> Node:
+        x, dims, keep = self.given(n)
+        largest = self.emit(aten.amax.default, self.emit(aten.neg.default, x), dims, keep)
+        return self.emit(aten.neg.default, largest)
+
+    def log_softmax(self, n: Node) -> Node:
+        x, dim, dtype = self.given(n)
+        if dtype is not None:
+            x = self.emit(aten._to_copy.default, x, dtype=dtype)
+        shifted = self.emit(aten.sub.Tensor, x, self.emit(aten.amax.default, x, [dim], True))
+        total = self.emit(aten.sum.dim_IntList, self.emit(aten.exp.default, shifted), [dim], True)
+        return self.emit(aten.sub.Tensor, shifted, self.emit(aten.log.default, total))
+
+    def rms_norm(self, n: Node) -> Node:
+        x, normalised, weight, eps = self.given(n)
+        eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else eps
+        dims = list(range(-len(normalised), 0))
+        square = self.emit(aten.mean.dim, self.emit(aten.mul.Tensor, x, x), dims, True)
+        scale = self.emit(aten.rsqrt.default, self.emit(aten.add.Tensor, square, eps))
+        return self.affine(self.emit(aten.mul.Tensor, x, scale), weight, None)
+
+    def gated(self, n: Node) -> Node:
+        x, dim = self.given(n)
+        half = shape(n)[dim]
+        a = self.emit(aten.slice.Tensor, x, dim, 0, half)
+        b = self.emit(aten.slice.Tensor, x, dim, half, 2 * half)
+        return self.emit(aten.mul.Tensor, a, self.emit(aten.sigmoid.default, b))
 
     def layer_norm(self, n: Node) -> Node:
         x, normalised, weight, bias, eps, _ = self.given(n)
@@ -246,9 +296,7 @@ class _Decompose(Builder):
         rows = self.reshape(products, *shape(x)[:-1], -1)
         return self.emit(aten.linear.default, rows, self.reshape(weight, shape(n)[-1], -1), bias)
 
-    def log1p(self, n: Node) -> Node | None:
-        if "aten.log" not in self.available:
-            return None
+    def log1p(self, n: Node) -> Node:
         (x,) = self.given(n)
         return self.emit(aten.log.default, self.emit(aten.add.Tensor, x, 1.0))
 
@@ -307,7 +355,7 @@ class _Decompose(Builder):
         made = self.transposed(x, weight, bias, *spans, size)
         return None if made is None else self.emit(aten.squeeze.dim, made, -2)
 
-    def conv_transpose2d(self, n: Node) -> Node | None:
+    def conv_transpose(self, n: Node) -> Node | None:
         x, weight, bias, stride, padding, output, groups, dilation = self.given(n)
         return self.transposed(x, weight, bias, stride, padding, output, groups, dilation, shape(n))
 
@@ -331,19 +379,23 @@ class _Decompose(Builder):
         turned = self.turned(weight, groups)
         for at, s in enumerate(stride):
             x = self.spread(x, 2 + at, s)
-        y = self.emit(aten.conv2d.default, x, turned, bias, [1, 1], margin, dilation, groups)
-        for at in (2, 3):
+        spatial = range(2, len(size))
+        convolve = aten.conv2d.default if len(spatial) == 2 else aten.conv3d.default
+        ones = [1] * len(spatial)
+        y = self.emit(convolve, x, turned, bias, ones, margin, dilation, groups)
+        for at in spatial:
             if shape(y)[at] != size[at]:
                 y = self.emit(aten.slice.Tensor, y, at, 0, size[at])
         return y
 
     def turned(self, weight: Node, groups: int) -> Node:
-        """A transposed convolution's kernel [C, D / groups, h, w] as the convolution's."""
+        """A transposed convolution's kernel [C, K / groups, ...] as the convolution's."""
         value = self.constant_value(weight)
-        C, D, *kernel = value.shape
-        turned = value.flip(2, 3).reshape(groups, C // groups, D, *kernel).transpose(1, 2)
+        C, K, *kernel = value.shape
+        ends = value.flip(*range(2, value.dim()))
+        turned = ends.reshape(groups, C // groups, K, *kernel).transpose(1, 2)
         return self.constant(
-            f"{weight.name}.turned", turned.reshape(groups * D, C // groups, *kernel).contiguous()
+            f"{weight.name}.turned", turned.reshape(groups * K, C // groups, *kernel).contiguous()
         )
 
     def constant_value(self, weight: Node) -> torch.Tensor:
@@ -353,15 +405,119 @@ class _Decompose(Builder):
         return self.tensors[str(weight.args[0].target)].unsqueeze(weight.args[1])
 
     def spread(self, x: Node, at: int, s: int) -> Node:
-        """x [N, C, H, W] with s - 1 zeros after each element along dimension ``at``."""
+        """x with s - 1 zeros after each element along a dimension."""
         if s == 1:
             return x
-        N, C, H, W = shape(x)
-        # Zeros come after each element, or each row, as columns of a matrix of them.
-        columns = self.reshape(x, N * C, H * W if at == 3 else H, 1 if at == 3 else W)
-        zeros = self.zeros((*shape(columns)[:2], (s - 1) * shape(columns)[2]), x.meta["val"].dtype)
-        wide = self.emit(aten.cat.default, [columns, zeros], 2)
-        return self.reshape(wide, N, C, H * (s if at == 2 else 1), W * (s if at == 3 else 1))
+        size = shape(x)
+        after = math.prod(size[at + 1 :])
+        rows = self.reshape(x, math.prod(size[:at]), size[at], after)
+        zeros = self.zeros((*shape(rows)[:2], (s - 1) * after), x.meta["val"].dtype)
+        wide = self.emit(aten.cat.default, [rows, zeros], 2)
+        return self.reshape(wide, *size[:at], size[at] * s, *size[at + 1 :])
+
+    # Over three dimensions: x is [N, C, D, H, W]
+
+    def conv3d(self, n: Node) -> Node | None:
+        x, weight, bias, stride, padding, dilation, groups = self.given(n)
+        if len(shape(x)) != 5:
+            return None
+        kernel = shape(weight)[2:]
+        N, C, D, *image = shape(x)
+        if {*kernel, *stride} == {1} and not any(padding):
+            rows = self.reshape(x, N, C, D, -1)
+            point = self.reshape(weight, *shape(weight)[:2], 1, 1)
+            made = self.emit(aten.conv2d.default, rows, point, bias, [1, 1], [0, 0], [1, 1], groups)
+            return self.reshape(made, *shape(n))
+        depth = shape(n)[2]
+        slices = self.depth_first(x, [N, C, D, -1])
+        if padding[0]:
+            rows = self.reshape(slices, N, D, -1)
+            zeros = self.zeros((N, padding[0], shape(rows)[2]), x.meta["val"].dtype)
+            slices = self.emit(aten.cat.default, [zeros, rows, zeros], 1)
+        slices = self.reshape(slices, N, D + 2 * padding[0], -1)
+        # Of each output's window the d-th slice, side by side for every channel.
+        span = stride[0] * (depth - 1) + 1
+        starts = [d * dilation[0] for d in range(kernel[0])]
+        windows = [
+            self.reshape(
+                self.emit(aten.slice.Tensor, slices, 1, start, start + span, stride[0]),
+                *(N * depth * C, 1, math.prod(image)),
+            )
+            for start in starts
+        ]
+        stacked = windows[0] if len(windows) == 1 else self.emit(aten.cat.default, windows, 1)
+        images = self.reshape(stacked, N * depth, C * kernel[0], *image)
+        flat = self.reshape(weight, shape(weight)[0], -1, *kernel[1:])
+        spans = stride[1:], padding[1:], dilation[1:], groups
+        made = self.emit(aten.conv2d.default, images, flat, bias, *spans)
+        return self.reshape(self.depth_first(made, [N, depth, shape(n)[1], -1]), *shape(n))
+
+    def depth_first(self, x: Node, size: list[int]) -> Node:
+        """A tensor as [N, C, D, rest] turned to [N, D, C, rest], or back."""
+        return self.emit(aten.permute.default, self.reshape(x, *size), [0, 2, 1, 3])
+
+    def max_pool3d(self, n: Node) -> Node:
+        x, kernel, stride, padding, dilation, ceil = self.given(n)
+        windows = [_three(given) for given in (kernel, stride or kernel, padding, dilation)]
+
+        def pool(rows: Node, at: slice) -> Node:
+            spans = [
+                _two(window[at], neutral)
+                for window, neutral in zip(windows, (1, 1, 0, 1), strict=True)
+            ]
+            return self.emit(aten.max_pool2d.default, rows, *spans, ceil)
+
+        return self.separately(x, pool, shape(n))
+
+    def average_pool3d(self, n: Node) -> Node:
+        x, kernel, stride, padding, ceil, counted, divisor = self.given(n)
+        windows = [_three(given) for given in (kernel, stride or kernel, padding)]
+
+        def pool(rows: Node, at: slice) -> Node:
+            spans = [
+                _two(window[at], neutral)
+                for window, neutral in zip(windows, (1, 1, 0), strict=True)
+            ]
+            own = divisor if divisor is None or at is _IMAGE else 1
+            return self.emit(aten.avg_pool2d.default, rows, *spans, ceil, counted, own)
+
+        return self.separately(x, pool, shape(n))
+
+    def adaptive_average3d(self, n: Node) -> Node:
+        x, wanted = self.given(n)
+        if set(wanted) == {1}:
+            rows = self.reshape(x, -1, math.prod(shape(x)[-3:]))
+            return self.reshape(self.emit(aten.mean.dim, rows, [1]), *shape(n))
+
+        def pool(rows: Node, at: slice) -> Node:
+            sizes = wanted[at] if at is _IMAGE else [*wanted[at], shape(rows)[-1]]
+            return self.emit(aten.adaptive_avg_pool2d.default, rows, sizes)
+
+        return self.separately(x, pool, shape(n))
+
+    def separately(
+        self, x: Node, pool: Callable[[Node, slice], Node], size: tuple[int, ...]
+    ) -> Node:
+        """Pooling over the images first, then over what is left of their D, as the height of an image."""
+        D, H, W = shape(x)[-3:]
+        images = pool(self.reshape(x, -1, D, H, W), _IMAGE)
+        columns = self.reshape(images, -1, 1, D, math.prod(shape(images)[-2:]))
+        return self.reshape(pool(columns, _DEPTH), *size)
+
+
+#: Of three sizes those that an image has, and the other.
+_IMAGE, _DEPTH = slice(1, 3), slice(0, 1)
+
+
+def _three(sizes: Any) -> list[int]:
+    """One size for each of three dimensions."""
+    given = [sizes] if isinstance(sizes, int) else [*sizes]
+    return given * 3 if len(given) == 1 else given
+
+
+def _two(sizes: list[int], neutral: int) -> list[int]:
+    """The sizes for an image, of one row where there is but one."""
+    return [*sizes, neutral][:2]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -385,6 +541,18 @@ _ROWS: dict[Any, tuple[Any, ...]] = {
 
 #: Operators that a target has, but not for all sizes: a pooling whose windows differ.
 _IN_PART = frozenset({aten.adaptive_avg_pool2d.default})
+
+
+def _formula(write: Callable[..., Term | None]) -> Callable[[_Decompose, Node], Node | None]:
+    """The rule that writes a formula."""
+
+    def rule(self: _Decompose, n: Node) -> Node | None:
+        given = (Term(self, a) if isinstance(a, fx.Node) else a for a in self.given(n))
+        made = write(*given)
+        return None if made is None else made.node
+
+    return rule
+
 
 _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.addmm.default: _Decompose.addmm,
@@ -410,7 +578,17 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.bitwise_xor.Tensor: _Decompose.exclusive_or,
     aten.logical_xor.default: _Decompose.exclusive_or,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
-    aten.conv_transpose2d.input: _Decompose.conv_transpose2d,
+    aten.conv_transpose2d.input: _Decompose.conv_transpose,
+    aten.conv_transpose3d.input: _Decompose.conv_transpose,
+    aten.conv3d.default: _Decompose.conv3d,
+    aten.max_pool3d.default: _Decompose.max_pool3d,
+    aten.avg_pool3d.default: _Decompose.average_pool3d,
+    aten.adaptive_avg_pool3d.default: _Decompose.adaptive_average3d,
+    aten.amin.default: _Decompose.amin,
+    aten.log_softmax.int: _Decompose.log_softmax,
+    aten.rms_norm.default: _Decompose.rms_norm,
+    aten.glu.default: _Decompose.gated,
     **dict.fromkeys(_ROWS, _Decompose.pool1d),
     **dict.fromkeys(RECURRENT, _Decompose.recurrent),
+    **{target: _formula(write) for target, write in FORMULAS.items()},
 }

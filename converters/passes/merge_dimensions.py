@@ -9,7 +9,7 @@ beside each other in memory are one to an operator that treats them alike:
     one dimension of its own      [before, it, after] of select, slice, softmax, stack, cat, ...
     mean, sum, max                those that are reduced, and those that are not
     matmul, linear                those before the matrix
-    batch norm, and a kernel of 1  those after the channels
+    batch norm                    those after the channels
 
 A reshape is no operation then. What mixes dimensions otherwise stays as it is.
 """
@@ -290,27 +290,6 @@ class _Merge(Builder):
         N, C, first, *rest = shape(x)
         return self.again(n, input=self.form(x, [N, C, first, math.prod(rest)]))
 
-    def average(self, n: Node) -> Node | None:
-        x, size = n.args
-        if set(size) != {1}:
-            return None
-        rows = self.form(x, [math.prod(shape(x)[:-3]), math.prod(shape(x)[-3:])])
-        return self.emit(aten.mean.dim, rows, [1])
-
-    def convolution(self, n: Node) -> Node | None:
-        """A convolution that mixes channels alone."""
-        given = ops.arguments(n)
-        x, weight = given["input"], given["weight"]
-        spans = (*shape(weight)[2:], *given["stride"])
-        if set(spans) != {1} or any(given["padding"]) or len(shape(x)) != 5:
-            return None
-        N, C, first, *rest = shape(x)
-        rows = self.form(x, [N, C, first, math.prod(rest)])
-        kernel = self.form(weight, [*shape(weight)[:2], 1, 1])
-        bias = None if given["bias"] is None else self._whole(given["bias"])
-        plain = [1, 1], [0, 0], [1, 1], given["groups"]
-        return self.emit(aten.conv2d.default, rows, kernel, bias, *plain)
-
 
 def _spans(marks: Sequence[Hashable], size: Sequence[int]) -> list[tuple[Hashable, list[int]]]:
     """Dimensions beside each other with the same mark; those of size 1 go with any."""
@@ -361,6 +340,4 @@ _RULES: dict[Any, Callable[[_Merge, Node], Node | None]] = {
     aten.cat.default: _Merge.cat,
     aten.matmul.default: _Merge.matmul,
     aten.batch_norm.default: _Merge.batch_norm,
-    aten.adaptive_avg_pool3d.default: _Merge.average,
-    aten.conv3d.default: _Merge.convolution,
 }

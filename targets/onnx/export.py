@@ -55,7 +55,8 @@ class Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.bytes = 0
-        self._values: dict[Node, str] = {}
+        # Of an operator with several results the list of them.
+        self._values: dict[Node, Any] = {}
         self._by_content: dict[tuple[Any, ...], str] = {}
         self._names: set[str] = set()
         self._node: Node = None
@@ -64,25 +65,29 @@ class Emitter:
 
     def __call__(self, op: str, *inputs: Any, **attributes: Any) -> str:
         """Emit one ONNX node and give its output's name; attributes that are None are left out."""
-        name = self._unique(self._node.name)
+        return self.several(1, op, *inputs, **attributes)[0]
+
+    def several(self, count: int, op: str, *inputs: Any, **attributes: Any) -> list[str]:
+        """The same for a node with several outputs."""
+        names = [self._unique(self._node.name) for _ in range(count)]
         path = where(self._node)
         scope = path.replace(".", "/")
         node = helper.make_node(
             op,
             [self._input(i) for i in inputs],
-            [name],
-            name=f"/{scope}/{name}" if scope else f"/{name}",
+            names,
+            name=f"/{scope}/{names[0]}" if scope else f"/{names[0]}",
             doc_string=path,
             **{k: v for k, v in attributes.items() if v is not None},
         )
         self.nodes.append(node)
-        return name
+        return names
 
     def value(self, x: Any, dtype: torch.dtype | None = None) -> str:
         """A graph node's value, or a number, in this dtype."""
         if not isinstance(x, fx.Node):
             return self.constant(torch.tensor(x, dtype=dtype))
-        name = self._values[x]
+        name: str = self._values[x]
         return name if dtype is None else self.cast(name, x.meta["val"].dtype, dtype)
 
     def cast(self, name: str, given: torch.dtype, wanted: torch.dtype) -> str:
@@ -146,7 +151,9 @@ class Emitter:
             elif n.op == "get_attr":
                 self._values[n] = self.constant(program.tensor(n.target), n.target)
             elif n.target is operator.getitem:
-                self._values[n] = self._values[n.args[0]]  # of a node that is refused
+                held = self._values[n.args[0]]
+                # A node that is refused has one name, whatever it gives.
+                self._values[n] = held[n.args[1]] if isinstance(held, list) else held
             elif n.op == "call_function":
                 try:
                     if n.target not in OPERATORS:
@@ -171,7 +178,7 @@ class Emitter:
 
     def _publish(self, n: Node, name: str, ports: Sequence[str]) -> None:
         """Let a value have an output's name."""
-        value = self._values[n]
+        value: str = self._values[n]
         made = [node for node in self.nodes if value in node.output]
         if not made or value in ports:
             self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
@@ -180,14 +187,18 @@ class Emitter:
             for side in (node.input, node.output):
                 for i, other in enumerate(side):
                     side[i] = name if other == value else other
-        self._values = {k: name if v == value else v for k, v in self._values.items()}
+        for k, held in self._values.items():
+            if isinstance(held, list):
+                self._values[k] = [name if v == value else v for v in held]
+            elif held == value:
+                self._values[k] = name
 
     def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What each value that stands for a node of the program must be."""
         return {
             value: (n.meta["val"].dtype, shape(n))
             for n, value in self._values.items()
-            if n.op == "call_function"
+            if n.op == "call_function" and isinstance(value, str)
         }
 
 

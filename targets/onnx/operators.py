@@ -1,6 +1,6 @@
 """ATen operators in ONNX, one small function each.
 
-An exporter takes the emitter and a node and gives the name of the node's value.
+An exporter takes the emitter and a node and gives the name of the node's value, or those of its values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ...converters import ops
 from ...converters.ops import Node, aten, shape
 from .export import Emitter, NotInOnnx
 
-Exporter = Callable[[Emitter, Node], str]
+#: Of an operator with one result.
+One = Callable[[Emitter, Node], str]
+Exporter = One | Callable[[Emitter, Node], list[str]]
 
 
 def _dtype(n: Node) -> torch.dtype:
@@ -48,7 +50,7 @@ def _unary(op: str) -> Exporter:
     return lambda e, n: e(op, e.value(n.args[0], _dtype(n)))
 
 
-def _binary(op: str) -> Exporter:
+def _binary(op: str) -> One:
     return lambda e, n: e(op, *(e.value(a, _dtype(n)) for a in n.args[:2]))
 
 
@@ -579,12 +581,45 @@ def _running_sum(e: Emitter, n: Node) -> str:
     return e("CumSum", e.value(x, _dtype(n)), e.constant(torch.tensor(ops.dim(x, at))))
 
 
-def _argmax(e: Emitter, n: Node) -> str:
-    x, at = n.args[0], _argument(n, 1, "dim", None)
-    if at is None:
-        raise NotInOnnx("argmax over all dimensions")
-    keep = bool(_argument(n, 2, "keepdim", False))
-    return e("ArgMax", x, axis=ops.dim(x, at), keepdims=int(keep))
+def _place(op: str) -> Exporter:
+    """Where the largest or smallest value stands."""
+
+    def emit(e: Emitter, n: Node) -> str:
+        x, at, keep = _arguments(n, 1, None, False)
+        if at is None:
+            raise NotInOnnx("over all dimensions")
+        return e(op, x, axis=ops.dim(x, at), keepdims=int(keep))
+
+    return emit
+
+
+def _extreme(reduction: str, place: str) -> Exporter:
+    """The largest or smallest value, and where it stands."""
+
+    def emit(e: Emitter, n: Node) -> list[str]:
+        x, at, keep = _arguments(n, 2, False)
+        axis = ops.dim(x, at)
+        index = e(place, x, axis=axis, keepdims=int(keep))
+        return [_axes(e, reduction, x, [axis], bool(keep), 18), index]
+
+    return emit
+
+
+def _top(e: Emitter, n: Node) -> list[str]:
+    x, count, at, largest, _ = _arguments(n, 2, -1, True, True)
+    return e.several(2, "TopK", x, e.ints([count]), axis=ops.dim(x, at), largest=int(largest))
+
+
+def _in_order(e: Emitter, n: Node) -> list[str]:
+    given = ops.arguments(n)
+    x = given["self"]
+    at, falling = ops.dim(x, given["dim"]), int(given["descending"])
+    return e.several(2, "TopK", x, e.ints([shape(x)[at]]), axis=at, largest=falling)
+
+
+def _gather(e: Emitter, n: Node) -> str:
+    x, at, index = n.args[:3]
+    return e("GatherElements", x, index, axis=ops.dim(x, at))
 
 
 def _softmax(op: str) -> Exporter:
@@ -623,6 +658,12 @@ OPERATORS: dict[Any, Exporter] = {
     aten.reciprocal.default: _unary("Reciprocal"),
     aten.sin.default: _unary("Sin"),
     aten.cos.default: _unary("Cos"),
+    aten.tan.default: _unary("Tan"),
+    aten.asin.default: _unary("Asin"),
+    aten.acos.default: _unary("Acos"),
+    aten.atan.default: _unary("Atan"),
+    aten.sinh.default: _unary("Sinh"),
+    aten.cosh.default: _unary("Cosh"),
     aten.erf.default: _unary("Erf"),
     aten.floor.default: _unary("Floor"),
     aten.ceil.default: _unary("Ceil"),
@@ -711,6 +752,7 @@ OPERATORS: dict[Any, Exporter] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,
+    aten.gather.default: _gather,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.expand.default: _expand,
@@ -731,5 +773,13 @@ OPERATORS: dict[Any, Exporter] = {
     aten.logsumexp.default: _log_sum_exp,
     aten.prod.dim_int: _product_along,
     aten.cumsum.default: _running_sum,
-    aten.argmax.default: _argmax,
+    aten.argmax.default: _place("ArgMax"),
+    aten.argmin.default: _place("ArgMin"),
+    # Order
+    aten.max.dim: _extreme("ReduceMax", "ArgMax"),
+    aten.min.dim: _extreme("ReduceMin", "ArgMin"),
+    aten.topk.default: _top,
+    aten.sort.default: _in_order,
+    aten.sort.stable: _in_order,
+    aten.argsort.default: lambda e, n: _in_order(e, n)[1],
 }

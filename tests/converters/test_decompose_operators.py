@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from spikeport.converters.capture import capture
-from spikeport.converters.passes import decompose_operators
+from spikeport.converters.ops import aten
+from spikeport.converters.passes import decompose_operators, merge_dimensions
+from spikeport.converters.passes.formulas import FORMULAS
 from spikeport.converters.program import short
 from spikeport.targets.lynxi.capabilities import CAPABILITIES
 
@@ -44,7 +47,7 @@ class Bilinear(nn.Bilinear):
         return super().forward(x, x.flip(0))
 
 
-IMAGE, LINE = (2, 4, 6, 5), (2, 4, 9)
+IMAGE, LINE, VIDEO = (2, 4, 6, 5), (2, 4, 9), (2, 4, 5, 6, 7)
 CASES = {
     "addmm": (lambda x: torch.addmm(x[0], x, x.T, beta=0.5, alpha=2.0), (5, 5)),
     "rsub": (lambda x: torch.rsub(x, 2.0, alpha=3.0) + torch.rsub(x, x * x), IMAGE),
@@ -101,6 +104,51 @@ CASES = {
     "transposed conv in groups": (nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), groups=2), IMAGE),
     "transposed conv, dilated": (nn.ConvTranspose2d(4, 4, 3, 2, 2, dilation=2), IMAGE),
     "transposed conv in 1-D": (nn.ConvTranspose1d(4, 6, 4, 2, 1, bias=False), LINE),
+    "transposed conv in 3-D": (nn.ConvTranspose3d(4, 6, 3, (2, 1, 2), 1, (1, 0, 0)), VIDEO),
+    "conv in 3-D": (nn.Conv3d(4, 6, (3, 2, 3), (2, 1, 2), (1, 0, 2)), VIDEO),
+    "conv in 3-D, dilated, in groups": (nn.Conv3d(4, 8, 2, 1, 1, 2, groups=2, bias=False), VIDEO),
+    "conv in 3-D over images": (nn.Conv3d(4, 6, (1, 3, 3), padding=(0, 1, 1)), VIDEO),
+    "conv in 3-D over all of D": (nn.Conv3d(4, 6, (5, 1, 1)), VIDEO),
+    "conv of channels in 3-D": (nn.Conv3d(4, 6, 1, groups=2), VIDEO),
+    "max pool in 3-D": (nn.MaxPool3d((2, 3, 2), padding=1, dilation=(2, 1, 1)), VIDEO),
+    "max pool in 3-D, to the end": (nn.MaxPool3d(2, (1, 2, 3), ceil_mode=True), VIDEO),
+    "max pool in 3-D without a batch": (nn.MaxPool3d(2), VIDEO[1:]),
+    "average in 3-D": (nn.AvgPool3d((2, 3, 2), (1, 2, 2)), VIDEO),
+    "average in 3-D, to the end": (nn.AvgPool3d(3, 2, 1, True), VIDEO),
+    "average in 3-D without the padding": (nn.AvgPool3d(3, 2, 1, True, False), VIDEO),
+    "average in 3-D by another number": (nn.AvgPool3d(2, divisor_override=5), VIDEO),
+    "adaptive average in 3-D": (nn.AdaptiveAvgPool3d((2, 3, 7)), VIDEO),
+    "adaptive average in 3-D of all": (nn.AdaptiveAvgPool3d(1), VIDEO),
+    "adaptive max in 3-D": (nn.AdaptiveMaxPool3d((5, 3, 1)), VIDEO),
+    "amin": (lambda x: x.amin((1, 3)) + x.amin(), IMAGE),
+    "RMS norm": (nn.RMSNorm((6, 5)), IMAGE),
+    "gate": (nn.GLU(1), IMAGE),
+    "swish": (nn.SiLU(), IMAGE),
+    "GELU by tanh": (nn.GELU("tanh"), IMAGE),
+    "ELU": (nn.ELU(0.7), IMAGE),
+    "CELU": (nn.CELU(0.7), IMAGE),
+    "SELU": (nn.SELU(), IMAGE),
+    "mish": (nn.Mish(), IMAGE),
+    "leaky ReLU": (nn.LeakyReLU(0.2), IMAGE),
+    "random leaky ReLU": (nn.RReLU(), IMAGE),
+    "hard tanh": (nn.Hardtanh(-0.5, 0.8), IMAGE),
+    "ReLU6": (nn.ReLU6(), IMAGE),
+    "clip": (lambda x: x.clip(-0.5, 0.8) + x.clip(max=0.1), IMAGE),
+    "hard sigmoid": (nn.Hardsigmoid(), IMAGE),
+    "hard swish": (nn.Hardswish(), IMAGE),
+    "threshold": (nn.Threshold(0.3, -2.0), IMAGE),
+    "soft shrink": (nn.Softshrink(0.3), IMAGE),
+    "square": (torch.square, IMAGE),
+    "reciprocal": (torch.reciprocal, IMAGE),
+    "power of two": (torch.exp2, IMAGE),
+    "expm1": (torch.expm1, IMAGE),
+    "step": (lambda x: torch.heaviside(x.round(), x), IMAGE),
+    "sign": (lambda x: x.round().sign(), IMAGE),
+    "whole numbers": (lambda x: (3 * x).floor() + (5 * x).ceil() * 10 + (7 * x).trunc(), IMAGE),
+    "between": (lambda x: torch.lerp(x, -x, 0.3) + torch.lerp(x, -x, 0.8), IMAGE),
+    "between, by a tensor": (lambda x: torch.lerp(x, x * x, x[0]), IMAGE),
+    "added product": (lambda x: torch.addcmul(x, x, x[0], value=0.5), IMAGE),
+    "added quotient": (lambda x: torch.addcdiv(x, x, x.exp(), value=0.5), IMAGE),
 }
 
 
@@ -112,12 +160,50 @@ def test_an_operator_in_others(name: str) -> None:
     for parameter in net.parameters():
         nn.init.normal_(parameter)
     captured = capture(net, (x,))
-    program = decompose_operators(OPS)(captured)
-    assert program.history[-1].done
+    decomposed = decompose_operators(OPS)(captured)
+    assert decomposed.history[-1].done
+    assert not decomposed.history[-1].skipped
+    program = merge_dimensions(4)(decomposed)
     assert {short(n.target) for n in program.nodes("call_function")} <= OPS
     assert max(n.meta["val"].dim() for n in program.nodes("call_function")) <= 4
     with torch.no_grad():
         assert torch.allclose(program(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", FORMULAS, ids=lambda target: target._schema.name)
+def test_a_formula_where_arithmetic_ends(target: Any) -> None:
+    """Infinities, no number, both zeros, the largest numbers and what float16 holds no exponential of."""
+    numbers = [0.0, 1.0, 12.0, 89.0, 65504.0, 3e38, torch.inf]
+    x = torch.tensor([torch.nan, *numbers, *(-v for v in numbers)])
+    rest = {
+        aten.leaky_relu.default: (0.2,),
+        aten.celu.default: (0.7,),
+        aten.rrelu.default: (),
+        aten.gelu.default: (),
+        aten.threshold.default: (0.3, -2.0),
+        aten.heaviside.default: (torch.tensor(0.5),),
+        aten.lerp.Scalar: (x + 1, 0.3),
+        aten.lerp.Tensor: (x + 1, torch.tensor(0.7)),
+        aten.addcmul.default: (x, x),
+        aten.addcdiv.default: (x, x + 1),
+        aten.clip.default: (-1.0, 2.0),
+    }.get(target, ())
+    named = {"approximate": "tanh"} if target is aten.gelu.default else {}
+    net = Net(lambda x: target(x, *rest, **named))
+    program = decompose_operators({*OPS, "aten.softplus"})(capture(net, (x,)))
+    assert program.history[-1].done
+    torch.testing.assert_close(program(x), net(x), equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_what_needs_a_logarithm_is_refused_without_one() -> None:
+    for run in (nn.LogSoftmax(-1), nn.LogSigmoid(), nn.GELU()):
+        captured = capture(Net(run), (torch.randn(IMAGE),))
+        report = decompose_operators(OPS)(captured).history[-1]
+        assert (report.done, len(report.skipped)) == ((), 1)
+    captured = capture(Net(nn.LogSoftmax(1)), (x := torch.randn(IMAGE) * 50,))
+    program = decompose_operators({*OPS, "aten.log"})(captured)
+    assert "aten.log_softmax" not in {short(n.target) for n in program.nodes("call_function")}
+    torch.testing.assert_close(program(x), x.log_softmax(1), rtol=1e-5, atol=1e-5)
 
 
 def test_log1p_where_there_is_a_logarithm() -> None:

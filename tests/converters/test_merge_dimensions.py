@@ -76,9 +76,6 @@ LAYERS: dict[str, nn.Module] = {
     "linear": nn.Linear(3, 5),
     "layer norm": nn.LayerNorm((4, 3)),
     "batch norm": nn.BatchNorm3d(3),
-    "average": nn.AdaptiveAvgPool3d(1),
-    "convolution of channels": nn.Conv3d(3, 4, 1),
-    "convolution of channels in groups": nn.Conv3d(3, 6, 1, groups=3, bias=False),
 }
 
 
