@@ -119,9 +119,15 @@ def seal(
     module = fx.GraphModule(used, graph)
     found = neuron_sites(graph, tensors) if sites is None else tuple(sites)
     if sites is None:
-        known = {site.name: (i, site.scale) for i, site in enumerate(program.sites)}
-        ordered = sorted(found, key=lambda site: known.get(site.name, (len(known), None))[0])
-        found = tuple(replace(s, scale=known.get(s.name, (0, None))[1]) for s in ordered)
+        order = {site.name: i for i, site in enumerate(program.sites)}
+        known = {site.name: site for site in program.sites}
+        ordered = sorted(found, key=lambda site: order.get(site.name, len(order)))
+        found = tuple(
+            replace(site, scale=before.scale, sample=before.sample)
+            if (before := known.get(site.name)) is not None
+            else site
+            for site in ordered
+        )
     history = (*program.history, report)
     return replace(program, module=module, sites=found, history=history, **changes)
 
@@ -218,8 +224,11 @@ def with_probes(program: Program) -> Program:
             shape = tuple(node.meta["val"].shape)
             folded = site.layout in ("flat", "static")
             user = (site.T, shape[0] // site.T, *shape[1:]) if folded else shape
+            rank = None
+            if site.sample is not None:
+                user, rank = (*user[: 2 if folded else 1], *site.sample), len(shape)
             label = f"spikes:{site.name}" + (f":{t}" if site.layout == "steps" else "")
-            specs.append(TensorSpec(label, user, program.dtype, folded))
+            specs.append(TensorSpec(label, user, program.dtype, folded, rank=rank))
             extra.append(node)
     own = len(program.outputs)
     graph.output((*results[:own], *extra, *results[own:]))

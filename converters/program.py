@@ -9,6 +9,7 @@ carries the path of the module that it came from. It is callable after every pas
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ class TensorSpec:
         folded: Whether the graph holds it as [TN, ...] where the user's is [T, N, ...].
         parts: As the sum of how many float16 numbers the graph holds it, one after the other in
             dimension 1.
+        rank: How many dimensions the graph holds it in at most, the last ones as one; None for as many
+            as there are.
     """
 
     name: str
@@ -52,15 +55,17 @@ class TensorSpec:
     dtype: torch.dtype
     folded: bool = False
     parts: int = 1
+    rank: int | None = None
 
     @property
     def graph_shape(self) -> tuple[int, ...]:
         """The shape inside the graph."""
+        size = self.shape
         if self.folded:
-            return (self.shape[0] * self.shape[1], *self.shape[2:])
-        if self.parts > 1:
-            return (self.shape[0], self.parts * self.shape[1], *self.shape[2:])
-        return self.shape
+            size = (size[0] * size[1], *size[2:])
+        elif self.parts > 1:
+            size = (size[0], self.parts * size[1], *size[2:])
+        return size if self.rank is None else merged(size, self.rank)
 
     def held(self, x: torch.Tensor) -> torch.Tensor:
         """A value of this shape as the graph holds it."""
@@ -73,6 +78,13 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+def merged(size: Sequence[int], rank: int) -> tuple[int, ...]:
+    """A shape of at most so many dimensions, the last ones as one."""
+    if len(size) <= rank:
+        return tuple(size)
+    return (*size[: rank - 1], math.prod(size[rank - 1 :]))
 
 
 def fold(
@@ -117,6 +129,7 @@ class Site:
         scale: What its drive was divided by, with the neuron's potentials, a value a channel; None
             if nothing was.
         offset: What was taken from its drive before that, likewise.
+        sample: The shape of a sample, where the graph holds its last dimensions as one.
     """
 
     name: str
@@ -128,6 +141,7 @@ class Site:
     spikes: tuple[str, ...]
     scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    sample: tuple[int, ...] | None = None
 
     def drive(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Its input [T, N, ...] out of a run's values by node name, in the source's scale.
@@ -149,8 +163,12 @@ class Site:
 
     def _gather(self, parts: Sequence[torch.Tensor], layout: str) -> torch.Tensor:
         if layout == "step":
-            return parts[0]
-        return torch.stack(list(parts)) if layout == "steps" else steps(parts[0], layout, self.T)
+            whole = parts[0]
+        elif layout == "steps":
+            whole = torch.stack(list(parts))
+        else:
+            whole = steps(parts[0], layout, self.T)
+        return whole if self.sample is None else whole.reshape(*whole.shape[:2], *self.sample)
 
     def scatter(self, spikes: torch.Tensor, like: torch.Tensor, node: str) -> torch.Tensor:
         """Spikes [T, N, ...], or [N, ...] of the step, as one of its output nodes holds them."""
@@ -303,7 +321,12 @@ class Program:
         after = "" if side == "placeholder" else ".next"
         nodes = list(self.nodes("placeholder"))[len(self.inputs) :]
         return [
-            TensorSpec(state.name + after, tuple(state.initial.shape), n.meta["val"].dtype)
+            TensorSpec(
+                state.name + after,
+                state.shape or tuple(state.initial.shape),
+                n.meta["val"].dtype,
+                rank=None if state.shape is None else state.initial.dim(),
+            )
             for state, n in zip(self.stepping.states, nodes, strict=True)
         ]
 

@@ -20,10 +20,12 @@ class State:
     Attributes:
         name: The layer's path and the state's own name, as ``conv.2.v``.
         initial: Its values before the first step.
+        shape: Its shape, where the graph holds its last dimensions as one.
     """
 
     name: str
     initial: torch.Tensor
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,4 +84,5 @@ class Stepping:
     def cast(self, dtypes: Sequence[torch.dtype]) -> Stepping:
         """The same with its states in these dtypes."""
         pairs = zip(self.states, dtypes, strict=True)
-        return replace(self, states=tuple(State(s.name, s.initial.to(dtype)) for s, dtype in pairs))
+        states = tuple(replace(s, initial=s.initial.to(dtype)) for s, dtype in pairs)
+        return replace(self, states=states)

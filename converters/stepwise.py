@@ -147,8 +147,9 @@ class Stepwise(Builder):
         wide = torch.promote_types(x.meta["val"].dtype, torch.float32)
         zeros = torch.zeros(shape(x), dtype=wide)
         names = ("v", *neuron.dynamics.states)
+        whole = None if site.sample is None else (shape(x)[0], *site.sample)
         parts = [
-            self.new_state(f"{site.name}.{name}", value.detach().clone())
+            self.new_state(f"{site.name}.{name}", value.detach().clone(), whole)
             for name, value in zip(names, neuron.initial(zeros), strict=True)
         ]
         state = self.call(aten.stack.default, parts, 0, path=path)
@@ -169,12 +170,17 @@ class Stepwise(Builder):
     def _fires_at_once(neuron: Neuron) -> bool:
         return bool(torch.as_tensor(neuron.fired(torch.as_tensor(neuron.v_0))).any())
 
-    def new_state(self, name: str, initial: torch.Tensor) -> Node:
-        """A new state's input; what it is after the step is noted by the caller."""
+    def new_state(
+        self, name: str, initial: torch.Tensor, whole: tuple[int, ...] | None = None
+    ) -> Node:
+        """A new state's input; what it is after the step is noted by the caller.
+
+        ``whole``: its shape, where the graph holds its last dimensions as one.
+        """
         taken = {state.name for state in self.states} | {s.name for s in self.program.inputs}
         names = itertools.chain([name], (f"{name}#{k}" for k in itertools.count(2)))
         name = next(n for n in names if n not in taken)
-        self.states.append(State(name, initial))
+        self.states.append(State(name, initial, whole))
         others = (n for n in self.graph.nodes if n.op != "placeholder")
         label = "".join(c if c.isalnum() else "_" for c in f"state_{name}")
         with self.graph.inserting_before(next(others, self.graph._root)):

@@ -55,6 +55,7 @@ class Port:
             "dtype": dtype_name(spec.dtype),
             "folded": spec.folded,
             "parts": spec.parts,
+            "rank": spec.rank,
             "batch_dim": self.batch_dim,
             "graph_dtype": dtype_name(self.graph_dtype),
         }
@@ -67,7 +68,9 @@ class Port:
             tuple(data["shape"]),
             _dtype(data["dtype"]),
             bool(data["folded"]),
-            int(data.get("parts", 1)),  # artifacts written before had none
+            # Artifacts written before have neither.
+            int(data.get("parts", 1)),
+            data.get("rank"),
         )
         return cls(spec, data["batch_dim"], _dtype(data["graph_dtype"]))
 
@@ -280,7 +283,7 @@ class Model:
         """
         self._stepped("state")
         pairs = zip(self._states, self._state, strict=True)
-        return {port.spec.name: value.clone() for port, value in pairs}
+        return {port.spec.name: value.clone().reshape(port.spec.shape) for port, value in pairs}
 
     @state.setter
     def state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -299,7 +302,9 @@ class Model:
             raise UsageError(
                 f"{'; '.join(wrong)}; the states are {', '.join(names)}; set what model.state gave"
             )
-        self._state, self._samples = [state[name].detach().cpu().clone() for name in names], None
+        given = ((state[port.spec.name], port.spec.graph_shape) for port in self._states)
+        self._state = [value.detach().cpu().clone().reshape(size) for value, size in given]
+        self._samples = None
 
     def _initial(self) -> list[torch.Tensor]:
         return [] if self._stepping is None else [s.initial.clone() for s in self._stepping.states]

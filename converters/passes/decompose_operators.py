@@ -14,6 +14,7 @@
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
     x W, along H and along W       of adaptive average pooling whose windows differ
     x W, W ones above the diagonal of the running sum
+    slice, concatenate             of padding
     (x y') W                       of the bilinear layer, x y' being all products
     log(1 + x)                     of log1p, less exact near 0
     where(x != x, 0, x)            of nan_to_num, and likewise for infinities
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -128,9 +129,10 @@ class _Decompose(Builder):
     def scaled(self, x: Node, factor: float) -> Node:
         return x if factor == 1 else self.emit(aten.mul.Tensor, x, factor)
 
-    def zeros(self, size: tuple[int, ...], dtype: torch.dtype) -> Node:
-        name = "zeros_" + "_".join(map(str, size))
-        return self.constant(f"{name}_{_name(dtype)}", torch.zeros(size, dtype=dtype))
+    def filled(self, size: Sequence[int], value: float, dtype: torch.dtype) -> Node:
+        """A constant of equal elements."""
+        name = f"{value}_{'_'.join(map(str, size))}_{_name(dtype)}".replace(".", "_")
+        return self.constant(f"filled_{name}", torch.full(size, value, dtype=dtype))
 
     def normalised(self, x: Node, dims: list[int], eps: float) -> Node:
         mean = self.emit(aten.mean.dim, x, dims, True)
@@ -296,6 +298,25 @@ class _Decompose(Builder):
         rows = self.reshape(products, *shape(x)[:-1], -1)
         return self.emit(aten.linear.default, rows, self.reshape(weight, shape(n)[-1], -1), bias)
 
+    def padded(self, n: Node) -> Node:
+        x, widths, value = self.given(n)
+        dtype = x.meta["val"].dtype
+        for i, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+            at = len(shape(x)) - 1 - i
+            if min(before, after) < 0:
+                end = shape(x)[at] + min(after, 0)
+                x = self.emit(aten.slice.Tensor, x, at, max(-before, 0), end)
+            size = [*shape(x)]
+            first, last = (
+                [self.filled([*size[:at], width, *size[at + 1 :]], value, dtype)]
+                if width > 0
+                else []
+                for width in (before, after)
+            )
+            if first or last:
+                x = self.emit(aten.cat.default, [*first, x, *last], at)
+        return x
+
     def log1p(self, n: Node) -> Node:
         (x,) = self.given(n)
         return self.emit(aten.log.default, self.emit(aten.add.Tensor, x, 1.0))
@@ -411,7 +432,7 @@ class _Decompose(Builder):
         size = shape(x)
         after = math.prod(size[at + 1 :])
         rows = self.reshape(x, math.prod(size[:at]), size[at], after)
-        zeros = self.zeros((*shape(rows)[:2], (s - 1) * after), x.meta["val"].dtype)
+        zeros = self.filled((*shape(rows)[:2], (s - 1) * after), 0.0, x.meta["val"].dtype)
         wide = self.emit(aten.cat.default, [rows, zeros], 2)
         return self.reshape(wide, *size[:at], size[at] * s, *size[at + 1 :])
 
@@ -432,7 +453,7 @@ class _Decompose(Builder):
         slices = self.depth_first(x, [N, C, D, -1])
         if padding[0]:
             rows = self.reshape(slices, N, D, -1)
-            zeros = self.zeros((N, padding[0], shape(rows)[2]), x.meta["val"].dtype)
+            zeros = self.filled((N, padding[0], shape(rows)[2]), 0.0, x.meta["val"].dtype)
             slices = self.emit(aten.cat.default, [zeros, rows, zeros], 1)
         slices = self.reshape(slices, N, D + 2 * padding[0], -1)
         # Of each output's window the d-th slice, side by side for every channel.
@@ -585,6 +606,7 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.avg_pool3d.default: _Decompose.average_pool3d,
     aten.adaptive_avg_pool3d.default: _Decompose.adaptive_average3d,
     aten.amin.default: _Decompose.amin,
+    aten.constant_pad_nd.default: _Decompose.padded,
     aten.log_softmax.int: _Decompose.log_softmax,
     aten.rms_norm.default: _Decompose.rms_norm,
     aten.glu.default: _Decompose.gated,

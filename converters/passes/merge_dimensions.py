@@ -10,6 +10,7 @@ beside each other in memory are one to an operator that treats them alike:
     mean, sum, max                those that are reduced, and those that are not
     matmul, linear                those before the matrix
     batch norm                    those after the channels
+    neurons                       the last ones, as of inputs and outputs
 
 A reshape is no operation then. What mixes dimensions otherwise stays as it is.
 """
@@ -27,7 +28,17 @@ from torch import fx
 from .. import ops
 from ..builder import Builder, holds_state, state_of
 from ..ops import Node, aten, shape
-from ..program import NEURON, NEURON_STEP, STATE, PassReport, Program, short, where
+from ..program import (
+    NEURON,
+    NEURON_STEP,
+    STATE,
+    PassReport,
+    Program,
+    TensorSpec,
+    merged,
+    short,
+    where,
+)
 
 
 def merge_dimensions(most: int) -> Callable[[Program], Program]:
@@ -47,14 +58,23 @@ class _Merge(Builder):
         # A value of the old graph, in any shape that has its elements in the same order.
         self.env: dict[Node, Node] = {}
         self.path = ""
+        #: The shapes of samples of layers whose neurons stand in fewer dimensions now.
+        self.samples: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> Program:
         done: list[str] = []
         skipped: list[str] = []
+        inputs: list[TensorSpec] = []
+        given = iter(self.program.inputs)
         for n in self.program.walk():
             self.path = where(n)
             if n.op == "placeholder":
-                self.env[n] = self.placeholder(n, n.meta["val"])
+                value = n.meta["val"]
+                if (spec := next(given, None)) is not None:
+                    wide = len(spec.graph_shape) > self.most
+                    inputs.append(replace(spec, rank=self.most) if wide else spec)
+                    value = value.reshape(inputs[-1].graph_shape)
+                self.env[n] = self.placeholder(n, value)
             elif n.op == "get_attr":
                 self.env[n] = self.copy(n, {})
             elif n.op == "call_function":
@@ -69,18 +89,21 @@ class _Merge(Builder):
         outputs, results = [], []
         for spec, r in zip(self.program.outputs, self.program.results, strict=True):
             self.path = where(r)
-            if not spec.folded and len(spec.shape) == self.most + 1:
-                spec = replace(spec, folded=True)
-                results.append(self.form(r, spec.graph_shape))
-            else:
-                results.append(self._whole(r))
-            outputs.append(spec)
+            wide = len(spec.graph_shape) > self.most
+            outputs.append(replace(spec, rank=self.most) if wide else spec)
+            results.append(self.form(r, outputs[-1].graph_shape))
+        # The states that steps end with, of which there are as many as there are states.
+        results += map(self._whole, self.program.results[len(outputs) :])
         report = PassReport("merge_dimensions", tuple(done), tuple(skipped))
-        return self.finish(results, report, outputs=tuple(outputs))
+        result = self.finish(results, report, inputs=tuple(inputs), outputs=tuple(outputs))
+        sites = (
+            replace(site, sample=self.samples.get(site.name, site.sample)) for site in result.sites
+        )
+        return replace(result, sites=tuple(sites))
 
     def _is_wide(self, n: Node) -> bool:
         # The states of neurons are not there any more once these are lowered.
-        if n.target in (NEURON, NEURON_STEP, STATE) or holds_state(n) or state_of(n):
+        if n.target is NEURON_STEP or holds_state(n) or state_of(n):
             return False
         values = [v.meta["val"] for v in (n, *n.all_input_nodes)]
         return any(isinstance(v, torch.Tensor) and v.dim() > self.most for v in values)
@@ -176,6 +199,25 @@ class _Merge(Builder):
 
     def same(self, n: Node) -> Node:
         return self.env[n.args[0]]
+
+    def neurons(self, n: Node) -> Node | None:
+        x, params, spec, layout, *rest = n.args
+        size = shape(x)
+        if layout == "stepped" or len(size) <= self.most:
+            return None
+        if n.target is NEURON:
+            self.samples[self.program.site(n).name] = size[1:]
+        own = [self._parameter(p, size[1:]) for p in params]
+        return self.emit(n.target, self.form(x, merged(size, self.most)), own, spec, layout, *rest)
+
+    def _parameter(self, p: Node, sample: tuple[int, ...]) -> Node:
+        """What is broadcast over a sample, over one whose last dimensions are one."""
+        value = self.program.tensor(str(p.target))
+        value = value.reshape([1] * (len(sample) - value.dim()) + [*value.shape])
+        last = self.most - 2
+        if math.prod(value.shape[last:]) > 1:
+            value = value.expand(*value.shape[:last], *sample[last:])
+        return self.constant(f"{p.target}.merged", value.flatten(last))
 
     def elementwise(self, n: Node) -> Node:
         size = shape(n)
@@ -334,6 +376,7 @@ _RULES: dict[Any, Callable[[_Merge, Node], Node | None]] = {
         _Merge.reduce,
     ),
     **dict.fromkeys(ops.TRAILING, _Merge.rows),
+    **dict.fromkeys((NEURON, STATE), _Merge.neurons),
     aten.expand.default: _Merge.expand,
     aten.repeat.default: _Merge.repeat,
     aten.stack.default: _Merge.stack,

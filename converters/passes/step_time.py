@@ -246,16 +246,15 @@ class _StepTime(Loops):
                 self.env[n] = Same(self.placeholder(n, n.meta["val"]))
                 found.append(spec)
                 continue
-            sizes = list(spec.shape)
-            del sizes[axis]
-            node = self.placeholder(n, n.meta["val"].new_empty(sizes))
+            one = _one_step(spec, axis)
+            node = self.placeholder(n, n.meta["val"].new_empty(one.graph_shape))
             x = Steps(node, axis, self.T)
             if spec.folded:
                 # The program has [a, b, ...] as [ab, ...]; one of the two is time.
-                outer, inner = (1, sizes[0]) if axis == 0 else (sizes[0], 1)
+                outer, inner = (1, one.shape[0]) if axis == 0 else (one.shape[0], 1)
                 x = Steps(node, 0, self.T, outer, inner, bare=False)
             self.env[n] = x
-            found.append(replace(spec, shape=tuple(sizes), folded=False))
+            found.append(one)
         return found
 
     def _output(self, spec: TensorSpec, r: Node) -> tuple[Node, TensorSpec, int | None]:
@@ -264,9 +263,7 @@ class _StepTime(Loops):
         try:
             if isinstance(value, Steps):
                 node, axis = self._every(spec, r, value)
-                sizes = list(spec.shape)
-                del sizes[axis]
-                return node, replace(spec, shape=tuple(sizes), folded=False), axis
+                return node, _one_step(spec, axis), axis
             node = self.at_last(r)
         except (RefusedError, MixesTimeError) as error:
             self._tell(error, r, "output")
@@ -284,7 +281,7 @@ class _StepTime(Loops):
             return bare.node, bare.axis
         folded = fold_in(self, value, where(r))
         axis = 0 if folded.outer == 1 else 1
-        return self.shaped(folded.node, [s for d, s in enumerate(spec.shape) if d != axis]), axis
+        return self.shaped(folded.node, list(_one_step(spec, axis).graph_shape)), axis
 
     # Every value in turn
 
@@ -576,3 +573,10 @@ def _identity(n: Node) -> Hashable:
     while x.target is ops.RESHAPE:
         x = x.args[0]
     return (x, tuple(params), spec, where(n))
+
+
+def _one_step(spec: TensorSpec, axis: int) -> TensorSpec:
+    """An input or output without the dimension that is time."""
+    size = tuple(s for d, s in enumerate(spec.shape) if d != axis)
+    rank = None if spec.rank is None else spec.rank - (not spec.folded)
+    return replace(spec, shape=size, folded=False, rank=rank)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
 
-from ...converters.errors import DeviceError, TargetUnavailableError, UsageError
+from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
+from ...converters.ops import aten
 from ...converters.passes import Pass, decompose_operators, lower_neurons
-from ...converters.program import Program, short
+from ...converters.program import Program, short, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
 from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype
 from .operators import OPERATORS
@@ -41,6 +42,23 @@ class Onnx:
     def passes(self, dtype: torch.dtype) -> tuple[Pass, ...]:
         """The rewrites in order; for float16 batch norms are absorbed, so that weights stay exact."""
         return rewrites(dtype, decompose_operators({*map(short, OPERATORS)}), lower_neurons)
+
+    def inspect(self, program: Program) -> Iterator[Finding]:
+        """Where the order of equal values is the runtime's own."""
+        for n in program.graph.find_nodes(op="call_function", target=aten.topk.default):
+            if any(user.args[1] == 1 for user in n.users):
+                yield Finding(
+                    rule="ties",
+                    where=where(n),
+                    node=n.name,
+                    target=self.name,
+                    found="the places of aten.topk are used, and torch leaves open which of equal values, "
+                    "such as firing rates, comes first",
+                    allowed="ONNX gives the first of them",
+                    fix="x.sort(-1, descending=True, stable=True), which says so, or none where no two are "
+                    "equal",
+                    severity="warning",
+                )
 
     def sdk(self) -> SDK:
         """The onnx package, which compiles; ONNX Runtime, which runs, may be missing."""

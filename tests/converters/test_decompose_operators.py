@@ -122,6 +122,8 @@ CASES = {
     "adaptive max in 3-D": (nn.AdaptiveMaxPool3d((5, 3, 1)), VIDEO),
     "amin": (lambda x: x.amin((1, 3)) + x.amin(), IMAGE),
     "RMS norm": (nn.RMSNorm((6, 5)), IMAGE),
+    "padding": (lambda x: F.pad(x, (1, 2, 0, 3, 1, 0), value=0.5), IMAGE),
+    "cropping": (lambda x: F.pad(x, (-1, 2, -2, -1)), IMAGE),
     "gate": (nn.GLU(1), IMAGE),
     "swish": (nn.SiLU(), IMAGE),
     "GELU by tanh": (nn.GELU("tanh"), IMAGE),

@@ -396,6 +396,21 @@ def test_constants_are_folded_once() -> None:
     assert len(report(folded, "fold_constants").done) == 1
 
 
+def test_whole_numbers_among_others_are_as_torch_makes_them() -> None:
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.arange(3) + (x > torch.tensor([0, 1, 2])) + F.embedding(s.long(), x)
+
+    s = torch.tensor([2, 0, 1, 3])
+    net = Net(run)
+    program = fold_constants(capture(net, (x := torch.rand(4, 3),)))
+    assert torch.equal(program(x), net(x))
+    kinds = {
+        short(u.target): n.meta["val"].dtype for n in program.nodes("get_attr") for u in n.users
+    }
+    assert kinds["aten.mul"] == kinds["aten.gt"] == torch.float32
+    assert torch.int64 in kinds.values()  # places
+
+
 def test_a_constant_neuron_is_not_folded() -> None:
     net = Net(lambda net, x: x + net.spike(net.drive), spike=IFNode())
     net.register_buffer("drive", torch.full((4, 2, 3), 0.4))

@@ -185,8 +185,7 @@ def test_a_layer_converts(name: str) -> None:
         program = rewrite(program)
     assert torch.allclose(program(x), expected, rtol=0, atol=1e-5)
     ranks = [n.meta["val"].dim() for n in program.nodes("call_function")]
-    if len(shape) < 6:
-        assert max(ranks) <= 4
+    assert max(ranks) <= 4
 
 
 @pytest.mark.parametrize("name", [name for name in layers() if name in REFUSED])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,10 +82,15 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "roll over time": (ROWS, lambda s, x: s.lif(x.roll(1, 0))),
     "deviation over time": (ROWS, lambda s, x: s.lif(x).std(0)),
 }
+#: What takes a logarithm, a product of many, a remainder, or numbers of 64 bits.
+NOT_ON_LYNXI = (
+    *("embedding", "count of truth values", "argmax", "remainders"),
+    *("activations", "log1p", "logsumexp", "prod"),
+)
 UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
 
 
-@pytest.mark.parametrize("target", ["reference", "onnx"])
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
 @pytest.mark.parametrize("name", CASES)
 def test_it_converts(name: str, target: str) -> None:
     shape, run = CASES[name]
@@ -95,7 +101,11 @@ def test_it_converts(name: str, target: str) -> None:
     net = Net(run, lif=LIFNode(), lif2=LIFNode(), mha=heads, **layers).eval()
     times: tuple[Time, ...] = ("unrolled",) if name in UNROLLED else ("unrolled", "stepped")
     for time in times:
-        program = deploy.convert(net, (rand(*shape),), target, time=time)
+        if target == "lynxi-sim" and name in NOT_ON_LYNXI:
+            with pytest.raises(UnsupportedError, match="fix: "):
+                deploy.convert(net, (rand(*shape),), target, time=time)
+            continue
+        program = deploy.convert(net, (rand(*shape),), target, dtype="float32", time=time)
         x = rand(*shape, seed=1)
         with torch.no_grad():
             expected, found = (pytree.tree_leaves(y) for y in (net(x), program(x)))
@@ -122,23 +132,43 @@ def test_what_takes_all_steps_together_is_refused_step_by_step(name: str) -> Non
         deploy.convert(Net(run, lif=LIFNode()), (rand(*shape),), "reference", time="stepped")
 
 
+@pytest.mark.parametrize("target", ["reference", "onnx"])
 @pytest.mark.parametrize(
     "run",
     [
         lambda s, x: s.lif(x.sort(-1)[0]),
-        lambda s, x: s.lif(s.fc(x)).mean(0).topk(2),
-        lambda s, x: s.lif(x).sum(0).median(1)[0],
+        lambda s, x: list(s.fc(s.lif(x)).sum(0).topk(2)),
+        lambda s, x: s.lif(x.max(-1, keepdim=True)[0] + x.min(-1)[1].unsqueeze(-1)),
+        lambda s, x: s.lif(x.gather(-1, x.argsort(-1)[..., 2:4])),
     ],
-    ids=["sort", "topk", "median"],
+    ids=["sort", "topk", "max", "gather"],
 )
-def test_operators_with_several_results(run: Run) -> None:
+def test_operators_with_several_results(run: Run, target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     net = Net(run, fc=nn.Linear(6, 6), lif=LIFNode()).eval()
-    program = deploy.convert(net, (rand(*ROWS),), "reference")
-    with torch.no_grad():
+    program = deploy.convert(net, (rand(*ROWS),), target)
+    deploy.compile(program, tmp_path / "net", cache=False)
+    with torch.no_grad(), deploy.load(tmp_path / "net") as model:
         x = rand(*ROWS, seed=1)
-        assert all(map(torch.equal, pytree.tree_leaves(net(x)), pytree.tree_leaves(program(x))))
-    found = deploy.check(net, (rand(*ROWS),), ["onnx"])
-    assert {f.rule for f in found.errors} == {"operator"}
+        assert all(map(torch.equal, pytree.tree_leaves(net(x)), pytree.tree_leaves(model(x))))
+
+
+def test_the_order_of_equal_values_is_warned_of() -> None:
+    """torch's topk on [0.25, 0, 0] gives any of the last two."""
+    ties = Net(lambda s, x: list(s.lif(x).mean(0).topk(2)), lif=LIFNode()).eval()
+    found = deploy.check(ties, (rand(*ROWS),), ["onnx", "reference"])
+    assert [(f.rule, f.target, f.severity) for f in found] == [("ties", "onnx", "warning")]
+    values = Net(lambda s, x: s.lif(x).mean(0).topk(2)[0], lif=LIFNode()).eval()
+    assert not deploy.check(values, (rand(*ROWS),), ["onnx"])
+
+
+def test_what_has_no_operators_says_what_to_do() -> None:
+    net = Net(lambda s, x: s.lif(F.gelu(x)).mean(0).log_softmax(-1).topk(2)[1], lif=LIFNode())
+    found = deploy.check(net.eval(), (rand(*ROWS),), ["lynxi"])
+    fixes = {f.found: f.fix for f in found.errors if f.rule == "operator"}
+    assert fixes.keys() == {"aten.gelu", "aten.log_softmax", "aten.topk"}
+    assert "approximate='tanh'" in fixes["aten.gelu"]
+    assert "leave it out of the network" in fixes["aten.log_softmax"] == fixes["aten.topk"]
 
 
 def test_places_of_values_that_rounding_exchanges_are_explained() -> None:
