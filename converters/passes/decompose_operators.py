@@ -21,11 +21,7 @@
     a != b                         of the exclusive or
     their steps                    of LSTM, GRU and RNN (converters/recurrences.py)
     formulas                       of elementwise operators (converters/passes/formulas.py)
-    conv2d, pool2d                 of convolution and pooling over [N, C, D, H, W], see below
-
-What is over three dimensions leaves tensors of rank 5 around it, on which merge_dimensions has no operator
-left to do. A convolution finds the D of a window as further channels, kernel [K, C, d, h, w] as
-[K, C d, h, w]; pooling takes H and W first, then D.
+    conv2d, pool2d                 of those over [N, C, D, H, W] (converters/passes/volumes.py)
 
 A transposed convolution is a convolution of its input with s - 1 zeros after each row and column, s
 being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:1603.07285, section 4).
@@ -46,6 +42,7 @@ from ..builder import Builder
 from ..ops import Node, aten, shape
 from ..program import PassReport, Program, short, where
 from ..recurrences import RECURRENT, recurrent
+from . import volumes
 from .formulas import FORMULAS, Term
 
 
@@ -436,110 +433,6 @@ class _Decompose(Builder):
         wide = self.emit(aten.cat.default, [rows, zeros], 2)
         return self.reshape(wide, *size[:at], size[at] * s, *size[at + 1 :])
 
-    # Over three dimensions: x is [N, C, D, H, W]
-
-    def conv3d(self, n: Node) -> Node | None:
-        x, weight, bias, stride, padding, dilation, groups = self.given(n)
-        if len(shape(x)) != 5:
-            return None
-        kernel = shape(weight)[2:]
-        N, C, D, *image = shape(x)
-        if {*kernel, *stride} == {1} and not any(padding):
-            rows = self.reshape(x, N, C, D, -1)
-            point = self.reshape(weight, *shape(weight)[:2], 1, 1)
-            made = self.emit(aten.conv2d.default, rows, point, bias, [1, 1], [0, 0], [1, 1], groups)
-            return self.reshape(made, *shape(n))
-        depth = shape(n)[2]
-        slices = self.depth_first(x, [N, C, D, -1])
-        if padding[0]:
-            rows = self.reshape(slices, N, D, -1)
-            zeros = self.filled((N, padding[0], shape(rows)[2]), 0.0, x.meta["val"].dtype)
-            slices = self.emit(aten.cat.default, [zeros, rows, zeros], 1)
-        slices = self.reshape(slices, N, D + 2 * padding[0], -1)
-        # Of each output's window the d-th slice, side by side for every channel.
-        span = stride[0] * (depth - 1) + 1
-        starts = [d * dilation[0] for d in range(kernel[0])]
-        windows = [
-            self.reshape(
-                self.emit(aten.slice.Tensor, slices, 1, start, start + span, stride[0]),
-                *(N * depth * C, 1, math.prod(image)),
-            )
-            for start in starts
-        ]
-        stacked = windows[0] if len(windows) == 1 else self.emit(aten.cat.default, windows, 1)
-        images = self.reshape(stacked, N * depth, C * kernel[0], *image)
-        flat = self.reshape(weight, shape(weight)[0], -1, *kernel[1:])
-        spans = stride[1:], padding[1:], dilation[1:], groups
-        made = self.emit(aten.conv2d.default, images, flat, bias, *spans)
-        return self.reshape(self.depth_first(made, [N, depth, shape(n)[1], -1]), *shape(n))
-
-    def depth_first(self, x: Node, size: list[int]) -> Node:
-        """A tensor as [N, C, D, rest] turned to [N, D, C, rest], or back."""
-        return self.emit(aten.permute.default, self.reshape(x, *size), [0, 2, 1, 3])
-
-    def max_pool3d(self, n: Node) -> Node:
-        x, kernel, stride, padding, dilation, ceil = self.given(n)
-        windows = [_three(given) for given in (kernel, stride or kernel, padding, dilation)]
-
-        def pool(rows: Node, at: slice) -> Node:
-            spans = [
-                _two(window[at], neutral)
-                for window, neutral in zip(windows, (1, 1, 0, 1), strict=True)
-            ]
-            return self.emit(aten.max_pool2d.default, rows, *spans, ceil)
-
-        return self.separately(x, pool, shape(n))
-
-    def average_pool3d(self, n: Node) -> Node:
-        x, kernel, stride, padding, ceil, counted, divisor = self.given(n)
-        windows = [_three(given) for given in (kernel, stride or kernel, padding)]
-
-        def pool(rows: Node, at: slice) -> Node:
-            spans = [
-                _two(window[at], neutral)
-                for window, neutral in zip(windows, (1, 1, 0), strict=True)
-            ]
-            own = divisor if divisor is None or at is _IMAGE else 1
-            return self.emit(aten.avg_pool2d.default, rows, *spans, ceil, counted, own)
-
-        return self.separately(x, pool, shape(n))
-
-    def adaptive_average3d(self, n: Node) -> Node:
-        x, wanted = self.given(n)
-        if set(wanted) == {1}:
-            rows = self.reshape(x, -1, math.prod(shape(x)[-3:]))
-            return self.reshape(self.emit(aten.mean.dim, rows, [1]), *shape(n))
-
-        def pool(rows: Node, at: slice) -> Node:
-            sizes = wanted[at] if at is _IMAGE else [*wanted[at], shape(rows)[-1]]
-            return self.emit(aten.adaptive_avg_pool2d.default, rows, sizes)
-
-        return self.separately(x, pool, shape(n))
-
-    def separately(
-        self, x: Node, pool: Callable[[Node, slice], Node], size: tuple[int, ...]
-    ) -> Node:
-        """Pooling over the images first, then over what is left of their D, as the height of an image."""
-        D, H, W = shape(x)[-3:]
-        images = pool(self.reshape(x, -1, D, H, W), _IMAGE)
-        columns = self.reshape(images, -1, 1, D, math.prod(shape(images)[-2:]))
-        return self.reshape(pool(columns, _DEPTH), *size)
-
-
-#: Of three sizes those that an image has, and the other.
-_IMAGE, _DEPTH = slice(1, 3), slice(0, 1)
-
-
-def _three(sizes: Any) -> list[int]:
-    """One size for each of three dimensions."""
-    given = [sizes] if isinstance(sizes, int) else [*sizes]
-    return given * 3 if len(given) == 1 else given
-
-
-def _two(sizes: list[int], neutral: int) -> list[int]:
-    """The sizes for an image, of one row where there is but one."""
-    return [*sizes, neutral][:2]
-
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -601,10 +494,10 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
     aten.conv_transpose2d.input: _Decompose.conv_transpose,
     aten.conv_transpose3d.input: _Decompose.conv_transpose,
-    aten.conv3d.default: _Decompose.conv3d,
-    aten.max_pool3d.default: _Decompose.max_pool3d,
-    aten.avg_pool3d.default: _Decompose.average_pool3d,
-    aten.adaptive_avg_pool3d.default: _Decompose.adaptive_average3d,
+    aten.conv3d.default: volumes.conv,
+    aten.max_pool3d.default: volumes.max_pool,
+    aten.avg_pool3d.default: volumes.average_pool,
+    aten.adaptive_avg_pool3d.default: volumes.adaptive_average,
     aten.amin.default: _Decompose.amin,
     aten.constant_pad_nd.default: _Decompose.padded,
     aten.log_softmax.int: _Decompose.log_softmax,
