@@ -19,13 +19,13 @@ _HEADLINE = "the network cannot be read:"
 def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Module, Any]:
     """A network and its inputs on the CPU: copies of what lies elsewhere, all else itself.
 
-    Of a wrapper for several devices or processes it is what is wrapped.
+    Of a wrapper for several devices or processes, or of ``torch.compile``, it is what is wrapped.
 
     Raises:
         CaptureError: With every tensor that has no values, or the network cannot be copied.
     """
-    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        net = net.module
+    while (wrapped := _wrapped(net)) is not None:
+        net = wrapped
     held = [*_held(net)]
     findings = [_lazy(path, name) for path, name, value in held if is_lazy(value)]
     held = [(path, name, value) for path, name, value in held if not is_lazy(value)]
@@ -40,6 +40,13 @@ def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Modul
         except Exception as error:
             raise CaptureError(_HEADLINE, [sources.not_copied(error)]) from error
     return net, tuple(x.cpu() for x in args)
+
+
+def _wrapped(net: nn.Module) -> nn.Module | None:
+    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return net.get_submodule("module")
+    # By name, since torch._dynamo takes a second to import.
+    return net.get_submodule("_orig_mod") if type(net).__name__ == "OptimizedModule" else None
 
 
 def _moved(value: torch.Tensor) -> torch.Tensor:

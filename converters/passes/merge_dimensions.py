@@ -69,12 +69,8 @@ class _Merge(Builder):
         for n in self.program.walk():
             self.path = where(n)
             if n.op == "placeholder":
-                value = n.meta["val"]
-                if (spec := next(given, None)) is not None:
-                    wide = len(spec.graph_shape) > self.most
-                    inputs.append(replace(spec, rank=self.most) if wide else spec)
-                    value = value.reshape(inputs[-1].graph_shape)
-                self.env[n] = self.placeholder(n, value)
+                inputs.append(self._port(next(given)))
+                self.env[n] = self.placeholder(n, n.meta["val"].reshape(inputs[-1].graph_shape))
             elif n.op == "get_attr":
                 self.env[n] = self.copy(n, {})
             elif n.op == "call_function":
@@ -89,17 +85,18 @@ class _Merge(Builder):
         outputs, results = [], []
         for spec, r in zip(self.program.outputs, self.program.results, strict=True):
             self.path = where(r)
-            wide = len(spec.graph_shape) > self.most
-            outputs.append(replace(spec, rank=self.most) if wide else spec)
+            outputs.append(self._port(spec))
             results.append(self.form(r, outputs[-1].graph_shape))
-        # The states that steps end with, of which there are as many as there are states.
-        results += map(self._whole, self.program.results[len(outputs) :])
         report = PassReport("merge_dimensions", tuple(done), tuple(skipped))
         result = self.finish(results, report, inputs=tuple(inputs), outputs=tuple(outputs))
         sites = (
             replace(site, sample=self.samples.get(site.name, site.sample)) for site in result.sites
         )
         return replace(result, sites=tuple(sites))
+
+    def _port(self, spec: TensorSpec) -> TensorSpec:
+        """An input or output, held in no more dimensions than the target takes."""
+        return replace(spec, rank=self.most) if len(spec.graph_shape) > self.most else spec
 
     def _is_wide(self, n: Node) -> bool:
         # The states of neurons are not there any more once these are lowered.
