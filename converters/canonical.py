@@ -178,6 +178,8 @@ class _Canonical(Builder):
             )
         if target is aten.max_pool2d_with_indices.default and _only_first(n):
             return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
+        if target in _PADDED:
+            return self._padded(n, target, args, kwargs, path)
         if target is aten.avg_pool1d.default:
             return self._average_pool(args, kwargs, path)
         if target is aten.max.dim and _only_first(n):
@@ -259,6 +261,24 @@ class _Canonical(Builder):
         if any(part.meta["val"].dtype != like.dtype for part in parts):
             return self.call(aten.cat.default, args[0], at, path=path)
         return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, at, path=path)
+
+    def _padded(self, n: fx.Node, target: Any, args: Any, kwargs: Any, path: str) -> fx.Node:
+        """A convolution whose padding is ``"same"`` or ``"valid"``, with numbers, as torch computes it."""
+        names = [a.name for a in target._schema.arguments]
+        given = {**ops.arguments(n), **dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, dilation = given["input"], given["weight"], given["dilation"]
+        kernel = shape(weight)[2:]
+        left = [0] * len(kernel)
+        if given["padding"] == "same":
+            dilation = dilation * len(kernel) if len(dilation) == 1 else dilation
+            whole = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            left = [w // 2 for w in whole]
+            # An odd number of zeros in all is one more on the right.
+            more = [right for w in reversed(whole) for right in (0, w % 2)]
+            if any(more):
+                x = self.call(aten.constant_pad_nd.default, x, more, 0.0, path=path)
+        rest = x, weight, given["bias"], given["stride"], left, dilation, given["groups"]
+        return self.call(_PADDED[target], *rest, path=path)
 
     def _average_pool(self, args: Any, kwargs: Any, path: str) -> fx.Node:
         """Average pooling of [N, C, L] as torch itself computes it, on [N, C, 1, L]."""
@@ -345,6 +365,12 @@ _POOLS = {
     aten.avg_pool2d.default: 2,
     aten.max_pool3d.default: 3,
     aten.avg_pool3d.default: 3,
+}
+#: Convolutions whose padding is a word, and those with numbers.
+_PADDED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
 }
 #: Adaptive max pooling, and the pooling that it is with windows of one size.
 _ADAPTIVE_MAX = {

@@ -21,7 +21,7 @@
     a != b                         of the exclusive or
     their steps                    of LSTM, GRU and RNN (converters/recurrences.py)
     formulas                       of elementwise operators (converters/passes/formulas.py)
-    conv2d, pool2d                 of those over [N, C, D, H, W] (converters/passes/volumes.py)
+    conv2d, pool2d, upsample2d     of those over [N, C, D, H, W] (converters/passes/volumes.py)
 
 A transposed convolution is a convolution of its input with s - 1 zeros after each row and column, s
 being the stride, by the kernel turned round (Dumoulin and Visin 2016, arXiv:1603.07285, section 4).
@@ -498,6 +498,10 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.max_pool3d.default: volumes.max_pool,
     aten.avg_pool3d.default: volumes.average_pool,
     aten.adaptive_avg_pool3d.default: volumes.adaptive_average,
+    aten.upsample_nearest1d.vec: volumes.upsample,
+    aten.upsample_linear1d.vec: volumes.upsample,
+    aten.upsample_nearest3d.vec: volumes.upsample,
+    aten.upsample_trilinear3d.vec: volumes.upsample,
     aten.amin.default: _Decompose.amin,
     aten.constant_pad_nd.default: _Decompose.padded,
     aten.log_softmax.int: _Decompose.log_softmax,

@@ -1,8 +1,8 @@
-"""Convolution and pooling over volumes, x [N, C, D, H, W], as those over images.
+"""Convolution, pooling and resampling over volumes, x [N, C, D, H, W], as those over images.
 
 A convolution finds the D of a window as further channels, kernel [K, C, d, h, w] as [K, C d, h, w];
-pooling takes H and W first, then D. Around each stand tensors of rank 5, on which ``merge_dimensions`` has
-no operator left to do.
+the others take H and W first, then D. Around each stand tensors of rank 5, on which
+``merge_dimensions`` has no operator left to do.
 """
 
 from __future__ import annotations
@@ -113,6 +113,22 @@ def adaptive_average(w: Writer, n: Node) -> Node:
         return w.emit(aten.adaptive_avg_pool2d.default, rows, sizes)
 
     return _separately(w, x, pool, shape(n))
+
+
+def upsample(w: Writer, n: Node) -> Node:
+    """``upsample`` to the nearest or linear, of volumes and of lines, to a size or by factors."""
+    x, size, *corners, factors = w.given(n)
+    target = aten.upsample_bilinear2d.vec if corners else aten.upsample_nearest2d.vec
+
+    def resample(rows: Node, height: slice, same: bool) -> Node:
+        to = None if size is None else [*size[height], *[shape(rows)[-1]] * same]
+        by = None if factors is None else [*factors[height], *[1.0] * same]
+        return w.emit(target, rows, to, *corners, by)
+
+    if len(shape(x)) == 3:
+        columns = w.reshape(x, *shape(x), 1)
+        return w.reshape(resample(columns, slice(0, 1), same=True), *shape(n))
+    return _separately(w, x, lambda rows, at: resample(rows, at, at is _DEPTH), shape(n))
 
 
 def _spans(windows: Sequence[tuple[Any, int]], at: slice) -> list[list[int]]:

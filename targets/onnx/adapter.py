@@ -15,7 +15,7 @@ from ...converters.ops import aten
 from ...converters.passes import Pass, decompose_operators, lower_neurons
 from ...converters.program import Program, short, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
-from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype
+from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype, refused
 from .operators import OPERATORS
 
 _FILE = "model.onnx"
@@ -44,7 +44,10 @@ class Onnx:
         return rewrites(dtype, decompose_operators({*map(short, OPERATORS)}), lower_neurons)
 
     def inspect(self, program: Program) -> Iterator[Finding]:
-        """Where the order of equal values is the runtime's own."""
+        """Forms of operators that no exporter knows; places of equal values, which torch leaves open."""
+        for n in program.nodes("call_function"):
+            if n.target not in OPERATORS and short(n.target) in (self.capabilities.ops or ()):
+                yield refused(n, f"{n.target}: no exporter knows this form of the operator")
         for n in program.graph.find_nodes(op="call_function", target=aten.topk.default):
             if any(user.args[1] == 1 for user in n.users):
                 yield Finding(

@@ -161,7 +161,7 @@ class Emitter:
                     self._values[n] = OPERATORS[n.target](self, n)
                 except NotInOnnx as error:
                     found = f"{n.target}: {error}"
-                    findings.setdefault((where(n), found), _refused(n, found))
+                    findings.setdefault((where(n), found), refused(n, found))
                     self._values[n] = self(short(n.target), *n.all_input_nodes)
         if findings:
             raise UnsupportedError("ONNX cannot say this network:", findings.values())
@@ -202,7 +202,8 @@ class Emitter:
         }
 
 
-def _refused(n: Node, found: str) -> Finding:
+def refused(n: Node, found: str) -> Finding:
+    """The finding that an operator cannot be said in ONNX."""
     return Finding(
         rule="operator",
         where=where(n),

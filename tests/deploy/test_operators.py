@@ -76,6 +76,11 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "circular": (IMAGE, each(lambda x: F.pad(x, (1, 2, 0, 1), mode="circular"))),
     "reflect": (IMAGE, each(lambda x: F.pad(x, (1, 2, 0, 1), mode="reflect"))),
     "replicate": (IMAGE, each(lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate"))),
+    "as large as before": (
+        IMAGE,
+        lambda s, x: s.lif(s.norm(s.same(x.flatten(0, 1))).unflatten(0, x.shape[:2])),
+    ),
+    "upsampled": (IMAGE, each(nn.Upsample(scale_factor=(2, 3)))),
     "cropped": (IMAGE, each(lambda x: F.pad(x, (-1, 2, 0, -1)))),
     "instance norm": (IMAGE, each(nn.InstanceNorm2d(4))),
     "cumsum over time": (ROWS, lambda s, x: s.lif(x).cumsum(0)),
@@ -96,6 +101,7 @@ def test_it_converts(name: str, target: str) -> None:
     shape, run = CASES[name]
     torch.manual_seed(0)
     layers = {"fc": nn.Linear(6, 6), "prelu": nn.PReLU(), "table": nn.Embedding(7, 5)}
+    layers |= {"same": nn.Conv2d(4, 3, (3, 4), padding="same"), "norm": nn.BatchNorm2d(3)}
     layers |= {"gru": nn.GRU(1, 6, 2), "lstm": nn.LSTM(6, 5)}
     heads = nn.MultiheadAttention(6, 2, batch_first=True)
     net = Net(run, lif=LIFNode(), lif2=LIFNode(), mha=heads, **layers).eval()
