@@ -353,10 +353,7 @@ class Bounds(fx.Interpreter):
 def _perturbed(
     target: Any, args: Any, errors: Any, kwargs: Any, value: torch.Tensor
 ) -> torch.Tensor:
-    """An operator without a rule of its own: its answer to its inputs' errors, doubled.
-
-    Without a bound where that leaves what the operator is defined for.
-    """
+    """An operator without a rule of its own: its answer to its inputs' errors, doubled."""
     if not value.is_floating_point():
         return torch.zeros_like(value, dtype=torch.float32)
 
@@ -365,13 +362,14 @@ def _perturbed(
             if not isinstance(a, torch.Tensor) or not a.is_floating_point():
                 return a
             shifted = a + sign * e
-            # Of what is not below 0 the error is none below 0 either.
-            return torch.where(a >= 0, shifted.clamp(min=0), shifted) if root else shifted
+            if target is aten.sqrt.default:
+                return torch.where(
+                    a >= 0, shifted.clamp(min=0), shifted
+                )  # below 0 there is no root
+            return shifted
 
-        root = target is aten.sqrt.default
         answer: torch.Tensor = target(*pytree.tree_map(shift, tuple(args), tuple(errors)), **kwargs)
-        left = answer.isnan() & ~value.isnan()
-        return (answer - value).abs().masked_fill(left, math.inf)
+        return (answer - value).abs()
 
     return 2 * torch.maximum(moved(1), moved(-1))
 
