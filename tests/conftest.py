@@ -1,4 +1,4 @@
-"""One thread for torch, a cache of its own; tests that need a GPU are left out where there is none."""
+"""One thread for torch, its numbers, a cache of its own; tests that need a GPU only where there is one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPIKEPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws when it is imported does not depend on the modules before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw does not depend on the tests that this process ran before."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
