@@ -40,6 +40,11 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
     return torch.where(condition, yes, no)
 
 
+def constant(like: Any, value: float) -> Any:
+    """``value`` in the shape and dtype of ``like``, whatever that holds; for surrogates."""
+    return 0.0 * like + value if isinstance(like, Symbol) else torch.full_like(like, value)
+
+
 #: The previous step's spikes, as the name of a state.
 SPIKES = "s"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .equations import Symbol, exp, sigmoid, where
+from .equations import Symbol, constant, exp, sigmoid, where
 from .errors import UsageError
 
 
@@ -195,20 +195,20 @@ def SoftSign(u: Any, *, alpha: float = 2.0) -> Any:  # noqa: N802
 @surrogate
 def StraightThrough(u: Any) -> Any:  # noqa: N802
     """1, Bengio et al. 2013, arXiv:1308.3432."""
-    return 0.0 * u + 1.0
+    return constant(u, 1.0)
 
 
 @surrogate
 def Rectangle(u: Any, *, alpha: float = 1.0) -> Any:  # noqa: N802
     """``alpha`` where ``|u| < 1 / (2 alpha)``, else 0, Wu et al. 2018, arXiv:1706.02609, eq. 24."""
-    return where(abs(u) < 0.5 / alpha, alpha, 0.0 * u)
+    return where(abs(u) < 0.5 / alpha, alpha, constant(u, 0.0))
 
 
 @surrogate
 def PiecewiseQuadratic(u: Any, *, alpha: float = 1.0) -> Any:  # noqa: N802
     """A triangle: ``alpha - alpha^2 |u|`` where that is positive, Esser et al. 2016."""
     height = alpha - alpha**2 * abs(u)
-    return where(height > 0, height, 0.0 * u)
+    return where(height > 0, height, 0.0)
 
 
 @surrogate
@@ -226,38 +226,38 @@ def Gaussian(u: Any, *, alpha: float = 2.0) -> Any:  # noqa: N802
 @surrogate
 def PiecewiseLeakyReLU(u: Any, *, w: float = 1.0, c: float = 0.01) -> Any:  # noqa: N802
     """``1 / w`` where ``|u| < w``, else ``c``."""
-    return where(abs(u) < w, 1 / w, 0.0 * u + c)
+    return where(abs(u) < w, 1 / w, constant(u, c))
 
 
 @surrogate
 def Window(u: Any, *, w: float = 1.0, height: float = 0.5, c: float = 0.01) -> Any:  # noqa: N802
     """``height`` where ``|u| < w``, else ``c``."""
-    return where(abs(u) < w, height, 0.0 * u + c)
+    return where(abs(u) < w, height, constant(u, c))
 
 
 @surrogate
 def LeakyKReLU(u: Any, *, leak: float = 0.0, k: float = 1.0) -> Any:  # noqa: N802
     """``k`` where ``u >= 0``, else ``leak``."""
-    return where(u >= 0, k, 0.0 * u + leak)
+    return where(u >= 0, k, constant(u, leak))
 
 
 @surrogate
 def LogTailedReLU(u: Any, *, alpha: float = 0.0) -> Any:  # noqa: N802
     """``alpha`` below 0, 1 up to 1, ``1 / u`` above, Cai et al. 2017, arXiv:1702.00953."""
-    tail = where(u > 1, 1 / where(u > 1, u, 0.0 * u + 1.0), 0.0 * u + 1.0)
-    return where(u > 0, tail, 0.0 * u + alpha)
+    tail = where(u > 1, 1 / where(u > 1, u, 1.0), 1.0)
+    return where(u > 0, tail, alpha)
 
 
 @surrogate
 def ReLU(u: Any) -> Any:  # noqa: N802
     """1 where ``u > 0``, else 0: where there is a spike."""
-    return where(u > 0, 1.0, 0.0 * u)
+    return where(u > 0, 1.0, constant(u, 0.0))
 
 
 @surrogate
 def Triangular(u: Any, *, height: float = 1.0) -> Any:  # noqa: N802
     """``height`` where ``u < 0``, else ``-height``, as snnTorch defines it."""
-    return where(u < 0, height, 0.0 * u - height)
+    return where(u < 0, height, constant(u, -height))
 
 
 @surrogate
@@ -269,7 +269,7 @@ def SpikeRateEscape(u: Any, *, beta: float = 1.0, slope: float = 25.0) -> Any:  
 @surrogate
 def SparseFastSigmoid(u: Any, *, slope: float = 25.0, bound: float = 1.0) -> Any:  # noqa: N802
     """:func:`FastSigmoid` where ``u > bound``, else 0, Perez-Nieves and Goodman, arXiv:2105.08810."""
-    return where(u > bound, 1 / (1 + slope * abs(u)) ** 2, 0.0 * u)
+    return where(u > bound, 1 / (1 + slope * abs(u)) ** 2, 0.0)
 
 
 @surrogate
@@ -288,7 +288,7 @@ def NonzeroSignLogAbs(u: Any, *, alpha: float = 1.0) -> Any:  # noqa: N802
 def S2NN(u: Any, *, alpha: float = 4.0, beta: float = 1.0) -> Any:  # noqa: N802
     """:func:`Sigmoid` below 0, ``beta / (u + 1)`` from 0 on, Suetake et al. 2022, arXiv:2201.10879."""
     s = sigmoid(alpha * u)
-    return where(u < 0, alpha * s * (1 - s), beta / (where(u < 0, 0.0 * u, u) + 1.0))
+    return where(u < 0, alpha * s * (1 - s), beta / (where(u < 0, 0.0, u) + 1.0))
 
 
 @surrogate

@@ -16,6 +16,7 @@ gradient goes to the first that fired, or to the window's first neuron if none d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,12 +140,13 @@ class _Step:
         self.after = tuple(tape.lift(part) for part in after)
         self.forward = len(tape.exprs)
 
-    def gradients(self, wrt: list[Expr]) -> list[Expr]:
-        """The derivatives in ``wrt``, from g_spikes and, for each part of the state, gq_<name>."""
+    def gradients(self, wrt: list[Expr], used: Sequence[str]) -> list[Expr]:
+        """The derivatives in ``wrt``, from g_spikes and, for each part of the state in use, gq_<name>."""
         seeds: dict[Expr, Expr] = {self.spikes: self.tape.input("g_spikes")}
         for name, part in zip(self.names, self.after, strict=True):
-            g = self.tape.input(f"gq_{name}")
-            seeds[part] = seeds[part] + g if part in seeds else g
+            if name in used:
+                g = self.tape.input(f"gq_{name}")
+                seeds[part] = seeds[part] + g if part in seeds else g
         return backward(self.tape, seeds, wrt)
 
 
@@ -315,7 +317,7 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
     k.prologue()
     k.initial(asked.initial)
 
-    def chunk(steps: int, looped: bool) -> None:
+    def chunk(steps: int, looped: bool, _last: bool | str) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         if asked.checkpoints:
             p("if chunk > 0:")
@@ -393,7 +395,7 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
     def gradient(i: int) -> None:
         p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
 
-    def chunk(steps: int, looped: bool) -> None:
+    def chunk(steps: int, looped: bool, last: bool | str) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         for w in k.members:
             for i, part in enumerate(step.names):
@@ -420,7 +422,7 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
             if k.pooled:
                 _pooling_backward(k, asked, i, looped)
             for w in k.members:
-                _reverse_step(k, asked, i, w, looped)
+                _reverse_step(k, asked, i, w, looped, i == steps - 1 and last)
 
     _chunks(p, spec, chunk, reverse=True)
     for w in k.members if asked.initial else ():
@@ -447,15 +449,29 @@ def _pooling_backward(k: _Kernel, asked: Backward, i: int, looped: bool) -> None
     p(f"g_{i}{first} = tl.where({fired[0][0]} >= before, g_{i}, 0.0)")
 
 
-def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool) -> None:
-    """One step of the recursion of the derivatives."""
+def _reverse_step(
+    k: _Kernel, asked: Backward, i: int, w: str, looped: bool, last: bool | str
+) -> None:
+    """One step of the recursion of the derivatives.
+
+    What follows the last step is no gradient of 0, which times infinity would be no number, but none.
+    """
     p, step = k.text, k.step
+    used = step.names if asked.final else ("v",) if asked.v_seq else ()
     if asked.v_seq:
         p(f"gq_v{w} = gq_v{w} + {k.load('g_v_seq_ptr', f'(t + {i}) * M64', w)}")
     given = k.given(i, w, asked.initial, looped, f"_{i}")
     given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names} | {"g_spikes": f"g_{i}{w}"}
     wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
-    g_x, *rest = p.evaluate(step.gradients(wrt), given, f"b{i}{w}")
+    wanted = step.gradients(wrt, used if last is True else step.names)
+    if isinstance(last, str) and used != step.names:
+        values = p.evaluate([*wanted, *step.gradients(wrt, used)], given, f"b{i}{w}")
+        g_x, *rest = (
+            f"tl.where({last}, {end}, {value})"
+            for value, end in zip(values[: len(wrt)], values[len(wrt) :], strict=True)
+        )
+    else:
+        g_x, *rest = p.evaluate(wanted, given, f"b{i}{w}")
     if asked.into_x == "norm":
         p(f"g_x = {g_x} - minus - (x_{i}{w} - p_norm_mean) * slope")
         g_x = "g_x"
@@ -490,12 +506,16 @@ def _store_parameter(k: _Kernel, name: str) -> None:
 
 
 def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
-    """The chunks in order: a loop over the whole ones, then the tail; or in reverse."""
+    """The chunks in order: a loop over the whole ones, then the tail; or in reverse.
+
+    ``chunk`` is told whether it is the last, or the condition under which it is.
+    """
+    ends = bool(spec.tail) or not spec.loop
 
     def tail() -> None:
-        if spec.tail or not spec.loop:
+        if ends:
             p("chunk = chunks" if spec.loop else "chunk = 0")
-            chunk(spec.tail or spec.steps, looped=spec.loop)
+            chunk(spec.tail or spec.steps, spec.loop, True)
 
     if reverse:
         tail()
@@ -503,7 +523,7 @@ def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
         p("for i in range(0, chunks):")
         p.indent += 1
         p("chunk = chunks - 1 - i" if reverse else "chunk = i")
-        chunk(spec.steps, looped=True)
+        chunk(spec.steps, True, False if ends else "chunk == chunks - 1")
         p.indent -= 1
     if not reverse:
         tail()

@@ -171,6 +171,25 @@ class TestEquality:
             assert v.isnan().any()
             assert torch.equal(v.nan_to_num(), reference.v_seq.nan_to_num())
 
+    @pytest.mark.parametrize("T", [1, 6, 32, 35])
+    @pytest.mark.parametrize("surrogate", ["ATan", "Rectangle"])
+    def test_their_gradients_do(self, T: int, surrogate: str, device: str) -> None:
+        x = drive(T, 1, 64, device=device)
+        wrong = torch.tensor([float("inf"), float("nan"), float("-inf"), 1e30], device=device)
+        x[-1, 0, :4] = x[T // 2, 0, 8:12] = wrong
+        for given in ({"v_reset": 0.0}, {"v_reset": None}, {"detach_reset": True}):
+            for of_v in (False, True):
+                gradients = []
+                options = {**given, "surrogate": surrogates.named(surrogate)()}
+                for node in pair(*KINDS["LIF"], store_v_seq=True, **options):
+                    leaf = x.to("cpu" if node.backend == "torch" else device, copy=True)
+                    spikes = node(leaf.requires_grad_())
+                    loss = spikes.sum() + node.v_seq.sum() if of_v else spikes.sum()
+                    loss.backward()
+                    gradients.append(leaf.grad.cpu())
+                assert torch.equal(*(g.isnan() for g in gradients))
+                torch.testing.assert_close(*gradients, equal_nan=True)
+
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     shape = x.shape[:2]
