@@ -6,8 +6,8 @@ import hashlib
 import linecache
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -140,18 +140,25 @@ class Layout:
 def allocate(
     shape: torch.Size, like: torch.Tensor, dtype: torch.dtype, strides: tuple[int, ...]
 ) -> torch.Tensor:
-    """An uninitialised tensor.
+    """An uninitialised tensor."""
+    with memory_for(shape, dtype, like.device):
+        return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
+
+
+@contextmanager
+def memory_for(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Where a tensor of this shape and dtype is made.
 
     Raises:
         DeviceError: The device has not the memory; the error names the size.
     """
     try:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
+        yield
     except torch.OutOfMemoryError as error:
         size = math.prod(shape) * dtype.itemsize / 2**30
         raise DeviceError(
             f"a neuron layer of {list(shape)} in {dtype} needs {size:.2f} GiB more than "
-            f"{like.device} has free; take a smaller batch or fewer time steps"
+            f"{device} has free; take a smaller batch or fewer time steps"
         ) from error
 
 
@@ -162,7 +169,10 @@ def layout(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     if lay is not None:
         return x, lay
     repeated = x.shape[0] > 1 and x.stride(0) == 0  # a static drive is copied once, not T times
-    return layout(x[0].contiguous().expand_as(x) if repeated else x.contiguous())
+    source = x[0] if repeated else x
+    with memory_for(source.shape, x.dtype, x.device):
+        copy = source.contiguous()
+    return layout(copy.expand_as(x))
 
 
 @lru_cache(_CALLS)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ...converters.equations import named
 from ...converters.errors import TargetUnavailableError
 from .codegen import NORM, Backward, Forward
-from .kernels import Call, Layout, chunk, layout
+from .kernels import Call, Layout, chunk, layout, memory_for
 from .kernels import backward as run_backward
 from .kernels import forward as run_forward
 
@@ -89,7 +89,9 @@ def fused_neuron(
     v = lay.empty(x) if v_seq else _nothing(x)
     last = lay.state(x, states) if final else _nothing(x)
     keep = checkpoints and call.spec.loop
-    kept = x.new_empty(_kept(lay, states, checkpoints), dtype=torch.float32)
+    shape = _kept(lay, states, checkpoints)
+    with memory_for(shape, torch.float32, x.device):
+        kept = x.new_empty(shape, dtype=torch.float32)
     asked = Forward(initial is not None, final, v_seq, keep)
     tensors = [spikes]
     tensors += [v] if v_seq else []

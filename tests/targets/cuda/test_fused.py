@@ -471,6 +471,12 @@ class TestBadInput:
         monkeypatch.setattr(kernels.torch, "empty_strided", full)
         with pytest.raises(DeviceError, match=r"\[4, 2, 8\] in torch.float32 needs 0.00 GiB more"):
             cuda.IFNode(backend="fused")(x)
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.Tensor, "contiguous", full)
+        with pytest.raises(DeviceError, match=r"\[4, 8, 8\] in torch.float32 needs"):
+            cuda.IFNode(backend="fused")(
+                drive(4, 8, 8, device=device).as_strided((4, 8, 8), (64, 8, 0))
+            )
 
     def test_a_power_that_kernels_have_not(self, device: str) -> None:
         @neurons.dynamics
