@@ -105,6 +105,10 @@ class Backward:
     into_x: Literal["x", "norm"] | None = "x"
     wrt: tuple[str, ...] = ()
 
+    def into(self, step: _Step) -> tuple[str, ...]:
+        """The parts of the last state that have a gradient."""
+        return step.names if self.final else ("v",) if self.v_seq else ()
+
 
 #: Steps before its use that the gradient of the spikes is loaded: all of a chunk's fill the registers.
 _AHEAD = 8
@@ -317,7 +321,7 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
     k.prologue()
     k.initial(asked.initial)
 
-    def chunk(steps: int, looped: bool, _last: bool | str) -> None:
+    def chunk(steps: int, looped: bool, **_: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         if asked.checkpoints:
             p("if chunk > 0:")
@@ -395,7 +399,7 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
     def gradient(i: int) -> None:
         p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
 
-    def chunk(steps: int, looped: bool, last: bool | str) -> None:
+    def chunk(steps: int, looped: bool, last: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         for w in k.members:
             for i, part in enumerate(step.names):
@@ -449,29 +453,19 @@ def _pooling_backward(k: _Kernel, asked: Backward, i: int, looped: bool) -> None
     p(f"g_{i}{first} = tl.where({fired[0][0]} >= before, g_{i}, 0.0)")
 
 
-def _reverse_step(
-    k: _Kernel, asked: Backward, i: int, w: str, looped: bool, last: bool | str
-) -> None:
+def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool, last: bool) -> None:
     """One step of the recursion of the derivatives.
 
     What follows the last step is no gradient of 0, which times infinity would be no number, but none.
     """
     p, step = k.text, k.step
-    used = step.names if asked.final else ("v",) if asked.v_seq else ()
     if asked.v_seq:
         p(f"gq_v{w} = gq_v{w} + {k.load('g_v_seq_ptr', f'(t + {i}) * M64', w)}")
     given = k.given(i, w, asked.initial, looped, f"_{i}")
     given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names} | {"g_spikes": f"g_{i}{w}"}
     wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
-    wanted = step.gradients(wrt, used if last is True else step.names)
-    if isinstance(last, str) and used != step.names:
-        values = p.evaluate([*wanted, *step.gradients(wrt, used)], given, f"b{i}{w}")
-        g_x, *rest = (
-            f"tl.where({last}, {end}, {value})"
-            for value, end in zip(values[: len(wrt)], values[len(wrt) :], strict=True)
-        )
-    else:
-        g_x, *rest = p.evaluate(wanted, given, f"b{i}{w}")
+    wanted = step.gradients(wrt, asked.into(step) if last else step.names)
+    g_x, *rest = p.evaluate(wanted, given, f"b{i}{w}")
     if asked.into_x == "norm":
         p(f"g_x = {g_x} - minus - (x_{i}{w} - p_norm_mean) * slope")
         g_x = "g_x"
@@ -508,14 +502,13 @@ def _store_parameter(k: _Kernel, name: str) -> None:
 def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
     """The chunks in order: a loop over the whole ones, then the tail; or in reverse.
 
-    ``chunk`` is told whether it is the last, or the condition under which it is.
+    ``chunk`` is told whether it is known to be the last: not in a loop, which may end with it.
     """
-    ends = bool(spec.tail) or not spec.loop
 
     def tail() -> None:
-        if ends:
+        if spec.tail or not spec.loop:
             p("chunk = chunks" if spec.loop else "chunk = 0")
-            chunk(spec.tail or spec.steps, spec.loop, True)
+            chunk(spec.tail or spec.steps, looped=spec.loop, last=True)
 
     if reverse:
         tail()
@@ -523,7 +516,7 @@ def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
         p("for i in range(0, chunks):")
         p.indent += 1
         p("chunk = chunks - 1 - i" if reverse else "chunk = i")
-        chunk(spec.steps, True, False if ends else "chunk == chunks - 1")
+        chunk(spec.steps, looped=True, last=False)
         p.indent -= 1
     if not reverse:
         tail()
