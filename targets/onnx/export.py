@@ -17,6 +17,7 @@ from torch import fx
 from ...converters.errors import CompileError, Finding, UnsupportedError
 from ...converters.ops import Node, shape
 from ...converters.program import Program, short, where
+from .parts import in_parts
 
 #: Opset of a model unless the user says otherwise: what compilers of the last years read.
 DEFAULT_OPSET = 17
@@ -224,7 +225,7 @@ def export(program: Program, file: Path, opset: int) -> tuple[Path, ...]:
         UnsupportedError: Operators that ONNX does not have.
         CompileError: The onnx package finds the model wrong.
     """
-    emitter = Emitter(program, opset)
+    emitter = Emitter(in_parts(program), opset)
     graph = emitter.run()
     imports = [helper.make_opsetid("", opset)]
     model = helper.make_model(

@@ -1,0 +1,104 @@
+"""Time steps are computed on their own where putting them together costs more than it saves.
+
+A neuron's steps are nodes of their own; what follows them takes all of them at once, [TN, ...]. To join
+them, and to cut the result for the next neuron, moves every value through memory twice. A layer whose
+weights are small against that is as fast on each step [N, ...] alone, and each row of its result is the
+same. Where a whole value is needed, its parts are joined there.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ...converters import ops
+from ...converters.builder import Builder
+from ...converters.ops import RESHAPE, Node, aten, shape
+from ...converters.program import PassReport, Program, where
+
+#: Elements of a step below which a node's launch takes longer than moving them.
+_FEWEST = 2**15
+#: How often a step's elements must outnumber the weights, which each step reads again.
+_WEIGHTS = 4
+
+
+def in_parts(program: Program) -> Program:
+    """The same graph with layers taken apart; the program names no sites, and is for export alone."""
+    return _Parts(program).run()
+
+
+class _Parts(Builder):
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.env: dict[Node, Node] = {}
+        self.parts: dict[Node, list[Node]] = {}
+
+    def run(self) -> Program:
+        for n in self.program.walk():
+            if n.op == "placeholder":
+                self.env[n] = self.placeholder(n, n.meta["val"])
+            elif n.op == "get_attr":
+                self.env[n] = self.copy(n, self.env)
+            elif n.op == "call_function":
+                if parts := self._taken_apart(n):
+                    self.parts[n] = parts
+                else:
+                    self.env[n] = self._slice(n) or self._copied(n, {})
+        results = [self._joined(r) for r in self.program.results]
+        return self.finish(results, PassReport("in_parts", ()), ())
+
+    def _joined(self, n: Node) -> Node:
+        """A value as one node."""
+        if n not in self.env:
+            self.env[n] = self.call(aten.cat.default, self.parts[n], 0, path=where(n))
+        return self.env[n]
+
+    def _copied(self, n: Node, taken: dict[Node, Node]) -> Node:
+        """The node over parts of some inputs and the whole of the others."""
+        return self.copy(n, {a: taken.get(a) or self._joined(a) for a in n.all_input_nodes})
+
+    def _taken_apart(self, n: Node) -> list[Node]:
+        """A value as the nodes of its equal parts along dimension 0, or nothing."""
+        if n.target is aten.cat.default:
+            given, at = n.args[0], ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
+            equal = len(given) > 1 and at == 0 and len({*map(shape, given)}) == 1
+            return [self._joined(a) for a in given] if equal else []
+        apart = [a for a in n.all_input_nodes if a in self.parts]
+        weights = [a for a in n.all_input_nodes if a not in self.parts]
+        counts = {len(self.parts[a]) for a in apart}
+        if len(counts) != 1 or not _treats_rows_alone(n, apart, weights):
+            return []
+        count, moved = counts.pop(), max(math.prod(shape(a)) for a in (n, *apart))
+        read = sum(math.prod(shape(a)) for a in weights)
+        if moved < count * max(_FEWEST, _WEIGHTS * read):
+            return []
+        return [self._part(n, {a: self.parts[a][i] for a in apart}, count) for i in range(count)]
+
+    def _part(self, n: Node, taken: dict[Node, Node], count: int) -> Node:
+        if n.target is RESHAPE:
+            size = [shape(n)[0] // count, *shape(n)[1:]]
+            return self.reshaped(taken[n.args[0]], size, path=where(n))
+        return self._copied(n, taken)
+
+    def _slice(self, n: Node) -> Node:
+        """The part that a slice cuts out, if it is one."""
+        if n.target is not aten.slice.Tensor or n.args[0] not in self.parts:
+            return None
+        parts, cut = self.parts[n.args[0]], ops.slice_args(n, 1)
+        rows = shape(n.args[0])[0] // len(parts)
+        exact = {(0, i * rows, (i + 1) * rows, 1): part for i, part in enumerate(parts)}
+        return exact.get(cut)
+
+
+def _treats_rows_alone(n: Node, apart: list[Node], weights: list[Node]) -> bool:
+    """Whether each row of a value, [N, ...], follows from the same rows of what is in parts."""
+    if any(shape(a)[:1] != shape(n)[:1] for a in apart):
+        return False
+    if n.target is RESHAPE:
+        return True
+    rank = len(shape(n))
+    if any(len(shape(a)) != rank for a in apart):
+        return False
+    if n.target in ops.BATCHED or (n.target is aten.linear.default and rank > 1):
+        return apart == [n.args[0]]
+    broadcast = (len(shape(a)) < rank or shape(a)[0] == 1 for a in weights)
+    return ops.is_pointwise(n.target) and all(broadcast)
