@@ -5,6 +5,7 @@
     python benchmarks/zoo.py --rewrite                    rewritten and checked for each target, not run
     python benchmarks/zoo.py --keep-rounding              each with the network's own rounding kept
     python benchmarks/zoo.py --exact                      each with numbers whose sums have one value
+    python benchmarks/zoo.py --target source              each against itself in torch, oneDNN off
     python benchmarks/zoo.py --jobs 8                     in as many processes, lines as they come
 
 Float32. Each network is converted, which verifies it layer by layer (s: seconds, nodes: operators of
@@ -19,6 +20,9 @@ What rounding explains might still hide a fault. With --exact it cannot: weights
 samples are multiples of powers of two, few bits long, so that float32 rounds no sum and no norm, in
 whatever order, folded or not. What differs there is no rounding, unless the network has a sigmoid, a mean
 over another number than a power of two or standardised weights.
+
+How much rounding decides is seen with --target source: no conversion, the same network on the same
+samples, its convolutions and products by oneDNN and by torch's other library.
 """
 
 from __future__ import annotations
@@ -48,6 +52,10 @@ from spikeport.deploy.pipeline import rewrite_for
 from spikeport.targets.lynxi.simulator import options
 
 TARGETS = ("reference", "onnx", "lynxi-sim", "ipu-sim")
+#: No target: the network itself.
+SOURCE = "source"
+#: Samples that a network is held against itself on.
+_ALONE = 8
 #: Whole architectures on small images: what a convolution computes does not depend on its image's size.
 _IMAGE, _TOKENS, _CIFAR = (3, 32, 32), (3, 64, 64), (3, 32, 32)
 
@@ -370,6 +378,34 @@ def _same(net: nn.Module, x: torch.Tensor, outputs: Any) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def itself(net: nn.Module, batch: Callable[[int], torch.Tensor]) -> Row:
+    """The network against itself, with oneDNN and without, on samples one by one."""
+    start = time.perf_counter()
+    pairs = [[_fired(net, x, onednn) for onednn in (True, False)] for x in map(batch, [1] * _ALONE)]
+    flipped = sum(not all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairs)
+    rates = [layer.mean().item() for layer in pairs[0][0]]
+    verdict = f"rounding flips spikes of {flipped} of {_ALONE} samples" if flipped else "equal"
+    return Row(0, time.perf_counter() - start, sum(rates) / len(rates), verdict)
+
+
+def _fired(net: nn.Module, x: torch.Tensor, onednn: bool) -> list[torch.Tensor]:
+    """What the neuron layers give in one call."""
+    from spikingjelly.activation_based import functional, neuron
+
+    fired: list[torch.Tensor] = []
+    hooks = [
+        m.register_forward_hook(lambda m, x, y: fired.append(y))
+        for m in net.modules()
+        if isinstance(m, neuron.BaseNode)
+    ]
+    functional.reset_net(net)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return fired
+
+
 def rewrite(net: nn.Module, x: torch.Tensor, targets: Sequence[str]) -> Iterator[tuple[str, Row]]:
     """Rewrite for each target and check its rules; nothing is run."""
     start = time.perf_counter()
@@ -399,7 +435,10 @@ def rows(
     if rewriting:
         found = rewrite(net, batch(1), targets)
     else:
-        found = ((target, convert(net, batch, 1, target, keep_rounding)) for target in targets)
+        found = (
+            (t, itself(net, batch) if t == SOURCE else convert(net, batch, 1, t, keep_rounding))
+            for t in targets
+        )
     return [f"{name:27} {target:10} {row}" for target, row in found]
 
 
@@ -418,7 +457,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="BUILDER", help="all unless given")
     parser.add_argument(
-        "--target", action="append", choices=(*TARGETS, "cuda"), help="may be repeated"
+        "--target", action="append", choices=(*TARGETS, "cuda", SOURCE), help="may be repeated"
     )
     parser.add_argument("--rewrite", action="store_true", help="rewrite and check, do not run")
     parser.add_argument("--keep-rounding", action="store_true", help="convert all with it")
