@@ -11,6 +11,7 @@ from torch import nn
 
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import CaptureError, Findings
+from spikeport.converters.neurons import IF, Neuron
 from spikeport.converters.passes import (
     flatten_time,
     fold_batch_norm,
@@ -18,6 +19,34 @@ from spikeport.converters.passes import (
     lower_neurons,
 )
 from spikeport.converters.program import Program
+from spikeport.converters.sources import Reading
+
+
+class SingleStep(nn.Module):
+    """A single-step neuron as frameworks have it: its state survives until it is reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_mode = "s"
+        self.v: Any = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = torch.zeros_like(x) if isinstance(self.v, float) else self.v
+        spikes, (self.v,) = Neuron(IF).single_step(x, (v,))
+        return spikes
+
+
+class SingleStepSource:
+    """What reads it."""
+
+    name = "test"
+
+    def read(self, module: nn.Module, path: str) -> Any:
+        return Reading(Neuron(IF), "s") if type(module) is SingleStep else None
+
+    def reset(self, module: nn.Module) -> None:
+        if type(module) is SingleStep:
+            module.v = 0.0
 
 
 def lowered(program: Program) -> Program:
