@@ -173,7 +173,7 @@ class Site:
     def scatter(self, spikes: torch.Tensor, like: torch.Tensor, node: str) -> torch.Tensor:
         """Spikes [T, N, ...], or [N, ...] of the step, as one of its output nodes holds them."""
         if self.layout == "steps":
-            return spikes[self.spikes.index(node)].to(like.dtype)
+            spikes = spikes[self.spikes.index(node)]
         return spikes.reshape(like.shape).to(like.dtype)
 
 

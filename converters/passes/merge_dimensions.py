@@ -18,6 +18,7 @@ A reshape is no operation then. What mixes dimensions otherwise stays as it is.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..builder import Builder, holds_state, state_of
+from ..builder import Builder, holds_state
 from ..ops import Node, aten, shape
 from ..program import (
     NEURON,
@@ -60,6 +61,7 @@ class _Merge(Builder):
         self.path = ""
         #: The shapes of samples of layers whose neurons stand in fewer dimensions now.
         self.samples: dict[str, tuple[int, ...]] = {}
+        self.views: dict[tuple[Node, tuple[int, ...]], Node] = {}
 
     def run(self) -> Program:
         done: list[str] = []
@@ -75,20 +77,21 @@ class _Merge(Builder):
                 self.env[n] = self.copy(n, {})
             elif n.op == "call_function":
                 made = self._merged(n) if self._is_wide(n) else None
-                if made is not None:
-                    done.append(f"{short(n.target)} {list(shape(n))} ({self.path})")
-                elif self._is_wide(n):
-                    skipped.append(f"{short(n.target)} {list(shape(n))} ({self.path})")
+                if self._is_wide(n):
+                    size = shape(n.args[0] if n.target is NEURON_STEP else n)
+                    report = skipped if made is None else done
+                    report.append(f"{short(n.target)} {list(size)} ({self.path})")
                 if made is None:
-                    made = self.copy(n, {a: self._whole(a) for a in n.all_input_nodes})
+                    held = self.env.__getitem__ if _of_neurons(n) else self._whole
+                    made = self.copy(n, {a: held(a) for a in n.all_input_nodes})
                 self.env[n] = made
         outputs, results = [], []
         for spec, r in zip(self.program.outputs, self.program.results, strict=True):
             self.path = where(r)
             outputs.append(self._port(spec))
             results.append(self.form(r, outputs[-1].graph_shape))
-        report = PassReport("merge_dimensions", tuple(done), tuple(skipped))
-        result = self.finish(results, report, inputs=tuple(inputs), outputs=tuple(outputs))
+        passed = PassReport("merge_dimensions", tuple(done), tuple(skipped))
+        result = self.finish(results, passed, inputs=tuple(inputs), outputs=tuple(outputs))
         sites = (
             replace(site, sample=self.samples.get(site.name, site.sample)) for site in result.sites
         )
@@ -99,10 +102,10 @@ class _Merge(Builder):
         return replace(spec, rank=self.most) if len(spec.graph_shape) > self.most else spec
 
     def _is_wide(self, n: Node) -> bool:
-        # The states of neurons are not there any more once these are lowered.
-        if n.target is NEURON_STEP or holds_state(n) or state_of(n):
+        if _of_neurons(n):
             return False
-        values = [v.meta["val"] for v in (n, *n.all_input_nodes)]
+        around = n.args[:1] if n.target is NEURON_STEP else (n, *n.all_input_nodes)
+        values = [v.meta["val"] for v in around]
         return any(isinstance(v, torch.Tensor) and v.dim() > self.most for v in values)
 
     def _merged(self, n: Node) -> Node | None:
@@ -118,6 +121,13 @@ class _Merge(Builder):
         held = self.env[n]
         same = not isinstance(n.meta["val"], torch.Tensor) or shape(held) == shape(n)
         return held if same else self.form(n, shape(n))
+
+    def reshaped(self, node: Node, size: Sequence[int], path: str) -> Node:
+        """One node for all that ask, so that what every step uses is seen to be the same."""
+        key = (node, tuple(size))
+        if key not in self.views:
+            self.views[key] = super().reshaped(node, size, path)
+        return self.views[key]
 
     def form(self, n: Node, size: Sequence[int]) -> Node:
         """A value of the old graph in another shape."""
@@ -206,6 +216,16 @@ class _Merge(Builder):
             self.samples[self.program.site(n).name] = size[1:]
         own = [self._parameter(p, size[1:]) for p in params]
         return self.emit(n.target, self.form(x, merged(size, self.most)), own, spec, layout, *rest)
+
+    def step(self, n: Node) -> Node:
+        x, before, params, *rest = n.args
+        size = shape(x)
+        for spikes in (u for u in n.users if rest[1] == 0 and u.args[1] == 0):
+            self.samples[self.program.site(spikes).name] = size[1:]
+        own = [self._parameter(p, size[1:]) for p in params]
+        held = merged(size, self.most)
+        state = self.form(before, [shape(before)[0], *held])
+        return self.emit(n.target, self.form(x, held), state, own, *rest)
 
     def _parameter(self, p: Node, sample: tuple[int, ...]) -> Node:
         """What is broadcast over a sample, over one whose last dimensions are one."""
@@ -330,6 +350,12 @@ class _Merge(Builder):
         return self.again(n, input=self.form(x, [N, C, first, math.prod(rest)]))
 
 
+def _of_neurons(n: Node) -> bool:
+    """Whether a value is what a step of neurons gives, or their state, which lowering takes away."""
+    given = n.args[0] if n.target is operator.getitem else None
+    return holds_state(n) or (isinstance(given, fx.Node) and given.target is NEURON_STEP)
+
+
 def _spans(marks: Sequence[Hashable], size: Sequence[int]) -> list[tuple[Hashable, list[int]]]:
     """Dimensions beside each other with the same mark; those of size 1 go with any."""
     spans: list[tuple[Hashable, list[int]]] = []
@@ -374,6 +400,7 @@ _RULES: dict[Any, Callable[[_Merge, Node], Node | None]] = {
     ),
     **dict.fromkeys(ops.TRAILING, _Merge.rows),
     **dict.fromkeys((NEURON, STATE), _Merge.neurons),
+    NEURON_STEP: _Merge.step,
     aten.expand.default: _Merge.expand,
     aten.repeat.default: _Merge.repeat,
     aten.stack.default: _Merge.stack,

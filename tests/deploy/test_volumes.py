@@ -11,8 +11,10 @@ from networks import Net, rand
 from torch import nn
 
 from spikeport import deploy
+from spikeport.converters import neurons
 from spikeport.converters.neurons import IFNode, LIFNode
 from spikeport.converters.program import Time
+from spikeport.targets import cuda
 from spikeport.targets.lynxi.simulator import options
 
 T, N = 3, 2
@@ -86,3 +88,36 @@ def test_a_state_has_the_shape_of_its_layer(tmp_path: Path) -> None:
             torch.testing.assert_close(model.step(x[1]), whole)
     assert states["lynxi-sim"]["first.v"].shape == (N, 4, 4, 6, 5)
     assert states["lynxi-sim"].keys() == states["reference"].keys()
+
+
+class Loop(nn.Module):
+    """Steps one by one; the spikes of a volume come back through a convolution, those of another alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.back = nn.Conv3d(2, 3, 3, padding=1), nn.Conv3d(3, 3, 1)
+        weights = nn.Parameter(torch.rand(3, 1, 1, 1) + 0.1)
+        self.first = cuda.Node(neurons.ParametricLIF, w=weights, v_rest=0.0, step_mode="s")
+        self.second = cuda.LIFNode(step_mode="s", v_reset=None, v_threshold=0.3)
+
+    def forward(self, x_seq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.zeros(N, 3, 4, 6, 5)
+        spikes = []
+        for x_t in x_seq:
+            x = self.first(self.conv(x_t) + self.back(x))
+            spikes.append(self.second(x))
+        return torch.stack(spikes), x
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("target", ["reference", "lynxi-sim", "onnx"])
+def test_spikes_of_a_volume_that_come_back(target: str, time: Time, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Loop().eval(), 4 * rand(*SHAPE, seed=1)
+    program = deploy.convert(net, (4 * rand(*SHAPE),), target, time=time, dtype="float32")
+    with options(storage="float32"):
+        deploy.compile(program, tmp_path / "net", cache=False)
+        with torch.no_grad(), deploy.load(tmp_path / "net") as model:
+            for found, expected in zip(model(x), net(x), strict=True):
+                assert 0.02 < expected.mean() < 0.98
+                assert torch.equal(found, expected)
