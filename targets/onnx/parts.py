@@ -1,9 +1,8 @@
-"""Time steps are computed on their own where putting them together costs more than it saves.
+"""Matrix products of each time step alone, where putting the steps together costs more than it saves.
 
-A neuron's steps are nodes of their own; what follows them takes all of them at once, [TN, ...]. To join
-them, and to cut the result for the next neuron, moves every value through memory twice. A layer whose
-weights are small against that is as fast on each step [N, ...] alone, and each row of its result is the
-same. Where a whole value is needed, its parts are joined there.
+A neuron's steps are nodes of their own; the layer after it takes all of them at once, [TN, ...]. To join
+them, and to cut the result for the next neuron, moves every value twice. A product with few weights is
+as fast on each step [N, ...], and each row of its result is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 
 from ...converters import ops
 from ...converters.builder import Builder
-from ...converters.ops import RESHAPE, Node, aten, shape
+from ...converters.ops import Node, aten, shape
 from ...converters.program import PassReport, Program, where
 
 #: Elements of a step below which a node's launch takes longer than moving them.
@@ -22,7 +21,7 @@ _WEIGHTS = 4
 
 
 def in_parts(program: Program) -> Program:
-    """The same graph with layers taken apart; the program names no sites, and is for export alone."""
+    """The same graph with products taken apart; the program names no sites, and is for export alone."""
     return _Parts(program).run()
 
 
@@ -30,6 +29,7 @@ class _Parts(Builder):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.env: dict[Node, Node] = {}
+        #: Of values that are not joined yet, the nodes of their equal parts along dimension 0.
         self.parts: dict[Node, list[Node]] = {}
 
     def run(self) -> Program:
@@ -57,27 +57,18 @@ class _Parts(Builder):
         return self.copy(n, {a: taken.get(a) or self._joined(a) for a in n.all_input_nodes})
 
     def _taken_apart(self, n: Node) -> list[Node]:
-        """A value as the nodes of its equal parts along dimension 0, or nothing."""
         if n.target is aten.cat.default:
             given, at = n.args[0], ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
             equal = len(given) > 1 and at == 0 and len({*map(shape, given)}) == 1
             return [self._joined(a) for a in given] if equal else []
-        apart = [a for a in n.all_input_nodes if a in self.parts]
-        weights = [a for a in n.all_input_nodes if a not in self.parts]
-        counts = {len(self.parts[a]) for a in apart}
-        if len(counts) != 1 or not _treats_rows_alone(n, apart, weights):
+        if n.target is not aten.linear.default or n.args[0] not in self.parts or len(shape(n)) != 2:
             return []
-        count, moved = counts.pop(), max(math.prod(shape(a)) for a in (n, *apart))
-        read = sum(math.prod(shape(a)) for a in weights)
-        if moved < count * max(_FEWEST, _WEIGHTS * read):
+        x, *weights = n.all_input_nodes
+        parts = self.parts[x]
+        moved = max(math.prod(shape(a)) for a in (n, x)) // len(parts)
+        if moved < max(_FEWEST, _WEIGHTS * sum(math.prod(shape(a)) for a in weights)):
             return []
-        return [self._part(n, {a: self.parts[a][i] for a in apart}, count) for i in range(count)]
-
-    def _part(self, n: Node, taken: dict[Node, Node], count: int) -> Node:
-        if n.target is RESHAPE:
-            size = [shape(n)[0] // count, *shape(n)[1:]]
-            return self.reshaped(taken[n.args[0]], size, path=where(n))
-        return self._copied(n, taken)
+        return [self._copied(n, {x: part}) for part in parts]
 
     def _slice(self, n: Node) -> Node:
         """The part that a slice cuts out, if it is one."""
@@ -87,18 +78,3 @@ class _Parts(Builder):
         rows = shape(n.args[0])[0] // len(parts)
         exact = {(0, i * rows, (i + 1) * rows, 1): part for i, part in enumerate(parts)}
         return exact.get(cut)
-
-
-def _treats_rows_alone(n: Node, apart: list[Node], weights: list[Node]) -> bool:
-    """Whether each row of a value, [N, ...], follows from the same rows of what is in parts."""
-    if any(shape(a)[:1] != shape(n)[:1] for a in apart):
-        return False
-    if n.target is RESHAPE:
-        return True
-    rank = len(shape(n))
-    if any(len(shape(a)) != rank for a in apart):
-        return False
-    if n.target in ops.BATCHED or (n.target is aten.linear.default and rank > 1):
-        return apart == [n.args[0]]
-    broadcast = (len(shape(a)) < rank or shape(a)[0] == 1 for a in weights)
-    return ops.is_pointwise(n.target) and all(broadcast)
