@@ -51,18 +51,27 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
     return program
 
 
+#: What torch says of a failure besides its error, and the level from which it may: torch 2.6 logs errors.
+_LOGS = {
+    "torch.fx.experimental.symbolic_shapes": logging.ERROR,
+    "torch.fx.experimental.recording": logging.CRITICAL,
+}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch writes of a failure besides its error: the graph so far, its symbols."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = {logging.getLogger(name): level for name, level in _LOGS.items()}
+    before = {log: log.level for log in logs}
+    for log, level in logs.items():
+        log.setLevel(level)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in before.items():
+            log.setLevel(level)
 
 
 #: Operators that torch computes by others, or that only move values: in those they have one spelling.
