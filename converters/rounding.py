@@ -362,10 +362,8 @@ def _perturbed(
             if not isinstance(a, torch.Tensor) or not a.is_floating_point():
                 return a
             shifted = a + sign * e
-            if target is aten.sqrt.default:
-                return torch.where(
-                    a >= 0, shifted.clamp(min=0), shifted
-                )  # below 0 there is no root
+            if target is aten.sqrt.default:  # below 0 there is no root
+                return torch.where(a >= 0, shifted.clamp(min=0), shifted)
             return shifted
 
         answer: torch.Tensor = target(*pytree.tree_map(shift, tuple(args), tuple(errors)), **kwargs)

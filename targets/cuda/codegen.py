@@ -321,7 +321,7 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
     k.prologue()
     k.initial(asked.initial)
 
-    def chunk(steps: int, looped: bool, **_: bool) -> None:
+    def chunk(steps: int, looped: bool) -> None:
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         if asked.checkpoints:
             p("if chunk > 0:")
@@ -399,7 +399,10 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
     def gradient(i: int) -> None:
         p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
 
-    def chunk(steps: int, looped: bool, last: bool) -> None:
+    def chunk(steps: int, looped: bool) -> None:
+        last = (
+            not spec.loop or steps == spec.tail
+        )  # a loop without a tail is not asked, which costs time
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         for w in k.members:
             for i, part in enumerate(step.names):
@@ -500,15 +503,12 @@ def _store_parameter(k: _Kernel, name: str) -> None:
 
 
 def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
-    """The chunks in order: a loop over the whole ones, then the tail; or in reverse.
-
-    ``chunk`` is told whether it is known to be the last: not in a loop, which may end with it.
-    """
+    """The chunks in order: a loop over the whole ones, then the tail; or in reverse."""
 
     def tail() -> None:
         if spec.tail or not spec.loop:
             p("chunk = chunks" if spec.loop else "chunk = 0")
-            chunk(spec.tail or spec.steps, looped=spec.loop, last=True)
+            chunk(spec.tail or spec.steps, looped=spec.loop)
 
     if reverse:
         tail()
@@ -516,7 +516,7 @@ def _chunks(p: Text, spec: Spec, chunk: Any, reverse: bool) -> None:
         p("for i in range(0, chunks):")
         p.indent += 1
         p("chunk = chunks - 1 - i" if reverse else "chunk = i")
-        chunk(spec.steps, looped=True, last=False)
+        chunk(spec.steps, looped=True)
         p.indent -= 1
     if not reverse:
         tail()
