@@ -57,9 +57,11 @@ class _Parts(Builder):
         return self.copy(n, {a: taken.get(a) or self._joined(a) for a in n.all_input_nodes})
 
     def _taken_apart(self, n: Node) -> list[Node]:
+        """The parts of a value, or none."""
         if n.target is aten.cat.default:
             given, at = n.args[0], ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
-            equal = len(given) > 1 and at == 0 and len({*map(shape, given)}) == 1
+            kinds = {(shape(a), a.meta["val"].dtype) for a in given}
+            equal = len(given) > 1 and at == 0 and len(kinds) == 1
             return [self._joined(a) for a in given] if equal else []
         if n.target is not aten.linear.default or n.args[0] not in self.parts or len(shape(n)) != 2:
             return []

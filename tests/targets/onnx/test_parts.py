@@ -76,6 +76,7 @@ def test_steps_that_are_cut_out_are_neither_joined_nor_cut() -> None:
         lambda x, m: m.fc(x.reshape(T, N, C)),
         lambda x, m: m.fc(torch.cat([x, x], 1)[:, :C]),
         lambda x, m: x[1 : N + 1] * 2,
+        lambda x, m: torch.cat([x > 0, x])[: T * N] * 2,
     ],
 )
 def test_all_else_stays(run: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
