@@ -136,48 +136,65 @@ def _power_of_two(value: float) -> bool:
     return value != 0 and abs(math.frexp(value)[0]) == 0.5
 
 
-def backward(tape: Tape, seeds: Mapping[Expr, Expr], wrt: Iterable[Expr]) -> list[Expr]:
+def backward(
+    tape: Tape,
+    seeds: Mapping[Expr, Expr],
+    wrt: Iterable[Expr],
+    idle: Mapping[Expr, Expr] | None = None,
+    finite: Callable[[Expr], Expr] = lambda factor: factor,
+) -> list[Expr]:
     """The derivatives of the sum of ``seeds[y] * y`` in ``wrt``, as further expressions.
 
-    A value that has a derivative for none of the seeds gets the constant 0.
+    A value that has a derivative for none of the seeds gets the constant 0. ``idle`` are further seeds,
+    which are 0 where ``finite`` makes a factor finite: they then add nothing, not even 0 times infinity.
     """
     grads: dict[int, Expr] = {}
+    live: set[int] = set()
 
-    def add(to: Expr, grad: Expr) -> None:
+    def add(to: Expr, grad: Expr, alive: bool) -> None:
         if not (grad.op == "const" and grad.value == 0):
             grads[to.index] = grads[to.index] + grad if to.index in grads else grad
+            live.update((to.index,) if alive else ())
 
     for y, seed in seeds.items():
-        add(y, seed)
-    for e in reversed(tape.exprs[: max((y.index for y in seeds), default=-1) + 1]):
+        add(y, seed, alive=True)
+    for y, seed in (idle or {}).items():
+        add(y, seed, alive=False)
+    last = max((y.index for y in (*seeds, *(idle or ()))), default=-1)
+    for e in reversed(tape.exprs[: last + 1]):
         if e.index in grads:
-            for arg, grad in zip(e.args, _partials(tape, e, grads[e.index]), strict=True):
+            alive = e.index in live
+            partials = _partials(tape, e, grads[e.index], (lambda f: f) if alive else finite)
+            for arg, grad in zip(e.args, partials, strict=True):
                 if grad is not None:
-                    add(arg, grad)
+                    add(arg, grad, alive)
     return [grads.get(w.index, tape.const(0.0)) for w in wrt]
 
 
-def _partials(tape: Tape, e: Expr, g: Expr) -> tuple[Expr | None, ...]:
-    """What the derivative g of a result gives each of its arguments."""
+def _partials(
+    tape: Tape, e: Expr, g: Expr, finite: Callable[[Expr], Expr]
+) -> tuple[Expr | None, ...]:
+    """What the derivative g of a result gives each of its arguments, by factors that are made finite."""
     if not e.args:
         return ()
     a, b = (*e.args, *e.args)[:2]  # b is for operations of two arguments
     zero = tape.const(0.0)
     if e.op.startswith("fire") and e.value is not None:
-        through = g * e.value.derivative(a - b)
+        through = g * finite(e.value.derivative(a - b))
         return through, -through
     rules: dict[str, Callable[[], tuple[Any, ...]]] = {
         "add": lambda: (g, g),
         "sub": lambda: (g, -g),
-        "mul": lambda: (g * b, g * a),
-        "div": lambda: (g / b, -g * e / b),
-        "pow": lambda: (g * (b * tape.emit("pow", a, b.value - 1)), None),
+        "mul": lambda: (g * finite(b), g * finite(a)),
+        "div": lambda: (g / finite(b), -g * finite(e) / finite(b)),
+        "pow": lambda: (g * (b * tape.emit("pow", finite(a), b.value - 1)), None),
         "neg": lambda: (-g,),
-        "abs": lambda: (tape.emit("where", a > 0, g, tape.emit("where", a < 0, -g, zero)),),
-        "sigmoid": lambda: (g * (e * (1 - e)),),
-        "exp": lambda: (g * e,),
-        "tanh": lambda: (g * (1 - e * e),),
-        "relu": lambda: (tape.emit("where", a > 0, g, zero),),
+        # g times the sign, which is 0 for 0 and NaN: g - g, as infinity times 0 is no number.
+        "abs": lambda: (tape.emit("where", a > 0, g, tape.emit("where", a < 0, -g, g - g)),),
+        "sigmoid": lambda: (g * finite(e * (1 - e)),),
+        "exp": lambda: (g * finite(e),),
+        "tanh": lambda: (g * finite(1 - e * e),),
+        "relu": lambda: (tape.emit("where", a <= 0, zero, g),),
         "where": lambda: (None, tape.emit("where", a, g, zero), tape.emit("where", a, zero, g)),
     }
     # Comparisons, and what is detached, pass nothing on.

@@ -110,6 +110,9 @@ class Backward:
         return step.names if self.final else ("v",) if self.v_seq else ()
 
 
+#: Whether a step is the last of all, as far as the source's text can know.
+Last = Literal["yes", "no", "perhaps"]
+
 #: Steps before its use that the gradient of the spikes is loaded: all of a chunk's fill the registers.
 _AHEAD = 8
 
@@ -144,14 +147,32 @@ class _Step:
         self.after = tuple(tape.lift(part) for part in after)
         self.forward = len(tape.exprs)
 
-    def gradients(self, wrt: list[Expr], used: Sequence[str]) -> list[Expr]:
-        """The derivatives in ``wrt``, from g_spikes and, for each part of the state in use, gq_<name>."""
+    def gradients(
+        self, wrt: list[Expr], used: Sequence[str], idle: Sequence[str] = ()
+    ) -> list[Expr]:
+        """The derivatives in ``wrt``, from g_spikes and, for each part of the state in use, gq_<name>.
+
+        Those of the ``idle`` parts are 0 at the last step of all, where they add nothing.
+        """
         seeds: dict[Expr, Expr] = {self.spikes: self.tape.input("g_spikes")}
+        zeros: dict[Expr, Expr] = {}
         for name, part in zip(self.names, self.after, strict=True):
-            if name in used:
-                g = self.tape.input(f"gq_{name}")
-                seeds[part] = seeds[part] + g if part in seeds else g
-        return backward(self.tape, seeds, wrt)
+            if name in (*used, *idle):
+                to, g = zeros if name in idle else seeds, self.tape.input(f"gq_{name}")
+                to[part] = to[part] + g if part in to else g
+        return backward(self.tape, seeds, wrt, zeros, self._finite)
+
+    def _finite(self, factor: Expr) -> Expr:
+        """A factor that is some finite number at the last step of all."""
+        if not self._may_be_infinite(factor):
+            return factor
+        return self.tape.emit("where", self.tape.input("last"), 1.0, factor)
+
+    def _may_be_infinite(self, e: Expr) -> bool:
+        """Whether infinity or NaN in x or the state can get into a value."""
+        if e.op == "input":
+            return e is self.x or e in self.state
+        return not e.op.startswith("fire") and any(map(self._may_be_infinite, e.args))
 
 
 class _Kernel:
@@ -400,9 +421,6 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
         p(f"g_{i} = {k.load('g_spikes_ptr', f'(t + {i}) * N64')}")
 
     def chunk(steps: int, looped: bool) -> None:
-        last = (
-            not spec.loop or steps == spec.tail
-        )  # a loop without a tail is not asked, which costs time
         p("t = tl.cast(chunk, tl.int64) * " + str(spec.steps))
         for w in k.members:
             for i, part in enumerate(step.names):
@@ -412,6 +430,9 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
                 within = f"within & {later}" if spec.masked else later
                 load = f"tl.load({at}, mask={within}, other={start})"
                 p(f"q_{part}{w}_0 = {load if kept else start}")
+        last: Last = "yes" if not looped or steps == spec.tail else "no" if spec.tail else "perhaps"
+        if last == "perhaps":
+            p("last = chunk == chunks - 1")
         for i in range(steps):
             for w in k.members:
                 p(f"x_{i}{w} = {k.load_x(f't + {i}', w)}")
@@ -429,7 +450,7 @@ def backward_source(spec: Spec, asked: Backward, name: str = "backward") -> str:
             if k.pooled:
                 _pooling_backward(k, asked, i, looped)
             for w in k.members:
-                _reverse_step(k, asked, i, w, looped, i == steps - 1 and last)
+                _reverse_step(k, asked, i, w, looped, last if i == steps - 1 else "no")
 
     _chunks(p, spec, chunk, reverse=True)
     for w in k.members if asked.initial else ():
@@ -456,7 +477,7 @@ def _pooling_backward(k: _Kernel, asked: Backward, i: int, looped: bool) -> None
     p(f"g_{i}{first} = tl.where({fired[0][0]} >= before, g_{i}, 0.0)")
 
 
-def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool, last: bool) -> None:
+def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool, last: Last) -> None:
     """One step of the recursion of the derivatives.
 
     What follows the last step is no gradient of 0, which times infinity would be no number, but none.
@@ -465,9 +486,12 @@ def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool, las
     if asked.v_seq:
         p(f"gq_v{w} = gq_v{w} + {k.load('g_v_seq_ptr', f'(t + {i}) * M64', w)}")
     given = k.given(i, w, asked.initial, looped, f"_{i}")
-    given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names} | {"g_spikes": f"g_{i}{w}"}
+    given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names}
+    given |= {"g_spikes": f"g_{i}{w}", "last": "last"}
     wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
-    wanted = step.gradients(wrt, asked.into(step) if last else step.names)
+    ended = asked.into(step)
+    idle = [n for n in step.names if last == "perhaps" and n not in ended]
+    wanted = step.gradients(wrt, ended if last != "no" else step.names, idle)
     g_x, *rest = p.evaluate(wanted, given, f"b{i}{w}")
     if asked.into_x == "norm":
         p(f"g_x = {g_x} - minus - (x_{i}{w} - p_norm_mean) * slope")

@@ -11,9 +11,6 @@ Each takes the arguments of its namesake there, and::
 
 A state that is kept is part of the graph that gradients flow through, until :meth:`FusedNode.reset`
 or :meth:`FusedNode.detach`.
-
-Infinity and NaN flow through as torch's, with one exception: a potential that is infinite at the last of
-32, 48, 64, ... steps has no number for a gradient, where torch's may be finite.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ EVALUATE: dict[str, Any] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
     "lt": torch.lt,
+    "le": torch.le,
     "gt": torch.gt,
     "ge": torch.ge,
     "where": torch.where,
@@ -67,6 +68,34 @@ def test_derivatives_are_those_of_autograd(f: Any) -> None:
     wanted = torch.autograd.grad(expected, [a, b], g, materialize_grads=True)
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one.broadcast_to(other.shape), other)
+
+
+@pytest.mark.parametrize("f", [abs, neurons.relu, neurons.tanh, neurons.exp, lambda a: a * a])
+def test_derivatives_at_zero_infinity_and_nan_are(f: Any) -> None:
+    inf = float("inf")
+    a = torch.tensor([0.0, inf, -inf, float("nan"), 1.0], dtype=torch.float64).requires_grad_()
+    for g in (torch.ones_like(a), torch.zeros_like(a)):
+        tape = Tape()
+        x = tape.input("a")
+        (found,) = evaluate(backward(tape, {f(x): tape.input("g")}, [x]), {"a": a, "g": g})
+        (expected,) = torch.autograd.grad(f(a), [a], g)
+        torch.testing.assert_close(found.detach(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("f", [lambda a, b: a * b, lambda a, b: a / b, lambda a, b: a**3 + b])
+def test_idle_seeds_add_nothing_where_their_factors_are_finite(f: Any) -> None:
+    tape = Tape()
+    x, y = tape.input("a"), tape.input("b")
+    live, idle = x * 2.0, f(x, y)
+
+    def finite(factor: Expr) -> Expr:
+        return tape.const(1.0)
+
+    seeds = {live: tape.input("g")}, [x, y], {idle: tape.input("zero")}
+    inputs = {"a": torch.tensor(float("inf")), "b": torch.tensor(0.0)}
+    inputs |= {"g": torch.tensor(1.0), "zero": torch.tensor(0.0)}
+    assert any(g.isnan() for g in evaluate(backward(tape, *seeds), inputs))
+    assert evaluate(backward(tape, *seeds, finite), inputs) == [2.0, 0.0]
 
 
 def test_a_spikes_derivative_is_the_surrogates() -> None:

@@ -171,7 +171,7 @@ class TestEquality:
             assert v.isnan().any()
             assert torch.equal(v.nan_to_num(), reference.v_seq.nan_to_num())
 
-    @pytest.mark.parametrize("T", [1, 6, 16, 35])
+    @pytest.mark.parametrize("T", [1, 6, 16, 32, 35])
     @pytest.mark.parametrize("surrogate", ["ATan", "Rectangle"])
     def test_their_gradients_do(self, T: int, surrogate: str, device: str) -> None:
         x = drive(T, 1, 64, device=device)
@@ -190,18 +190,21 @@ class TestEquality:
                 assert torch.equal(*(g.isnan() for g in gradients))
                 torch.testing.assert_close(*gradients, equal_nan=True)
 
-    def test_but_at_the_end_of_several_whole_chunks(self, device: str) -> None:
-        for step, equal in ((-2, True), (-1, False)):
-            gradients = []
-            for node in pair(*KINDS["LIF"]):
-                x = drive(2 * kernels.CHUNK, 1, 8, device=device)
-                x[step, 0, 3] = float("inf")
-                node(x.requires_grad_()).sum().backward()
-                gradients.append(x.grad[-1, 0].cpu())
-            theirs, ours = gradients
-            assert torch.equal(ours.isnan(), theirs.isnan()) is equal
-            assert ours[3].isnan()
-            torch.testing.assert_close(ours[4:], theirs[4:])
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("options", [{}, {"v_reset": None}], ids=["hard", "soft"])
+    def test_whole_chunks_end_with_no_gradient_of_the_state(
+        self, kind: str, options: dict[str, Any], device: str
+    ) -> None:
+        x = drive(2 * kernels.CHUNK, 1, 8, device=device) / 4
+        x[-1, 0, :3] = torch.tensor([float("inf"), float("nan"), float("-inf")], device=device)
+        gradients = []
+        for node in pair(*KINDS[kind], surrogate=surrogates.Rectangle(), **options):
+            leaf = x.to("cpu" if node.backend == "torch" else device, copy=True)
+            node(leaf.requires_grad_()).sum().backward()
+            gradients.append([leaf.grad.cpu(), *(p.grad.cpu() for p in node.parameters())])
+        assert gradients[0][0][:-1].isfinite().all()
+        for theirs, ours in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
