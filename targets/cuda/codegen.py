@@ -105,7 +105,7 @@ class Backward:
     into_x: Literal["x", "norm"] | None = "x"
     wrt: tuple[str, ...] = ()
 
-    def into(self, step: _Step) -> tuple[str, ...]:
+    def of_last(self, step: _Step) -> tuple[str, ...]:
         """The parts of the last state that have a gradient."""
         return step.names if self.final else ("v",) if self.v_seq else ()
 
@@ -489,7 +489,7 @@ def _reverse_step(k: _Kernel, asked: Backward, i: int, w: str, looped: bool, las
     given |= {f"gq_{n}": f"gq_{n}{w}" for n in step.names}
     given |= {"g_spikes": f"g_{i}{w}", "last": "last"}
     wrt = [step.x, *step.state, *(step.params[n] for n in asked.wrt)]
-    ended = asked.into(step)
+    ended = asked.of_last(step)
     idle = [n for n in step.names if last == "perhaps" and n not in ended]
     wanted = step.gradients(wrt, ended if last != "no" else step.names, idle)
     g_x, *rest = p.evaluate(wanted, given, f"b{i}{w}")
