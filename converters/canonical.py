@@ -197,11 +197,20 @@ class _Canonical(Builder):
             less: fx.Node = self._squeezed(args[0], ops.dim(args[0], args[1]), path)
             return less
         if target in _BITS:
-            return self.call(_BITS[target], *args, path=path)
+            truths = all(isinstance(a, fx.Node) and a.meta["val"].dtype == torch.bool for a in args)
+            bits, logic = _BITS[target]
+            return self.call(
+                logic if truths else bits, *args, path=path, **({} if truths else kwargs)
+            )
+        if target is aten._to_copy.default:
+            # Where the values lie, and whether to wait for them, is not the program's.
+            return self.call(target, *args, path=path, dtype=kwargs["dtype"])
         if target is aten.cat.default:
             return self._joined(n, args, path)
-        if target is aten.mm.default:
+        if target in _MATMULS:
             return self.call(aten.matmul.default, *args, path=path)
+        if target in _ANY:
+            return self._any(n, args[0], path)
         if target is aten.fill.Tensor:
             return self.call(aten.expand.default, args[1], list(n.meta["val"].shape), path=path)
         if target is aten.copy.default:
@@ -219,6 +228,16 @@ class _Canonical(Builder):
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _any(self, n: fx.Node, x: fx.Node, path: str) -> fx.Node:
+        """Whether any is true, as the largest of them is."""
+        dims, keep = (*n.args[1:], None, False)[:2]
+        dims = [dims] if isinstance(dims, int) else dims or [*range(len(shape(x)))]
+        if x.meta["val"].dtype != torch.bool:
+            x = self.call(aten.ne.Scalar, x, 0, path=path)
+        ones = self.call(aten._to_copy.default, x, path=path, dtype=torch.float32)
+        largest = self.call(aten.amax.default, ones, dims, keep, path=path)
+        return self.call(aten.gt.Scalar, largest, 0, path=path)
 
     def _squeezed(self, x: Node, dim: int, path: str) -> Node:
         """x without a dimension of 1, which what comes before need not have either."""
@@ -351,11 +370,19 @@ class _Canonical(Builder):
         return part if len(parts) == 1 else self.call(aten.cat.default, parts, dim, path=path)
 
 
-#: Python's operators on truth values and whole numbers, by their other name.
+_MATMULS = (aten.mm.default, aten.mv.default, aten.dot.default, aten.vdot.default)
+_ANY = (aten.any.default, aten.any.dim, aten.any.dims)
+#: Operators on whole numbers by one name, and on truth values, whose product and sum are these too.
 _BITS = {
-    aten.__and__.Tensor: aten.bitwise_and.Tensor,
-    aten.__or__.Tensor: aten.bitwise_or.Tensor,
-    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.__and__.Tensor: (aten.bitwise_and.Tensor, aten.logical_and.default),
+    aten.__or__.Tensor: (aten.bitwise_or.Tensor, aten.logical_or.default),
+    aten.__xor__.Tensor: (aten.bitwise_xor.Tensor, aten.logical_xor.default),
+    aten.bitwise_and.Tensor: (aten.bitwise_and.Tensor, aten.logical_and.default),
+    aten.bitwise_or.Tensor: (aten.bitwise_or.Tensor, aten.logical_or.default),
+    aten.bitwise_xor.Tensor: (aten.bitwise_xor.Tensor, aten.logical_xor.default),
+    aten.bitwise_not.default: (aten.bitwise_not.default, aten.logical_not.default),
+    aten.mul.Tensor: (aten.mul.Tensor, aten.logical_and.default),
+    aten.add.Tensor: (aten.add.Tensor, aten.logical_or.default),
 }
 #: Pooling, with the number of dimensions that it is over.
 _POOLS = {

@@ -195,6 +195,7 @@ class Bounds(fx.Interpreter):
         elif n.op == "get_attr":
             value = super().run_node(n).float()
             exact = self._rounded is not None and n.target not in self._rounded
+            exact |= not n.meta["val"].is_floating_point()
             error = torch.zeros_like(value) if exact else self._stored(value)
             if (terms := self._program.terms.get(str(n.target))) is not None:
                 error = error + self._sum(terms, 1)
@@ -204,7 +205,8 @@ class Bounds(fx.Interpreter):
             pair = self._carried[n]
         elif n.op == "placeholder":
             value = super().run_node(n)
-            pair = (value, self._stored(value))
+            exact = not n.meta["val"].is_floating_point()
+            pair = (value, torch.zeros_like(value) if exact else self._stored(value))
         else:
             value, error = self._call(n)
             if isinstance(value, tuple):
@@ -289,8 +291,12 @@ class Bounds(fx.Interpreter):
         return pair if layout == "stepped" else (pair[0].flatten(0, 1), pair[1].flatten(0, 1))
 
     def _stored(self, value: torch.Tensor) -> torch.Tensor:
-        """u |y|, or half of the smallest number's distance to 0 where y is below normal numbers."""
-        return value.abs().mul_(self._unit).clamp_(min=self._least)
+        """u |y|, or half of the smallest number's distance to 0 where y is below normal numbers.
+
+        Infinity, as of a mask of attention, is as exact.
+        """
+        error = value.abs().mul_(self._unit).clamp_(min=self._least)
+        return error.masked_fill_(error.isinf(), 0.0)
 
     def _sum(self, magnitude: torch.Tensor, terms: float) -> torch.Tensor:
         return CERTAINTY * math.sqrt(terms) * _ACCUMULATOR * magnitude
@@ -367,7 +373,7 @@ def _perturbed(
             return shifted
 
         answer: torch.Tensor = target(*pytree.tree_map(shift, tuple(args), tuple(errors)), **kwargs)
-        return (answer - value).abs()
+        return torch.where(answer == value, 0.0, (answer - value).abs())  # both may be infinite
 
     return 2 * torch.maximum(moved(1), moved(-1))
 

@@ -1,10 +1,10 @@
 """Write operators that a target lacks in those that it has.
 
-    b + x W                        of addmm
+    b + x W                        of addmm and baddbmm
     b - a                          of rsub
     max(x, -x)                     of abs
     sqrt(sum of x x)               of the Euclidean norm
-    pool2d of [1, 1, rest, K]      of amax over K values, and -amax(-x) of amin
+    pool2d of [N, 1, rest, K]      of amax over K values, and -amax(-x) of amin
     (x - m) / sqrt(var + eps)      of layer, group and instance norm, m and var being means
     x / sqrt(mean of x x + eps)    of RMS norm
     s - m - log(sum exp(s - m))    of log_softmax, m being the largest
@@ -177,7 +177,8 @@ class _Decompose(Builder):
         if others + dims != [*range(rank)]:
             x = self.emit(aten.permute.default, x, others + dims)
         window = [1, math.prod(shape(x)[len(others) :])]
-        rows = self.reshape(x, 1, 1, -1, window[1])
+        # The first dimension, which may be time, stays the first.
+        rows = self.reshape(x, shape(x)[0] if others else 1, 1, -1, window[1])
         largest = self.emit(aten.max_pool2d.default, rows, window, window)
         return self.reshape(largest, *shape(n))
 
@@ -255,7 +256,9 @@ class _Decompose(Builder):
             seen = torch.ones(shape(scores)[-2:], dtype=torch.bool).tril()
             mask = self.constant(f"causal_{shape(q)[-2]}_{shape(k)[-2]}", seen)
         if mask is not None and mask.meta["val"].dtype == torch.bool:
-            scores = self.emit(aten.where.ScalarOther, mask, scores, -math.inf)
+            # Finite, as exp gives 0 for it all the same.
+            lowest = torch.finfo(scores.meta["val"].dtype).min
+            scores = self.emit(aten.where.ScalarOther, mask, scores, lowest)
         elif mask is not None:
             scores = self.emit(aten.add.Tensor, scores, mask)
         return self.emit(aten.matmul.default, self.emit(aten.softmax.int, scores, -1), v)
@@ -470,6 +473,7 @@ def _formula(write: Callable[..., Term | None]) -> Callable[[_Decompose, Node], 
 
 _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.addmm.default: _Decompose.addmm,
+    aten.baddbmm.default: _Decompose.addmm,
     aten.rsub.Scalar: _Decompose.rsub,
     aten.rsub.Tensor: _Decompose.rsub,
     aten.abs.default: _Decompose.abs,
@@ -489,7 +493,6 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.bilinear.default: _Decompose.bilinear,
     aten.log1p.default: _Decompose.log1p,
     aten.nan_to_num.default: _Decompose.nan_to_num,
-    aten.bitwise_xor.Tensor: _Decompose.exclusive_or,
     aten.logical_xor.default: _Decompose.exclusive_or,
     aten.conv_transpose1d.default: _Decompose.conv_transpose1d,
     aten.conv_transpose2d.input: _Decompose.conv_transpose,

@@ -134,8 +134,6 @@ def _compare(op: str, negated: bool = False) -> Exporter:
 
 def _logical(op: str) -> Exporter:
     def emit(e: Emitter, n: Node) -> str:
-        if dtype_of(n) != torch.bool:
-            raise NotInOnnx("bits of integers")
         return e(op, *(e.value(a, torch.bool) for a in n.args))
 
     return emit
@@ -284,9 +282,5 @@ POINTWISE: dict[Any, Exporter] = {
     aten.logical_or.default: _logical("Or"),
     aten.logical_xor.default: _logical("Xor"),
     aten.logical_not.default: _logical("Not"),
-    aten.bitwise_and.Tensor: _logical("And"),
-    aten.bitwise_or.Tensor: _logical("Or"),
-    aten.bitwise_xor.Tensor: _logical("Xor"),
-    aten.bitwise_not.default: _logical("Not"),
     **dict.fromkeys(ops.SELECT, _where),
 }

@@ -76,6 +76,10 @@ CASES = {
         lambda x: F.scaled_dot_product_attention(x, x, x, torch.eye(6) * 2 - 1),
         IMAGE,
     ),
+    "products added up": (
+        lambda x: torch.baddbmm(x[:, 0], x[:, 1] @ x[:, 1].mT, x[:, 2], beta=0.5, alpha=2),
+        IMAGE,
+    ),
     "im2col": (lambda x: F.unfold(x, (3, 2), 1, (1, 0), (2, 1)), IMAGE),
     "running sum": (lambda x: x.cumsum(1) + x.cumsum(-1), IMAGE),
     "bilinear": (Bilinear(9, 9, 3), LINE),

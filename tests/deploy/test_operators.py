@@ -34,6 +34,12 @@ def attention(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.lif(mixed.mean(1).unflatten(0, x.shape[:2]) * 4)
 
 
+def masked(s: Any, x: torch.Tensor) -> torch.Tensor:
+    scores = x.unsqueeze(-1) @ x.unsqueeze(-2)
+    scores = scores.masked_fill(torch.ones(6, 6).tril() == 0, float("-inf"))
+    return s.lif((scores.softmax(-1) @ x.unsqueeze(-1)).squeeze(-1) * 4)
+
+
 #: Of each the shape of the input and the forward; those of STEPPED have steps.
 CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "fancy index": (ROWS, lambda s, x: s.lif(x)[:, :, [2, 0, 1]]),
@@ -48,6 +54,45 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "repeat_interleave": (ROWS, lambda s, x: s.lif(x.repeat_interleave(2, dim=2))),
     "tril": (ROWS, lambda s, x: s.lif((x.unsqueeze(-1) @ x.unsqueeze(-2)).tril().sum(-1))),
     "exclusive or": (ROWS, lambda s, x: ((s.lif(x) > 0) ^ (s.lif2(x * 0.7) > 0)).float()),
+    "logic": (
+        ROWS,
+        lambda s, x: ((s.lif(x) > 0) & (x > 0.25) | ~(s.lif2(x * 0.7) > 0)).float(),
+    ),
+    "logic by arithmetic": (
+        ROWS,
+        lambda s, x: ((s.lif(x) > 0) * (x > 0.25) + (s.lif2(x * 0.7) > 0)).float(),
+    ),
+    "any and all": (
+        ROWS,
+        lambda s, x: (
+            x.gt(0.9).any(-1, keepdim=True) * s.lif(x)
+            + x.ne(0.3).all(-1, keepdim=True) * x.any(-1, keepdim=True)
+        ),
+    ),
+    "dtype and device of another": (ROWS, lambda s, x: s.lif((x > 0).to(x) + (x > 1).type_as(x))),
+    "moved to a device": (ROWS, lambda s, x: s.lif((x > 0).to(x.device, x.dtype, copy=True))),
+    "hstack": (ROWS, lambda s, x: s.lif(torch.hstack([x, x * 2])[:, ::2])),
+    "meshgrid": (
+        ROWS,
+        lambda s, x: s.lif(x + torch.meshgrid(s.fc.bias, s.fc.bias, indexing="ij")[1][:1]),
+    ),
+    "broadcast_tensors": (
+        ROWS,
+        lambda s, x: s.lif(sum(torch.broadcast_tensors(x, x[..., :1], x[:, :1]))),
+    ),
+    "products": (
+        ROWS,
+        lambda s, x: s.lif(x @ x.mT @ x) @ s.fc.weight.mv(s.fc.bias).outer(s.fc.bias),
+    ),
+    "distances": (
+        ROWS,
+        lambda s, x: s.lif(
+            x
+            + F.pairwise_distance(x, x * 0.5, keepdim=True)
+            + F.cosine_similarity(x, x + 1, -1)[..., None]
+        ),
+    ),
+    "one_hot": (ROWS, lambda s, x: F.one_hot(s.lif(s.fc(x)).mean(0).argmax(1), 6)),
     "count of truth values": (ROWS, lambda s, x: (s.lif(x) > 0).sum(0)),
     "argmax": (ROWS, lambda s, x: s.lif(s.fc(x)).mean(0).argmax(1)),
     "remainders": (ROWS, lambda s, x: s.lif(x % 0.75 + x.fmod(0.5) + x // 0.5)),
@@ -70,6 +115,11 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "prod": (ROWS, lambda s, x: s.lif(x.prod(-1, keepdim=True))),
     "prelu": (ROWS, lambda s, x: s.lif(s.prelu(x))),
     "attention": (ROWS, lambda s, x: s.lif(4 * F.scaled_dot_product_attention(x, x, x))),
+    "masked attention": (ROWS, masked),
+    "causal attention": (
+        ROWS,
+        lambda s, x: s.lif(4 * F.scaled_dot_product_attention(x, x, x, is_causal=True)),
+    ),
     "multi-head attention": (ROWS, attention),
     "pixel_shuffle": (IMAGE, each(lambda x: F.pixel_shuffle(x, 2))),
     "unfold": (IMAGE, each(lambda x: F.unfold(x, 3, padding=1))),
@@ -89,7 +139,7 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
 }
 #: What takes a logarithm, a product of many, a remainder, or numbers of 64 bits.
 NOT_ON_LYNXI = (
-    *("embedding", "count of truth values", "argmax", "remainders"),
+    *("embedding", "count of truth values", "argmax", "one_hot", "remainders"),
     *("activations", "log1p", "logsumexp", "prod"),
 )
 UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
