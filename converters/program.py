@@ -338,12 +338,17 @@ class Program:
 
     @property
     def batch(self) -> int:
-        """Batch size N, from the neurons' inputs or else the first input."""
-        for site in self.sites:
+        """Batch size N: what the neurons, or the outputs, and the inputs have in common."""
+        given, result = self.inputs[0].shape, self.outputs[0].shape
+        leading = {size for spec in self.inputs for size in spec.shape[:2]}
+        for site in self.sites[:1]:
             shape = self.shape(site.drives[0])
             flat = {"stepped": shape[1:2], "flat": (shape[0] // site.T,)}
-            return flat.get(site.layout, shape)[0]
-        return self.inputs[0].shape[0]
+            found = flat.get(site.layout, shape)[0]
+            # Some layers put their channels before the samples.
+            other = given[1] if len(given) > 1 and given[0] == site.T else given[0]
+            return found if found in leading else other
+        return result[0] if result and result[0] in given[:2] else given[0]
 
     @property
     def results(self) -> list[fx.Node]:

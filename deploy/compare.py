@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -279,12 +279,33 @@ def _source(net: nn.Module, x: torch.Tensor) -> Any:
     return result
 
 
+def _sample_dims(
+    captured: Program, x: torch.Tensor, batch_dim: int, spikes: Mapping[str, torch.Tensor]
+) -> dict[str, int]:
+    """Along which dimension of each site's spikes the samples lie: 1, or where else the sizes say.
+
+    Where these leave a choice, it is where the spikes follow when the samples are moved on by one.
+    """
+    batch = x.shape[batch_dim]
+    fits = {n: [d for d in range(1, s.dim()) if s.shape[d] == batch] for n, s in spikes.items()}
+    found = {name: dims[0] if len(dims) == 1 else 1 for name, dims in fits.items()}
+    if all(len(dims) == 1 for dims in fits.values()) or batch == 1:
+        return found
+    moved = Trace.of(captured, (x.roll(1, batch_dim),))
+    for site in captured.sites:
+        after, before = moved.fired(site), spikes[site.name] != 0
+        off = {d: (after != before.roll(1, d)).sum() for d in fits[site.name]}
+        found[site.name] = min(off, key=lambda d: off[d], default=1)
+    return found
+
+
 class _Spikes:
     """Layer by layer, the source's spikes against the device's."""
 
     def __init__(self, net: nn.Module, model: Runs) -> None:
         self._net, self._model = net, model
         self._programs: tuple[Program, Program] | None = None
+        self._dims: dict[str, int] | None = None
         self.samples = 0
         self.first: Divergence | None = None
         self._differing: dict[str, torch.Tensor] = {}
@@ -314,18 +335,22 @@ class _Spikes:
         source = Trace.of(captured, (padded,))
         own = {site.name: source.fired(site).to(program.dtype) for site in captured.sites}
         bounds = Bounds(program, (padded,), own)
+        if self._dims is None:
+            self._dims = _sample_dims(captured, padded, at, own)
         parted = torch.zeros(count, dtype=torch.bool)
         for theirs, mine in zip(captured.sites, program.sites, strict=True):
-            expected = own[theirs.name][:, :count] != 0
-            differs = expected != (spikes[theirs.name] != 0)
+            dim = self._dims[theirs.name]
+            expected = own[theirs.name].narrow(dim, 0, count) != 0
+            differs = expected != (spikes[theirs.name].narrow(dim, 0, count) != 0)
             by_step = differs.flatten(1).double().sum(1)
             self._differing[theirs.name] = self._differing.get(theirs.name, 0) + by_step
             elements = differs[0].numel()
             self._counts[theirs.name] = self._counts.get(theirs.name, 0) + elements
-            here = differs.transpose(0, 1).flatten(1).any(1) & ~parted
+            here = differs.movedim(dim, 0).flatten(1).any(1) & ~parted
             if here.any():
-                drive, reach = source.drive(theirs)[:, :count], bounds.at(mine)[:, :count]
-                self._part(theirs, drive, expected, differs, here, reach, start, program.dtype)
+                drive, reach = source.drive(theirs), bounds.at(mine)
+                drive, reach = (v.narrow(dim, 0, count) for v in (drive, reach))
+                self._part(theirs, drive, expected, differs, here, dim, reach, start, program.dtype)
             parted |= here
         self.samples += count
 
@@ -336,12 +361,13 @@ class _Spikes:
         expected: torch.Tensor,
         differs: torch.Tensor,
         here: torch.Tensor,
+        dim: int,
         reach: torch.Tensor,
         start: int,
         dtype: torch.dtype,
     ) -> None:
         """Samples whose first difference lies in this layer: is it at the threshold?"""
-        differs = differs & here.reshape(1, -1, *[1] * (differs.dim() - 2))
+        differs = differs & here.reshape(-1, *[1] * (differs.dim() - 1)).movedim(0, dim)
         _, h, _ = site.neuron.trace(drive.float())
         neurons = differs.any(0)
         reach = reach[:, neurons].cumsum(0)
@@ -352,15 +378,15 @@ class _Spikes:
         self._first[site.name] = self._first.get(site.name, 0) + int(here.sum())
         self._unexplained[site.name] = self._unexplained.get(site.name, 0) + int(outside.sum())
         if self.first is None or outside.any():
-            t, n, *index = (int(i) for i in (outside if outside.any() else first).nonzero()[0])
-            at = (t, n, *index)
+            at = tuple((outside if outside.any() else first).nonzero()[0].tolist())
+            t, n, index = at[0], at[dim], (*at[1:dim], *at[dim + 1 :])
             which = int((neurons.nonzero() == torch.tensor(at[1:])).all(1).nonzero()[0])
             threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
             self.first = Divergence(
                 layer=site.name,
                 t=t,
                 sample=start + n,
-                index=tuple(index),
+                index=index,
                 source_spike=bool(expected[at]),
                 h=h[at].item(),
                 v_threshold=threshold.expand(h.shape)[at].item(),

@@ -184,7 +184,7 @@ class Model:
     @property
     def has_probes(self) -> bool:
         """Whether :meth:`probe` can be called."""
-        return self.manifest["probe"] is not None
+        return self.manifest["probe"] is not None or not self.manifest["neurons"]
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The network's outputs for one batch of up to N samples.
@@ -329,9 +329,13 @@ class Model:
     def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
         """The network's outputs and the spikes [T, N, ...] of each neuron layer, by its site.
 
+        A network without neurons has no spikes.
+
         Raises:
             UsageError: The artifact was compiled without a probe, or as for a call.
         """
+        if not self.manifest["neurons"]:
+            return self(*inputs), {}
         built = self.manifest["probe"]
         if built is None:
             raise UsageError(

@@ -87,11 +87,12 @@ class SpikingJelly:
         known = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name)
         home = _HOMES.get(name, ("neuron",))
         if known is None or kind.__module__.split(".")[2 : 2 + len(home)] != list(home):
+            shown = f"{kind.__module__}.{name}" if name in _KNOWN else name
             return [
                 Finding(
                     rule="unknown-neuron",
                     where=path,
-                    found=f"{name}, with {_WHY.get(name, 'state that it keeps from step to step')}",
+                    found=f"{shown}, with {_WHY.get(name, 'state that it keeps from step to step')}",
                     allowed=", ".join(_KNOWN),
                     fix="use one of those, or declare its dynamics "
                     "(spikeport.converters.neurons.dynamics) and make the class known "

@@ -294,3 +294,58 @@ def test_predictions() -> None:
         predictions(torch.zeros(2))
     with pytest.raises(UsageError, match="no tensor"):
         predictions(())
+
+
+class Spectrum(nn.Module):
+    """Sound [N, 1, T, F], whose neurons see [T, C, N, F]: the channels before the samples."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, channels, 3, padding=1)
+        self.spike, self.fc = LIFNode(), nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spikes = self.spike(self.conv(x).transpose(0, 2) * 3)
+        return self.fc(spikes).mean((0, 1))
+
+
+@pytest.mark.parametrize("channels", [7, BATCH])
+def test_channels_before_the_samples(channels: int, tmp_path: Path) -> None:
+    net = Spectrum(channels).eval()
+    x = torch.randn(BATCH, 1, 9, 6, generator=torch.Generator().manual_seed(0))
+    program = deploy.convert(net, (x,), "reference", dtype="float32")
+    assert program.batch == BATCH
+
+    def flip(spikes: torch.Tensor) -> torch.Tensor:
+        changed = spikes.clone()
+        changed[2, 1, 3, 5] = 1 - changed[2, 1, 3, 5]
+        return changed
+
+    labels = torch.zeros(BATCH, dtype=torch.int64)
+    with deploy.load(deploy.compile(program, tmp_path / "artifact", probe=True).path) as model:
+        assert compare(net, model, [(x, labels)]).divergence is None
+        assert torch.allclose(model(x[:3]), net(x[:3]))
+        at = compare(net, Tampered(model, "spike", flip), [(x, labels)]).divergence
+    assert at is not None
+    assert (at.t, at.sample, at.index) == (2, 3, (1, 5))
+
+
+def test_a_network_without_neurons(tmp_path: Path) -> None:
+    """Such as SpikingJelly's SpikingLSTM, over time steps that come first."""
+
+    class Steps(nn.Module):
+        def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+            return (x_seq > 0).to(x_seq).mean(0)
+
+    x = torch.randn(6, BATCH, CLASSES)
+    program = deploy.convert(Steps(), (x,), "lynxi-sim", dtype="float32")
+    assert program.batch == BATCH
+    with deploy.load(deploy.compile(program, tmp_path / "artifact", probe=True).path) as model:
+        outputs, spikes = model.probe(x)
+        assert not spikes
+        assert torch.allclose(outputs, Steps()(x), atol=1e-2)
+        report = compare(Steps(), model, [(x, torch.zeros(BATCH, dtype=torch.int64))])
+    assert report.samples == BATCH
+    assert not report.layers
+    assert not report.note
