@@ -223,13 +223,13 @@ def build(name: str, exact: bool = False) -> tuple[nn.Module, Callable[[int], to
         return _short(x, 1 / 16) if exact else x
 
     net.eval()
-    _calibrate(net, batch(2))
+    calibrate(net, batch(2))
     if exact:
         _make_exact(net)
     return net, batch
 
 
-def _calibrate(net: nn.Module, x: torch.Tensor) -> None:
+def calibrate(net: nn.Module, x: torch.Tensor) -> None:
     """Let an untrained network fire as a trained one does.
 
     Batch norms take the statistics of a batch, and each neuron a threshold within its input's reach.
@@ -356,7 +356,7 @@ def _row(
         outputs, spikes, report = compared(net, program, x, n)
     except deploy.CompileError as error:
         return Row(nodes, seconds, verdict=f"REFUSED by the compiler: {error}")
-    rate = sum(s.mean().item() for s in spikes.values()) / len(spikes)
+    rate = sum(s.mean().item() for s in spikes.values()) / len(spikes) if spikes else None
     differing = sum(sum(layer.differing) > 0 for layer in report.layers)
     verdict = "equal" if not differing else f"rounding flips spikes in {differing} layers"
     if not report.explained:
