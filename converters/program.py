@@ -345,9 +345,12 @@ class Program:
             shape = self.shape(site.drives[0])
             flat = {"stepped": shape[1:2], "flat": (shape[0] // site.T,)}
             found = flat.get(site.layout, shape)[0]
-            # Some layers put their channels before the samples.
-            other = given[1] if len(given) > 1 and given[0] == site.T else given[0]
-            return found if found in leading else other
+            if found in leading:
+                return found
+            # Some layers put their channels before the samples, or more than samples in their place.
+            timed = len(given) > 1 and given[0] == site.T
+            scores = result[:1] == given[:1] and result[1:2] != given[1:2]
+            return given[1] if timed and not scores else given[0]
         return result[0] if result and result[0] in given[:2] else given[0]
 
     @property

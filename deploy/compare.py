@@ -281,21 +281,22 @@ def _source(net: nn.Module, x: torch.Tensor) -> Any:
 
 def _sample_dims(
     captured: Program, x: torch.Tensor, batch_dim: int, spikes: Mapping[str, torch.Tensor]
-) -> dict[str, int]:
-    """Along which dimension of each site's spikes the samples lie: 1, or where else the sizes say.
+) -> dict[str, int | None]:
+    """Along which dimension of each site's spikes the samples lie: None where they lie among others.
 
-    Where these leave a choice, it is where the spikes follow when the samples are moved on by one.
+    It follows from the sizes. Where these leave a choice, it is where the spikes follow when the samples
+    are moved on by one.
     """
     batch = x.shape[batch_dim]
     fits = {n: [d for d in range(1, s.dim()) if s.shape[d] == batch] for n, s in spikes.items()}
-    found = {name: dims[0] if len(dims) == 1 else 1 for name, dims in fits.items()}
-    if all(len(dims) == 1 for dims in fits.values()) or batch == 1:
+    found = {name: dims[0] if dims else None for name, dims in fits.items()}
+    if all(len(dims) < 2 for dims in fits.values()) or batch == 1:
         return found
     moved = Trace.of(captured, (x.roll(1, batch_dim),))
     for site in captured.sites:
         after, before = moved.fired(site), spikes[site.name] != 0
         off = {d: (after != before.roll(1, d)).sum() for d in fits[site.name]}
-        found[site.name] = min(off, key=lambda d: off[d], default=1)
+        found[site.name] = min(off, key=lambda d: off[d], default=None)
     return found
 
 
@@ -305,7 +306,7 @@ class _Spikes:
     def __init__(self, net: nn.Module, model: Runs) -> None:
         self._net, self._model = net, model
         self._programs: tuple[Program, Program] | None = None
-        self._dims: dict[str, int] | None = None
+        self._dims: dict[str, int | None] | None = None
         self.samples = 0
         self.first: Divergence | None = None
         self._differing: dict[str, torch.Tensor] = {}
@@ -340,18 +341,24 @@ class _Spikes:
         parted = torch.zeros(count, dtype=torch.bool)
         for theirs, mine in zip(captured.sites, program.sites, strict=True):
             dim = self._dims[theirs.name]
-            expected = own[theirs.name].narrow(dim, 0, count) != 0
-            differs = expected != (spikes[theirs.name].narrow(dim, 0, count) != 0)
+
+            def given(x: torch.Tensor, dim: int | None = dim) -> torch.Tensor:
+                return x if dim is None else x.narrow(dim, 0, count)
+
+            expected = given(own[theirs.name]) != 0
+            differs = expected != (given(spikes[theirs.name]) != 0)
             by_step = differs.flatten(1).double().sum(1)
             self._differing[theirs.name] = self._differing.get(theirs.name, 0) + by_step
             elements = differs[0].numel()
             self._counts[theirs.name] = self._counts.get(theirs.name, 0) + elements
-            here = differs.movedim(dim, 0).flatten(1).any(1) & ~parted
+            if dim is None:  # one sample's difference is any other's
+                here = (differs.any() & ~parted.any()).expand(count)
+            else:
+                here = differs.movedim(dim, 0).flatten(1).any(1) & ~parted
             if here.any():
-                drive, reach = source.drive(theirs), bounds.at(mine)
-                drive, reach = (v.narrow(dim, 0, count) for v in (drive, reach))
+                drive, reach = given(source.drive(theirs)), given(bounds.at(mine))
                 self._part(theirs, drive, expected, differs, here, dim, reach, start, program.dtype)
-            parted |= here
+            parted = parted | here
         self.samples += count
 
     def _part(
@@ -361,13 +368,14 @@ class _Spikes:
         expected: torch.Tensor,
         differs: torch.Tensor,
         here: torch.Tensor,
-        dim: int,
+        dim: int | None,
         reach: torch.Tensor,
         start: int,
         dtype: torch.dtype,
     ) -> None:
         """Samples whose first difference lies in this layer: is it at the threshold?"""
-        differs = differs & here.reshape(-1, *[1] * (differs.dim() - 1)).movedim(0, dim)
+        if dim is not None:
+            differs = differs & here.reshape(-1, *[1] * (differs.dim() - 1)).movedim(0, dim)
         _, h, _ = site.neuron.trace(drive.float())
         neurons = differs.any(0)
         reach = reach[:, neurons].cumsum(0)
@@ -379,7 +387,9 @@ class _Spikes:
         self._unexplained[site.name] = self._unexplained.get(site.name, 0) + int(outside.sum())
         if self.first is None or outside.any():
             at = tuple((outside if outside.any() else first).nonzero()[0].tolist())
-            t, n, index = at[0], at[dim], (*at[1:dim], *at[dim + 1 :])
+            t, n, index = at[0], 0, at[1:]
+            if dim is not None:
+                n, index = at[dim], (*at[1:dim], *at[dim + 1 :])
             which = int((neurons.nonzero() == torch.tensor(at[1:])).all(1).nonzero()[0])
             threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
             self.first = Divergence(

@@ -50,9 +50,9 @@ def batch_dims(program: Program) -> tuple[Dims, Dims]:
 def by_size(program: Program, spec: TensorSpec) -> int | None:
     """The dimension that the sizes alone tell, of spikes and states: time, folded, comes first there."""
     dims = _by_size(program, spec)
-    dims = dims[-1:] if spec.folded else dims
+    dims = [d for d in dims if d > 0] if spec.folded else dims
     if not dims:  # some layers put their channels before the samples
-        dims = [d for d, size in enumerate(spec.shape) if size == program.batch]
+        dims = [d for d, size in enumerate(spec.shape) if size == program.batch and d > 0]
     return _only(dims) if _is_clear(program, spec, dims) else None
 
 

@@ -331,6 +331,45 @@ def test_channels_before_the_samples(channels: int, tmp_path: Path) -> None:
     assert (at.t, at.sample, at.index) == (2, 3, (1, 5))
 
 
+class Windows(nn.Module):
+    """Samples [N, 6, 8] whose windows the neurons take for samples: [T, 6 N, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.spike, self.fc2 = nn.Linear(8, 8), LIFNode(), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        drive = self.fc1(x).flatten(0, 1) * 3
+        spikes = self.spike(drive.unsqueeze(0).repeat(T, 1, 1))
+        return self.fc2(spikes.mean(0).unflatten(0, (-1, 6)).mean(1))
+
+
+@pytest.mark.parametrize("batch", [T, 5])
+def test_neurons_that_take_more_than_samples(batch: int, tmp_path: Path) -> None:
+    net = Windows().eval()
+    x = torch.randn(batch, 6, 8, generator=torch.Generator().manual_seed(0))
+    program = deploy.convert(net, (x,), "reference", dtype="float32")
+    assert program.batch == batch
+
+    def flip(spikes: torch.Tensor) -> torch.Tensor:
+        changed = spikes.clone()
+        changed[2, 7, 5] = 1 - changed[2, 7, 5]
+        return changed
+
+    labels = torch.zeros(batch, dtype=torch.int64)
+    with deploy.load(deploy.compile(program, tmp_path / "artifact", probe=True).path) as model:
+        assert torch.allclose(model(x[:3]), net(x[:3]))
+        for n in (3, batch):
+            report = compare(net, model, [(x[:n], labels[:n])])
+            assert report.divergence is None
+            assert report.samples == n
+        report = compare(net, Tampered(model, "spike", flip), [(x, labels)])
+    assert report.divergence is not None
+    assert (report.divergence.t, report.divergence.index) == (2, (7, 5))
+    assert not report.explained
+
+
 def test_a_network_without_neurons(tmp_path: Path) -> None:
     """Such as SpikingJelly's SpikingLSTM, over time steps that come first."""
 
