@@ -256,9 +256,11 @@ class _Decompose(Builder):
             seen = torch.ones(shape(scores)[-2:], dtype=torch.bool).tril()
             mask = self.constant(f"causal_{shape(q)[-2]}_{shape(k)[-2]}", seen)
         if mask is not None and mask.meta["val"].dtype == torch.bool:
-            # Finite, as exp gives 0 for it all the same.
-            lowest = torch.finfo(scores.meta["val"].dtype).min
-            scores = self.emit(aten.where.ScalarOther, mask, scores, lowest)
+            # What exp gives 0 for all the same, unless a row sees nothing.
+            known = self.tensors[str(mask.target)] if mask.op == "get_attr" else None
+            seeing = known is not None and bool(known.any(-1).all())
+            hidden = torch.finfo(scores.meta["val"].dtype).min if seeing else -math.inf
+            scores = self.emit(aten.where.ScalarOther, mask, scores, hidden)
         elif mask is not None:
             scores = self.emit(aten.add.Tensor, scores, mask)
         return self.emit(aten.matmul.default, self.emit(aten.softmax.int, scores, -1), v)

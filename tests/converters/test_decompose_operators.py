@@ -72,6 +72,10 @@ CASES = {
         lambda x: F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3], is_causal=True),
         IMAGE,
     ),
+    "attention to some": (
+        lambda x: F.scaled_dot_product_attention(x, x, x, torch.eye(6).bool()),
+        IMAGE,
+    ),
     "attention with a mask": (
         lambda x: F.scaled_dot_product_attention(x, x, x, torch.eye(6) * 2 - 1),
         IMAGE,

@@ -181,6 +181,18 @@ def test_multi_head_attention_has_a_rank_that_chips_take() -> None:
             assert torch.equal(program(x), net(x))
 
 
+def test_attention_that_sees_nothing_is_not_given_what_it_does_not_see() -> None:
+    """Which row sees nothing depends on the data: minus infinity has to stay, or the network is refused."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(s.lif(x), x, x, (x @ x.mT) > 0.5)
+
+    net, x = Net(run, lif=LIFNode()), rand(*ROWS)
+    with pytest.raises(UnsupportedError, match="not finite"):
+        deploy.convert(net, (x,), "onnx", dtype="float32")
+    assert torch.allclose(deploy.convert(net, (x,), "reference")(x), net(x))
+
+
 @pytest.mark.parametrize("name", UNROLLED)
 def test_what_takes_all_steps_together_is_refused_step_by_step(name: str) -> None:
     shape, run = CASES[name]
