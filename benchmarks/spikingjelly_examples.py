@@ -87,20 +87,6 @@ def _sequence(name: str) -> nn.Module:
     return net
 
 
-class _Rate(nn.Module):
-    """A network that is called at each step, as the examples' loops call it."""
-
-    def __init__(self, net: nn.Module, steps: int) -> None:
-        super().__init__()
-        self.net, self.steps = net, steps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        total = self.net(x)
-        for _ in range(1, self.steps):
-            total = total + self.net(x)
-        return total / self.steps
-
-
 def _actor() -> nn.Module:
     sizes = (17, 6, 10, 10, [256, 256], (-3, 3), 0.15**0.5, 5)
     return _example("ilc_san.ilc_san", "PopSpikeActor", *sizes, "pop-raw", "fr-mlp", 1.0)
@@ -124,7 +110,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]
         lambda n: torch.rand(n, 1, 28, 28),
     ),
     "lif_fc_mnist": (
-        lambda: _Rate(_example("lif_fc_mnist", "SNN", 2.0), 100),
+        lambda: zoo.Steps(_example("lif_fc_mnist", "SNN", 2.0), 100),
         lambda n: torch.rand(n, 1, 28, 28),
     ),
     "sequential, plain": (lambda: _sequence("PlainNet"), _rows),

@@ -175,7 +175,7 @@ class _First(nn.Module):
         return y
 
 
-class _Steps(nn.Module):
+class Steps(nn.Module):
     """An image [N, C, H, W] at each of T calls of a single-step network; outputs averaged."""
 
     def __init__(self, net: nn.Module, T: int) -> None:
@@ -212,7 +212,7 @@ def build(name: str, exact: bool = False) -> tuple[nn.Module, Callable[[int], to
     builder = getattr(module, name)
     net: nn.Module = builder(**options)
     functional.set_step_mode(net, "s" if made.feed == "steps" or name == "SNASNet" else "m")
-    wrappers = {"repeated": _Repeated, "steps": _Steps, "first": _First}
+    wrappers = {"repeated": _Repeated, "steps": Steps, "first": _First}
     if made.feed in wrappers:
         net = wrappers[made.feed](net, made.T)
 
