@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("spikingjelly.activation_based.base", reason="needs SpikingJelly 2.0.0")
+pytest.importorskip("spikingjelly.activation_based.model.masnn", reason="needs SpikingJelly 2.0.0")
 
 import spikingjelly_examples
 import zoo
