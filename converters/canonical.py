@@ -135,7 +135,7 @@ class _Canonical(Builder):
         if target in _PARTS:
             self.env[n] = self._parts(n, args[0], path)
             return
-        if target is aten.select.int and (part := _stacked(*args)) is not None:
+        if target is aten.select.int and (part := self._put_together(args, path)) is not None:
             self.env[n] = part
             return
         if (value := _made(n, args, kwargs)) is not None:
@@ -215,6 +215,8 @@ class _Canonical(Builder):
             return self.call(aten.expand.default, args[1], list(n.meta["val"].shape), path=path)
         if target is aten.copy.default:
             like = args[0].meta["val"]
+            if shape(args[1]) == like.shape and args[1].meta["val"].dtype == like.dtype:
+                return args[1]  # type: ignore[no-any-return]
             return self.call(aten.expand.default, args[1], list(like.shape), path=path)
         if target is aten.select_scatter.default:
             base, source, dim, index = args
@@ -355,6 +357,28 @@ class _Canonical(Builder):
             start += size
         return pieces
 
+    def _put_together(self, args: Any, path: str) -> Node | None:
+        """What a selection takes out of what was put together, if it is."""
+        x, dim, index = args
+        at = ops.dim(x, dim)
+        index %= shape(x)[at]
+        if x.target is aten.stack.default and ops.dim(x, (*x.args, 0)[1]) == at:
+            row: Node = x.args[0][index]
+            return row
+        if x.target is not aten.cat.default or ops.dim(x, (*x.args, 0)[1]) != at:
+            return None
+        for part in x.args[0]:
+            if index < (size := shape(part)[at]):
+                break
+            index -= size
+        if _put_in(part, at):
+            return part.args[0]
+        if part.target is aten.slice.Tensor:
+            cut, first, _, step = ops.slice_args(part, 1)
+            if ops.dim(part, cut) == at and step == 1 and (first or 0) >= 0:
+                part, index = part.args[0], index + (first or 0)
+        return self.call(aten.select.int, part, at, index, path=path)
+
     def _scatter(
         self, base: fx.Node, part: fx.Node, dim: int, start: int, end: int, path: str
     ) -> fx.Node:
@@ -480,14 +504,6 @@ def _made(n: fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
         return None
     made: torch.Tensor = n.target(*args, **kwargs)  # type: ignore[operator]
     return made
-
-
-def _stacked(x: Node, dim: int, index: int) -> Node | None:
-    """What was stacked at the place that a selection takes, if it is taken out of a stack."""
-    at = ops.dim(x, dim)
-    if x.target is not aten.stack.default or ops.dim(x, (*x.args, 0)[1]) != at:
-        return None
-    return x.args[0][index]
 
 
 def _put_in(x: Node, dim: int) -> bool:

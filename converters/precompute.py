@@ -57,9 +57,7 @@ def precomputed(neuron: Neuron) -> Neuron:
     """
     tape, kind = _Tape(), neuron.dynamics
     inputs = ("v", *kind.states, "x")
-    *state, x = map(tape.input, inputs)
-    charged = zip(inputs, neuron.charge(tuple(state), x), strict=False)
-    results = [tape.lift(part) for name, part in charged if name != SPIKES]
+    results = _written(tape, neuron, inputs)
     own = neuron.tensors().values()
     if all(any(tensor is one for one in own) for tensor in tape.tensors):
         return neuron
@@ -77,6 +75,20 @@ def precomputed(neuron: Neuron) -> Neuron:
         fires=neuron.fires,
         v_0=neuron.v_0,
     )
+
+
+def functions(neuron: Neuron) -> list[str]:
+    """Names of the functions that its charge takes of the state, whose last bit is each runtime's own."""
+    inputs = ("v", *neuron.dynamics.states, "x")
+    used = {e.op for e in needed(_written(_Tape(), neuron, inputs))}
+    return sorted(used & {"exp", "pow", "sigmoid", "tanh"})
+
+
+def _written(tape: _Tape, neuron: Neuron, inputs: Sequence[str]) -> list[Expr]:
+    """The charge on a tape, part by part of the state after it."""
+    *state, x = map(tape.input, inputs)
+    charged = zip(inputs, neuron.charge(tuple(state), x), strict=False)
+    return [tape.lift(part) for name, part in charged if name != SPIKES]
 
 
 def _charge(inputs: Sequence[str], results: Sequence[Expr]) -> Callable[..., Any]:

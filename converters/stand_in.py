@@ -102,7 +102,7 @@ class StandIn(nn.Module):
             self._steps.x[self._path] = x
             if readout is not None:
                 return readout(self._states(x, self._reading.state))
-            return NEURON(x, params, self._located, "stepped", x.shape[0])
+            return self._scaled(NEURON(x, params, self._located, "stepped", x.shape[0]))
         neuron = Neuron.from_json(self._spec, params)
         initial = neuron.initial(x)
         state, t, returned = self._steps.v.get(self._path) or (torch.stack(initial), 0, {})
@@ -127,8 +127,7 @@ class StandIn(nn.Module):
         self._steps.v[self._path] = (state, t + 1, returned)
         if readout is not None:
             return readout(state[self._reading.state])
-        if self._reading.gain is not None:
-            spikes = spikes * self.gain
+        spikes = self._scaled(spikes)
         if not self._reading.returns_state:
             return spikes
         first = () if last in places.values() else (spikes,)
@@ -144,6 +143,9 @@ class StandIn(nn.Module):
         """As the original's, for a forward that resets its neurons itself."""
         self._steps.v.pop(self._path, None)
         self._steps.x.pop(self._path, None)
+
+    def _scaled(self, spikes: torch.Tensor) -> torch.Tensor:
+        return spikes if self._reading.gain is None else spikes * self.gain
 
     def _params(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self._names]

@@ -24,6 +24,7 @@ from ..converters.passes import (
     hoist_time_invariant,
     reroll_time,
 )
+from ..converters.precompute import functions
 from ..converters.program import NEURON, NEURON_STEP, STATE, Program, Time, short, where
 
 
@@ -41,6 +42,7 @@ class Capabilities:
         memory: Bytes that weights and live activations of one call may take, or None.
         times: Whether it takes programs of all time steps, of one, or both.
         loads: Other targets whose artifacts it loads, and compiles itself.
+        torch_functions: Whether its exponential and the like are torch's, in the last bit too.
         notes: What else is known, for people.
     """
 
@@ -53,6 +55,7 @@ class Capabilities:
     memory: int | None = None
     times: frozenset[Time] = frozenset(get_args(Time))
     loads: frozenset[str] = frozenset()
+    torch_functions: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -212,6 +215,18 @@ def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Fi
             fix="convert without dtype, so that the verification rounds as the device does",
             severity="warning",
         )
+    for site in program.sites:
+        if not can.torch_functions and (used := functions(site.neuron)):
+            yield Finding(
+                rule="last-bit",
+                where=site.path,
+                target=target,
+                found=f"{', '.join(used)} in the charge of {site.neuron.dynamics.name}, whose last bit is "
+                "each runtime's own",
+                allowed="spikes that differ where the potential is within rounding of the threshold",
+                fix="run deploy.compare, which says which differ and whether rounding explains it",
+                severity="warning",
+            )
     if can.memory is not None and (need := memory(program)) > can.memory:
         yield Finding(
             rule="memory",

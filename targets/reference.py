@@ -28,7 +28,9 @@ class Reference:
     """The CPU, through PyTorch."""
 
     name = "reference"
-    capabilities = Capabilities(ops=None, dtypes=None, notes=("runs what torch runs",))
+    capabilities = Capabilities(
+        ops=None, dtypes=None, torch_functions=True, notes=("runs what torch runs",)
+    )
 
     def default_dtype(self) -> torch.dtype:
         """float32."""

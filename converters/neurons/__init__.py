@@ -31,6 +31,8 @@ A new kind takes a function and one line::
 from ..equations import Dynamics, dynamics, exp, named, relu, sigmoid, tanh
 from .kinds import (
     CLIF,
+    DSRIF,
+    DSRLIF,
     EIF,
     IF,
     KLIF,
@@ -55,6 +57,8 @@ from .neuron import Neuron, ResetAt
 
 __all__ = [
     "CLIF",
+    "DSRIF",
+    "DSRLIF",
     "EIF",
     "IF",
     "KLIF",

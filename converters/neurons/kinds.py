@@ -217,6 +217,21 @@ def LIAF(v: Any, charged: Any, x: Any, *, tau: Any, v_rest: Any, decay_input: bo
     return h, h
 
 
+@dynamics(states={"s": 0.0})
+def DSRIF(v: Any, s: Any, x: Any, *, jump: Any) -> Any:
+    """IF that subtracts another potential than its threshold, ``jump``, for what its rate represents.
+
+    Meng et al. 2022, arXiv:2205.00459.
+    """
+    return v - s * jump + x
+
+
+@dynamics(states={"s": 0.0})
+def DSRLIF(v: Any, s: Any, x: Any, *, decay: Any, gain: Any, jump: Any) -> Any:
+    """LIF likewise: decay = exp(-dt / tau), gain = 1 - decay."""
+    return decay * (v - s * jump) + gain * x
+
+
 @dynamics(potentials=())
 def Heaviside(v: Any, x: Any) -> Any:
     """No memory at all: h = x."""

@@ -8,6 +8,7 @@ tells apart: 0.0.0.0.14 is the one of ``activation_based`` whose neurons have a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,10 +19,12 @@ from torch import nn
 
 from .. import neurons
 from ..equations import Dynamics
-from ..errors import Finding
+from ..errors import Finding, UsageError
 from ..neurons import Neuron
 from ..surrogates import KINDS, Surrogate, Window
 from .base import (
+    Cell,
+    Fires,
     Learning,
     Memory,
     Read,
@@ -115,11 +118,13 @@ class SpikingJelly:
                     fix="use a LIFNode",
                 )
             ]
+        reading = self.read(module, path)
+        assert isinstance(reading, Reading)
+        if reading.cell is not None or not hasattr(module, "surrogate_function"):
+            return [_untaught(module, path)]
         chosen = surrogate or _surrogate(module.surrogate_function)
         if chosen is None:
             return [unknown_surrogate(module.surrogate_function, path)]
-        reading = self.read(module, path)
-        assert isinstance(reading, Reading)
         if derived := [n for n in reading.neuron.tensors() if not hasattr(module, n)]:
             return [
                 Finding(
@@ -138,6 +143,16 @@ class SpikingJelly:
             module.reset()  # type: ignore[operator]
 
 
+def _untaught(module: nn.Module, path: str) -> Finding:
+    return Finding(
+        rule="inference-neuron",
+        where=path,
+        found=f"{type(module).__name__}, which is read for inference alone",
+        allowed="neurons that fire, and learn by a surrogate gradient, as they are declared",
+        fix="train it where it was made, or use one of those",
+    )
+
+
 def _live(neuron: Neuron, module: Any) -> Neuron:
     return neuron.replace_tensors({name: getattr(module, name) for name in neuron.tensors()})
 
@@ -154,7 +169,14 @@ def _surrogate(function: Any) -> Surrogate | None:
 
 
 #: Classes whose descendants keep state.
-_KEEPERS = ("MemoryModule", "NonSpikingBaseNode", "ILCBaseNode", "NoisyBaseNode", "PSN")
+_KEEPERS = (
+    "MemoryModule",
+    "NonSpikingBaseNode",
+    "ILCBaseNode",
+    "NoisyBaseNode",
+    "NoisyNonSpikingBaseNode",
+    "PSN",
+)
 
 
 def _from_data(name: str, path: str) -> Finding:
@@ -296,6 +318,91 @@ def _psn(module: Any) -> Reading:
     return Reading(neuron, part="surrogate_function")
 
 
+def _dsr_if(module: Any) -> Reading:
+    return _represented(module, neurons.DSRIF, {}, 1.0)
+
+
+def _dsr_lif(module: Any) -> Reading:
+    if not module.tau > 0:
+        raise UsageError(f"tau is {module.tau:g}; allowed: time constants above 0")
+    decay = math.exp(-module.delta_t / module.tau)
+    return _represented(module, neurons.DSRLIF, {"decay": decay, "gain": 1 - decay}, module.delta_t)
+
+
+def _represented(module: Any, kind: Dynamics, params: dict[str, Any], duration: float) -> Reading:
+    """Neurons whose spikes are as high as what they subtract, per unit of time."""
+    height = module.v_threshold.detach().clamp(min=module.v_threshold_lower_bound)
+    threshold = (module.alpha * height).item()
+    neuron = Neuron(kind, {**params, "jump": height.item()}, v_threshold=threshold, reset="none")
+    return Reading(neuron, gain=height / duration)
+
+
+def _arithmetic(module: Any, *uses: str) -> Reading:
+    """Neurons whose charge and reset trace as they are, and which fire by their surrogate function.
+
+    ``uses`` tells its calls of one step apart, where there are several.
+    """
+    neuron = Neuron(neurons.Heaviside, v_threshold=0.0, reset="none", fires=_fires(module) or ">=")
+    mode: Literal["s", "m"] = getattr(module, "step_mode", "m")
+    return Reading(neuron, mode, cell=Cell(partial(_traced, uses or ("",)), _spikes))
+
+
+def _ternary(module: Any) -> Reading:
+    return _arithmetic(module, "", "below")
+
+
+def _spikes(module: Any, u: torch.Tensor) -> torch.Tensor:
+    spikes: torch.Tensor = module.surrogate_function(u)
+    return spikes
+
+
+class _Step(nn.Module):
+    """Fires in the place of a surrogate function."""
+
+    def __init__(self, uses: tuple[str, ...], fires: Fires) -> None:
+        super().__init__()
+        self._uses, self._fires = itertools.cycle(uses), fires
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return self._fires(u, next(self._uses))
+
+
+class _Remembering(nn.Module):
+    """What comes before the methods of neurons that keep values on themselves, and trace as they are."""
+
+    fires: Fires
+
+    def forward(self, *args: Any) -> Any:
+        if self.fires.fresh:
+            super().reset()  # type: ignore[misc]
+        return super().forward(*args)
+
+    def reset(self) -> None:
+        self.fires.restart()
+        super().reset()  # type: ignore[misc]
+
+
+class _Starting(nn.Module):
+    """What comes before the methods of neurons whose state begins in the shape of ``x.data``."""
+
+    def init_tensor(self, data: torch.Tensor) -> None:
+        # torch.export loses the trace of data, of which nothing but the shape is asked.
+        shaped = torch.zeros(data.shape, dtype=data.dtype, device=data.device)
+        super().init_tensor(shaped)  # type: ignore[misc]
+
+
+def _traced(uses: tuple[str, ...], module: Any, fires: Fires) -> nn.Module:
+    kind = type(module)
+    module.surrogate_function = _Step(uses, fires)
+    if hasattr(kind, "reset"):
+        module.fires = fires
+        module.__class__ = type(kind.__name__, (_Remembering, kind), {})
+    elif hasattr(kind, "init_tensor"):
+        module.__class__ = type(kind.__name__, (_Starting, kind), {})
+    made: nn.Module = module
+    return made
+
+
 def _integrator(module: Any) -> Reading:
     """Neurons that do not fire, each call of which starts anew."""
     tau = getattr(module, "tau", None)
@@ -322,7 +429,7 @@ _DECODERS: dict[str | None, Callable[[torch.Tensor], Any]] = {
     "last_mem": lambda v_seq: v_seq[-1],
 }
 
-_KNOWN: dict[str, Callable[[Any], Reading]] = {
+_KNOWN: dict[str, Callable[[Any], Reading | Memory]] = {
     "IFNode": _if,
     "SimpleIFNode": _if,
     "HalfThresholdIFNode": _if,
@@ -344,17 +451,26 @@ _KNOWN: dict[str, Callable[[Any], Reading]] = {
     "SlidingPSN": _psn,
     "NonSpikingIFNode": _integrator,
     "NonSpikingLIFNode": _integrator,
+    "DSRIFNode": _dsr_if,
+    "DSRLIFNode": _dsr_lif,
+    "GatedLIFNode": _arithmetic,
+    "MPBNLIFNode": _arithmetic,
+    "TernaryIFNode": _ternary,
+    "TernaryLIFNode": _ternary,
+    "ILCIFNode": _arithmetic,
+    "ILCLIFNode": _arithmetic,
+    "ILCCUBALIFNode": _arithmetic,
+    "NoisyCUBALIFNode": _arithmetic,
+    "NoisyILCCUBALIFNode": _arithmetic,
+    "NoisyNonSpikingIFNode": lambda _: Memory(),
 }
 #: The modules of the package in which those are defined that are not in ``neuron``.
 _HOMES = {"save_v_LIFNode": ("model", "spike_dhs")}
 
 #: Why others are not declared.
 _WHY = {
-    **dict.fromkeys(("TernaryIFNode", "TernaryLIFNode", "STBIFNode"), "spikes of both signs"),
-    **dict.fromkeys(("DSRIFNode", "DSRLIFNode"), "a firing rate as its output"),
+    "STBIFNode": "spikes of both signs, by what it has fired before",
     "ILIFNode": "several spikes at a step",
-    "GatedLIFNode": "other conductances at each step",
-    "MPBNLIFNode": "a batch norm inside its charge",
     "MaskedPSN": "a mask over time that the value of a buffer chooses",
 }
 
@@ -384,6 +500,13 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             "an explicit neuron precision, which runs on CUDA only",
             "a neuron that computes in its input's dtype",
             "clear the neuron precision before the conversion",
+        )
+    if getattr(module, "is_training", False):
+        yield finding(
+            "noise",
+            "is_training=True, with which it adds noise to its input and its spikes",
+            "is_training=False",
+            "make the network with is_training=False for what it computes without noise",
         )
     if name == "SlidingPSN" and _step_mode(module) == "s":
         yield finding(

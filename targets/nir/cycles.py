@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -160,6 +160,8 @@ class CycleExporter(Exporter):
         later = {
             _later(n): self.signals[self.after[n]].sources for n in self.states if n in self.signals
         }
+        if self._endless(later):
+            return
         edges = list[tuple[str, str, int]]()
         for a, b in self.done.edges:
             # The loop of a neuron that hears itself is the only one that is closed already.
@@ -184,6 +186,27 @@ class CycleExporter(Exporter):
                     place=state.name,
                 )
         self._place(edges)
+
+    def _endless(self, later: Mapping[str, tuple[str, ...]]) -> bool:
+        """Whether states come back to themselves without any node, each of which is a finding."""
+        found = False
+        for n, state in zip(self.states, self.stepping.states, strict=True):
+            reached, new = set[str](), {_later(n)} & later.keys()
+            while new:
+                ends = {end for name in new for end in later[name]} & later.keys()
+                new = ends - reached
+                reached |= new
+            if _later(n) in reached:
+                found = True
+                self.tell(
+                    "recurrence",
+                    "a sum that goes on from step to step in plain arithmetic",
+                    "what comes back through a node, such as a neuron that does not fire",
+                    "let a neuron that neither leaks nor fires add it up (snnTorch: beta=1.0, "
+                    "reset_mechanism='none')",
+                    place=state.name,
+                )
+        return found
 
     def _moved_back(
         self, edges: list[tuple[str, str, int]]

@@ -26,6 +26,7 @@ from spikeport.converters.passes import (
     lower_neurons,
 )
 from spikeport.converters.program import Program
+from spikeport.converters.sources.spikingjelly import _KNOWN
 
 pytest.importorskip("spikingjelly")
 sj_base = pytest.importorskip("spikingjelly.activation_based.base")
@@ -311,6 +312,9 @@ OTHERS = {
     ],
     "ComplementaryLIFNode": [SOME],
     "HalfThresholdIFNode": [{}],
+    "TernaryIFNode": [{}],
+    "TernaryLIFNode": [{**SOME, "decay_input": decay_input} for decay_input in (True, False)],
+    "MPBNLIFNode": [{"out_features": 37, "learnable_vth": learned} for learned in (True, False)],
 }
 #: Their soft reset is their own, or fails inside SpikingJelly.
 ONE_RESET = ("ComplementaryLIFNode", "HalfThresholdIFNode")
@@ -374,13 +378,11 @@ def test_a_linear_map_over_time_takes_all_steps() -> None:
 # Every other keeper of state
 
 NEEDS = {
-    "GatedLIFNode": {"T": T},
     "MaskedPSN": {"k": 2, "T": T},
     "SlidingPSN": {"k": 2},
     "PSN": {"T": T},
     "LIAFNode": {"act": torch.relu, "threshold_related": False},
     "SimpleLIFNode": {"tau": 2.0, "decay_input": True},
-    "MPBNLIFNode": {"out_features": 5},
     "STBIFNode": {"q_threshold": torch.tensor(1.0), "level": 4},
 }
 
@@ -389,9 +391,7 @@ def other_neurons() -> list[str]:
     return [
         name
         for name, kind in inspect.getmembers(neuron, inspect.isclass)
-        if issubclass(kind, sj_base.MemoryModule)
-        and name not in (*KINDS, *ONLINE, *OTHERS, "SlidingPSN")
-        and "Base" not in name
+        if issubclass(kind, sj_base.MemoryModule) and name not in _KNOWN and "Base" not in name
     ]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from spikeport import deploy, targets
+from spikeport.converters import neurons
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import UnsupportedError
 from spikeport.converters.neurons import IFNode
@@ -86,6 +88,27 @@ def test_a_device_that_rounds_anyway_is_a_warning() -> None:
     (finding,) = check(_program(), _Target(arithmetic=torch.float16))
     assert (finding.rule, finding.severity) == ("arithmetic", "warning")
     assert not check(_program(), _Target(arithmetic=torch.float16)).errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "named"),
+    [
+        (neurons.EIF, {"tau": 2.0, "v_rest": 0.0, "theta_rh": 0.8, "delta_T": 1.0}, "exp"),
+        (neurons.CLIF, {"tau": 2.0, "jump": 1.0}, "sigmoid"),
+        # A function of parameters alone is computed before.
+        (neurons.ParametricLIF, {"w": torch.tensor(0.3), "v_rest": 0.0}, ""),
+        (neurons.QIF, {"tau": 2.0, "v_rest": 0.0, "v_c": 0.8, "a_0": 1.0}, ""),
+    ],
+    ids=lambda v: getattr(v, "name", None),
+)
+def test_functions_that_each_runtime_rounds_its_own_way(kind: Any, given: Any, named: str) -> None:
+    program = capture(nn.Sequential(neurons.Node(kind, **given)), (torch.rand(4, 2, 5),))
+    found = check(program, _Target())
+    assert [(f.rule, f.where, f.severity) for f in found] == [("last-bit", "0", "warning")] * bool(
+        named
+    )
+    assert all(f.found.startswith(f"{named} in the charge of {kind.name}") for f in found)
+    assert not check(program, _Target(torch_functions=True))
 
 
 def test_a_batch_too_large_for_the_chip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -691,6 +691,15 @@ def test_what_comes_back_starts_from_silence() -> None:
     assert "have not fired" in found.found
 
 
+def test_a_sum_that_comes_back_without_a_node() -> None:
+    def counted(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+        return self.a(x + b), b + a
+
+    (found,) = deploy.check(Looped(counted), (GRID,), ["nir"]).errors
+    assert (found.rule, found.where) == ("recurrence", "forward.add#2")
+    assert "plain arithmetic" in found.found
+
+
 def test_a_cycle_that_cannot_be_run_step_by_step() -> None:
     def step(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
         return self.a(x + 0.5 * b), self.b(x * self.x.mean(0) + a)

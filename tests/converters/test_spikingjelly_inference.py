@@ -1,0 +1,111 @@
+"""Neurons of SpikingJelly 2.0 that are read for inference, and run as their own arithmetic or rate."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import equal, grid, rand, refused
+from torch import nn
+
+pytest.importorskip("spikingjelly.activation_based.neuron.dsr", reason="needs SpikingJelly 2.0.0")
+from spikingjelly.activation_based import functional, neuron
+
+from spikeport import deploy
+from spikeport.converters import verify
+from spikeport.converters.capture import capture
+from spikeport.converters.passes import flatten_time, lower_neurons
+from spikeport.converters.program import Program, Time
+from spikeport.targets.ipu.model import training_module
+
+pytestmark = pytest.mark.spikingjelly
+T, N = 4, 2
+
+
+def converted(net: nn.Module, x: torch.Tensor) -> Program:
+    """The captured network, checked bit for bit with its lowered form."""
+    program = capture(net, (x,))
+    for form in (program, lower_neurons(flatten_time(program))):
+        assert equal(form(x), reference(net, x))
+    return program
+
+
+def reference(net: nn.Module, x: torch.Tensor) -> Any:
+    work = copy.deepcopy(net).eval()
+    functional.reset_net(work)
+    with torch.no_grad():
+        return work(x.clone())
+
+
+#: Neurons that run over all steps alone, with the size of one step.
+WHOLE = {
+    "DSRIFNode": ((5,), {"v_threshold": 1.3}),
+    "DSRLIFNode": ((5,), {"v_threshold": 0.7, "tau": 0.06}),
+    "GatedLIFNode": ((6, 2, 2), {"T": T, "inplane": 6}),
+    "ILCIFNode": ((6,), {"act_dim": 2, "dec_pop_dim": 3}),
+    "ILCLIFNode": ((6,), {"act_dim": 2, "dec_pop_dim": 3, "v_threshold": 0.3}),
+    "ILCCUBALIFNode": ((6,), {"act_dim": 2, "dec_pop_dim": 3}),
+    "NoisyCUBALIFNode": ((6,), {"num_node": 6, "T": T, "is_training": False}),
+    "NoisyILCCUBALIFNode": (
+        (6,),
+        {"act_dim": 2, "dec_pop_dim": 3, "T": T, "is_training": False},
+    ),
+}
+
+
+class Copied(nn.Module):
+    """Its input again, which the next layer may write to."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.0
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_neurons_that_run_over_all_steps(name: str, time: Time, tmp_path: Path) -> None:
+    size, given = WHOLE[name]
+    net = nn.Sequential(Copied(), getattr(neuron, name)(**given)).eval()
+    program = converted(net, grid(T, N, *size))
+    assert verify._probe_neurons(program, net, time)
+    x = grid(T, N, *size, seed=7)
+    low = deploy.convert(net, (x,), "reference", dtype="float32", time=time)
+    deploy.compile(low, tmp_path / "artifact", cache=False)
+    with deploy.load(tmp_path / "artifact") as model:
+        spikes = model(x)
+    assert torch.equal(spikes, reference(net, x))
+    assert spikes.any()
+
+
+def test_the_threshold_that_a_batch_norm_in_the_charge_becomes() -> None:
+    node = neuron.MPBNLIFNode(out_features=5, step_mode="m").eval()
+    for tensor in (node.vbn.running_var, node.vbn.weight, node.vbn.running_mean):
+        nn.init.uniform_(tensor, 0.5, 2.0)
+    node.re_parameterize_v_threshold()
+    converted(nn.Sequential(nn.Identity(), node), rand(T, N, 5))
+
+
+def test_an_integrator_of_populations() -> None:
+    readout = neuron.NoisyNonSpikingIFNode(5, T=T, is_training=False, decode="max-mem")
+    converted(nn.Sequential(nn.Identity(), readout), grid(T, N, 5))
+
+
+@pytest.mark.parametrize("name", ["NoisyCUBALIFNode", "NoisyNonSpikingIFNode"])
+def test_noise_is_refused(name: str) -> None:
+    net = nn.Sequential(nn.Identity(), getattr(neuron, name)(5, T=T))
+    assert ("noise", "1") in refused(net, rand(T, N, 5))
+
+
+def test_a_time_constant_that_is_none() -> None:
+    net = nn.Sequential(nn.Identity(), neuron.DSRLIFNode(tau=-2.0))
+    assert refused(net, rand(T, N, 5)) == [("parameter", "1")]
+
+
+@pytest.mark.parametrize("name", ["TernaryIFNode", "DSRIFNode"])
+def test_neurons_for_inference_alone(name: str) -> None:
+    net = nn.Sequential(nn.Linear(5, 5), getattr(neuron, name)())
+    with pytest.raises(deploy.UnsupportedError) as caught:
+        training_module(net)
+    assert [(f.rule, f.where) for f in caught.value.findings] == [("inference-neuron", "1")]
