@@ -57,12 +57,17 @@ $(VENV)/.installed: pyproject.toml
 
 # Thousands of cells; the releases of a framework one at a time, CUDA kernels interpreted on the CPU.
 CONFORMANCE := TRITON_INTERPRET=1 $(BIN)/python benchmarks/conformance.py --keep build/conformance.json
+NEURONS := TRITON_INTERPRET=1 $(BIN)/python benchmarks/conformance.py --keep build/conformance_neurons.json \
+	--source spikingjelly-others
 conformance: $(VENV)/.tested  ## every source's neurons on every target, spike for spike
 	mkdir -p build
-	PYTHONPATH=$(NEWEST) $(CONFORMANCE) > build/conformance.txt
+	PYTHONPATH=$(NEWEST) $(CONFORMANCE) --source spikingjelly snntorch snntorch-recurrent native nir \
+		> build/conformance.txt
 	PYTHONPATH=$(OLDEST) $(CONFORMANCE) --source spikingjelly > build/conformance.txt
 	PYTHONPATH=$(OLDER) $(CONFORMANCE) --source spikingjelly snntorch snntorch-recurrent > build/conformance.txt
-	cat build/conformance.txt
+	for path in $(NEWEST) $(OLDER) $(OLDEST); do \
+		PYTHONPATH=$$path $(NEURONS) > build/conformance_neurons.txt || exit 1; done
+	cat build/conformance.txt build/conformance_neurons.txt
 
 # The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.
 # Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.

@@ -2,6 +2,7 @@
 
     python benchmarks/conformance.py                        every source that is importable
     python benchmarks/conformance.py --source native nir    these alone
+    python benchmarks/conformance.py --neuron QIFNode       these alone
     python benchmarks/conformance.py --keep cells.json      add to the cells of earlier runs
     python benchmarks/conformance.py --jobs 8               in as many processes; default: one a core
 
@@ -498,9 +499,12 @@ SOURCES: dict[str, tuple[str, Callable[[], Iterator[Variant]]]] = {
 }
 
 
-def variants(names: Iterable[str]) -> list[Variant]:
-    """All of these sources, and the first of each kind with each reset over many steps too."""
-    found = [v for name in names for v in SOURCES[name][1]()]
+def variants(names: Iterable[str], kinds: Sequence[str] = ()) -> list[Variant]:
+    """All of these sources, and the first of each kind with each reset over many steps too.
+
+    ``kinds`` are the neurons to take; all unless given.
+    """
+    found = [v for name in names for v in SOURCES[name][1]() if not kinds or v.neuron in kinds]
     firsts = {(v.source, v.neuron, v.reset): v for v in reversed(found)}
     return found + [
         Variant(v.source, v.neuron, v.reset, v.params, v.make, LONG)
@@ -677,22 +681,27 @@ def tasks(chosen: Sequence[Variant], targets: Sequence[str], times: Sequence[Tim
 
 
 def matrix(
-    names: Sequence[str], every: int, targets: Sequence[str], times: Sequence[Time], jobs: int
+    names: Sequence[str],
+    kinds: Sequence[str],
+    every: int,
+    targets: Sequence[str],
+    times: Sequence[Time],
+    jobs: int,
 ) -> Iterator[list[Cell]]:
-    """The cells of each ``every``-th variant of these sources, some at a time."""
-    work, start = tasks(variants(names)[::every], targets, times), time.perf_counter()
+    """The cells of each ``every``-th variant of these sources and neurons, some at a time."""
+    work, start = tasks(variants(names, kinds)[::every], targets, times), time.perf_counter()
     # Variants hold functions, so each process makes its own list of them.
-    with multiprocessing.get_context("spawn").Pool(jobs, _prepare, (names, every)) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, _prepare, (names, kinds, every)) as pool:
         for done, found in enumerate(pool.imap(_cells, work), 1):
             yield found
             seconds = time.perf_counter() - start
             print(f"{done} of {len(work)}, {seconds:.0f} s: {found[0]}", file=sys.stderr)
 
 
-def _prepare(names: Sequence[str], every: int) -> None:
+def _prepare(names: Sequence[str], kinds: Sequence[str], every: int) -> None:
     torch.set_num_threads(1)  # the tensors are small
     logging.getLogger("spikeport").setLevel(logging.ERROR)  # what goes into metadata is no refusal
-    _chosen.extend(variants(names)[::every])
+    _chosen.extend(variants(names, kinds)[::every])
 
 
 def _cells(task: Task) -> list[Cell]:
@@ -764,6 +773,7 @@ def table(found: Sequence[Cell]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", choices=SOURCES, help="default: all importable")
+    parser.add_argument("--neuron", nargs="+", default=[], metavar="KIND", help="default: all")
     parser.add_argument("--target", nargs="+", default=list(TARGETS), help="default: all")
     parser.add_argument(
         "--time", nargs="+", choices=TIMES, default=list(TIMES), help="default: all"
@@ -779,10 +789,10 @@ def main() -> int:
     kept = []
     if args.keep and args.keep.is_file():
         kept = [Cell(**c) for c in json.loads(args.keep.read_text(encoding="utf-8"))]
-    own = {(v.source, v.neuron) for v in variants(chosen)}
+    own = {(v.source, v.neuron) for v in variants(chosen, args.neuron)}
     anew = set(itertools.product(own, targets, args.time))
     kept = [c for c in kept if ((c.source, c.neuron), c.target, c.time) not in anew]
-    for some in matrix(chosen, args.every, targets, args.time, args.jobs):
+    for some in matrix(chosen, args.neuron, args.every, targets, args.time, args.jobs):
         found += some
         if args.keep:
             cells_so_far = json.dumps([asdict(c) for c in kept + found])

@@ -6,8 +6,8 @@
 
 Float32, batch 2. What is measured, and what the verdicts say, is as in ``zoo.py``. The networks are the
 examples' own classes, built with the examples' own arguments; packages that their training asks for, and
-that are not installed, are stood in for. Those that are refused keep a state that nobody declared: a
-neuron of the example's own, or one that hears its neighbours.
+that are not installed, are stood in for. Those that are refused have neurons of the example's own, which
+nobody declared.
 """
 
 from __future__ import annotations

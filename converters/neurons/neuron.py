@@ -29,6 +29,11 @@ def _select(s: torch.Tensor, yes: Any, no: torch.Tensor) -> torch.Tensor:
     return rest.add_(s, alpha=yes) if yes else rest
 
 
+def _lower(s: torch.Tensor, h: torch.Tensor, by: Any) -> torch.Tensor:
+    """h less ``by`` where there is a spike, also where h is infinite."""
+    return torch.addcmul(h, s, by, value=-1) if isinstance(by, torch.Tensor) else h.sub(s, alpha=by)
+
+
 def _number(name: str, value: Any) -> Any:
     """A parameter's value as a float, a flag or a tensor, or a symbol for one."""
     if isinstance(value, (bool, torch.Tensor, Symbol)):
@@ -118,6 +123,7 @@ class Neuron:
         select: Callable[[Any, Any, Any], Any],
         t: int = 1,
         due: Callable[[Any], Any] | None = None,
+        lower: Callable[[Any, Any, Any], Any] | None = None,
     ) -> tuple[Any, tuple[Any, ...], Any]:
         """One time step on values of any kind: (spikes, state, h).
 
@@ -129,11 +135,14 @@ class Neuron:
             t: 0 says that v is v_0, before which there is no spike to reset for.
             due: As ``fire``, for the spikes of the step before, whose reset is still to come; they go
                 to ``select`` alone. ``fire`` itself unless given.
+            lower: ``(spikes, h, by) -> h - by where there is a spike, else h``; by ``select`` unless given.
         """
 
         def after(h: Any, spikes: Any) -> Any:
             if self.reset == "none":
                 return h
+            if self.reset == "soft" and lower is not None:
+                return lower(spikes, h, self.v_threshold)
             return select(spikes, self.v_reset if self.reset == "hard" else h - self.v_threshold, h)
 
         late = self.reset_at != "now" and t > 0 and self.reset != "none"
@@ -162,7 +171,9 @@ class Neuron:
         self, x: torch.Tensor, state: tuple[torch.Tensor, ...], t: int = 1
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Reference of one step: x and each of the state [N, ...] -> spikes, state [N, ...]."""
-        spikes, state, _ = self.step(state, x, lambda h: self.fired(h).to(x.dtype), _select, t)
+        spikes, state, _ = self.step(
+            state, x, lambda h: self.fired(h).to(x.dtype), _select, t, lower=_lower
+        )
         return spikes, state
 
     def multi_step(
@@ -201,7 +212,7 @@ class Neuron:
             return partial(compare, other=self.v_threshold, out=out)
 
         for t, x in enumerate(x_seq):
-            _, state, h = self.step(state, x, into(spikes[t]), _select, first + t)
+            _, state, h = self.step(state, x, into(spikes[t]), _select, first + t, lower=_lower)
             if charged:
                 h_seq[t] = h
         return spikes, h_seq, state

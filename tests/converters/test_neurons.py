@@ -220,6 +220,22 @@ def test_trace_gives_h_and_the_last_v() -> None:
     assert v.tolist() == [0.75]
 
 
+@pytest.mark.parametrize("threshold", [0.5, torch.tensor([0.5, 0.25])], ids=["scalar", "channels"])
+def test_a_potential_beyond_all_numbers_stays_there_when_it_is_lowered(threshold: Any) -> None:
+    """Quadratic neurons run away under a soft reset, which takes nothing from infinity."""
+    params = {"tau": 2.0, "v_rest": 0.0, "v_c": 0.5, "a_0": 1.0}
+    neuron = Neuron(neurons.QIF, params, v_threshold=threshold, reset="soft")
+    x = torch.tensor([[4.0, -1.0]]).expand(20, 1, 2)
+    v, expected = torch.zeros(1, 2), []
+    for x_t in x:
+        h = v + (x_t + v * (v - 0.5)) / 2.0
+        s = (h >= threshold).float()
+        v = h - s * threshold
+        expected.append(s)
+    assert v.isinf().any()
+    assert torch.equal(neuron.multi_step(x), torch.stack(expected))
+
+
 def test_going_on_from_a_state_equals_one_run() -> None:
     x = drive(3)
     for reset_at in ("now", "next"):
