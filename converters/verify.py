@@ -467,7 +467,9 @@ def to_threshold(
     scale = torch.maximum(h.abs(), drive.abs()).cummax(0).values
     steps = torch.arange(1, site.T + 1).reshape(-1, 1)
     slack = CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs()) + reach
-    return (h - threshold).abs(), slack
+    # A bound that is infinite, where a potential has left all numbers, explains nothing.
+    slack = torch.where(slack.isfinite(), slack, 0.0)
+    return (h - threshold).abs().nan_to_num(nan=math.inf), slack
 
 
 _, _LEAF = pytree.tree_flatten((0,))

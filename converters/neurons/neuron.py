@@ -253,7 +253,10 @@ class Neuron:
             after: torch.Tensor = s * yes + (1.0 - s) * no
             return after
 
-        return self.step(state, x, fire, select, t)
+        def lower(s: torch.Tensor, h: torch.Tensor, by: Any) -> torch.Tensor:
+            return h - (s.detach() if detach_reset else s) * by
+
+        return self.step(state, x, fire, select, t, lower=lower)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those parameters that are tensors, by name."""

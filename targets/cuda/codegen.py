@@ -143,7 +143,10 @@ class _Step:
             s = s.detach() if spec.detach_reset else s
             return s * yes + (1.0 - s) * no
 
-        self.spikes, after, self.h = neuron.step(self.state, drive, fire, select)
+        def lower(s: Expr, h: Expr, by: Any) -> Any:
+            return h - (s.detach() if spec.detach_reset else s) * by
+
+        self.spikes, after, self.h = neuron.step(self.state, drive, fire, select, lower=lower)
         self.after = tuple(tape.lift(part) for part in after)
         self.forward = len(tape.exprs)
 

@@ -234,6 +234,11 @@ def test_a_potential_beyond_all_numbers_stays_there_when_it_is_lowered(threshold
         expected.append(s)
     assert v.isinf().any()
     assert torch.equal(neuron.multi_step(x), torch.stack(expected))
+    state, trained = neuron.initial(x[0]), []
+    for t, x_t in enumerate(x):
+        s, state, _ = neuron.train_step(state, x_t, surrogates.ATan(), False, t)
+        trained.append(s)
+    assert torch.equal(torch.stack(trained), torch.stack(expected))
 
 
 def test_going_on_from_a_state_equals_one_run() -> None:

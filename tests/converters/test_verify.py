@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from spikeport.converters.builder import Builder
+from spikeport.converters.capture import capture
 from spikeport.converters.errors import MismatchError, UnsupportedError
 from spikeport.converters.neurons import IFNode, LIFNode, ParametricLIFNode
 from spikeport.converters.ops import aten
 from spikeport.converters.passes import lower_neurons as lowering
 from spikeport.converters.probes import probe_inputs
 from spikeport.converters.program import PassReport, Program, where
-from spikeport.converters.verify import VerificationEvidence
+from spikeport.converters.verify import VerificationEvidence, to_threshold
 from spikeport.deploy.pipeline import convert
 from spikeport.targets.lynxi import Lynxi
 
@@ -432,6 +434,15 @@ def test_a_membrane_that_overflows_is_named() -> None:
     with pytest.raises(UnsupportedError) as caught:
         convert(net, (torch.full((T, N, 4), 40000.0),), "lynxi-sim", dtype="float16")
     assert {(f.rule, f.where) for f in caught.value.findings} == {("float16-overflow", "1")}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_potential_beyond_all_numbers_explains_no_spike(value: float) -> None:
+    site = capture(nn.Sequential(IFNode()), (rand(T, N, 3),)).sites[0]
+    h, drive = torch.full((T, N, 3), value), torch.zeros(T, N, 3)
+    everywhere = torch.ones(N, 3, dtype=torch.bool)
+    distance, slack = to_threshold(site, everywhere, h, drive, torch.float32)
+    assert (distance > slack).all()
 
 
 def test_a_module_under_two_names() -> None:
