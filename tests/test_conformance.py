@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conformance import SOURCES, Variant, cells, table, variants
+from conformance import EXPLAINED, SOURCES, Variant, cells, table, variants
 from torch import nn
 
 from spikeport.converters import neurons
@@ -26,10 +26,21 @@ def test_a_sample_of_the_matrix() -> None:
     assert len(everything) > 350
     sample = [replace(v, steps=8) for v in everything[:: len(everything) // 12]]
     found = cells(sample, TARGETS, "unrolled")
-    assert {c.verdict for c in found} <= {"equal", "refused"}, table(found)
+    assert {c.verdict for c in found} <= {"equal", "refused", EXPLAINED}, table(found)
     assert {c.target for c in found if c.refused} <= {"nir"}, table(found)
     assert all(c.fired for c in found if c.neuron not in ("Alpha", "Lapicque"))
     assert sum(c.verdict == "equal" for c in found) > 40
+
+
+@pytest.mark.spikingjelly
+def test_an_exponential_with_another_last_bit_is_explained() -> None:
+    """ONNX Runtime's own, in a charge that the inputs take to the threshold exactly."""
+    pytest.importorskip("spikingjelly")
+    some = variants(["spikingjelly-others"], ["EIFNode"])[:2]
+    found = cells(some, ["onnx"], "unrolled")
+    assert {c.verdict for c in found} == {EXPLAINED}, table(found)
+    assert all(0 < c.differing < c.fired for c in found)
+    assert "0/0/0+2" in table(found)
 
 
 class Early(nn.Module):

@@ -254,7 +254,8 @@ class Neuron:
             return after
 
         def lower(s: torch.Tensor, h: torch.Tensor, by: Any) -> torch.Tensor:
-            return h - (s.detach() if detach_reset else s) * by
+            after: torch.Tensor = h - (s.detach() if detach_reset else s) * by
+            return after
 
         return self.step(state, x, fire, select, t, lower=lower)
 
