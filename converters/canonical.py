@@ -362,22 +362,19 @@ class _Canonical(Builder):
         x, dim, index = args
         at = ops.dim(x, dim)
         index %= shape(x)[at]
-        if x.target is aten.stack.default and ops.dim(x, (*x.args, 0)[1]) == at:
+        if x.target not in _JOINS or ops.dim(x, (*x.args, 0)[1]) != at:
+            return None
+        if x.target is aten.stack.default:
             row: Node = x.args[0][index]
             return row
-        if x.target is not aten.cat.default or ops.dim(x, (*x.args, 0)[1]) != at:
-            return None
-        for part in x.args[0]:
-            if index < (size := shape(part)[at]):
-                break
-            index -= size
+        (part,) = pieces(self, x, at, index, index + 1, path)
         if _put_in(part, at):
             return part.args[0]
-        if part.target is aten.slice.Tensor:
-            cut, first, _, step = ops.slice_args(part, 1)
-            if ops.dim(part, cut) == at and step == 1 and (first or 0) >= 0:
-                part, index = part.args[0], index + (first or 0)
-        return self.call(aten.select.int, part, at, index, path=path)
+        first = 0
+        if part.target is aten.slice.Tensor and ops.dim(part, ops.slice_args(part, 1)[0]) == at:
+            start, part = ops.slice_args(part, 1)[1], part.args[0]
+            first = slice(start, None).indices(shape(part)[at])[0]
+        return self.call(aten.select.int, part, at, first, path=path)
 
     def _scatter(
         self, base: fx.Node, part: fx.Node, dim: int, start: int, end: int, path: str
@@ -394,6 +391,7 @@ class _Canonical(Builder):
         return part if len(parts) == 1 else self.call(aten.cat.default, parts, dim, path=path)
 
 
+_JOINS = (aten.stack.default, aten.cat.default)
 _MATMULS = (aten.mm.default, aten.mv.default, aten.dot.default, aten.vdot.default)
 _ANY = (aten.any.default, aten.any.dim, aten.any.dims)
 #: Operators on whole numbers by one name, and on truth values, whose product and sum are these too.
