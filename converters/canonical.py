@@ -176,8 +176,8 @@ class _Canonical(Builder):
                 False,
                 path=path,
             )
-        if target is aten.max_pool2d_with_indices.default and _only_first(n):
-            return self.call(aten.max_pool2d.default, *args, path=path, **kwargs)
+        if target in _WITH_INDICES and _only_first(n):
+            return self._spelled(_WITH_INDICES[target], args, kwargs, path, n)
         if target in _PADDED:
             return self._padded(n, target, args, kwargs, path)
         if target is aten.avg_pool1d.default:
@@ -317,9 +317,27 @@ class _Canonical(Builder):
             spatial = list(range(-len(wanted), 0))
             return self.call(aten.amax.default, x, spatial, True, path=path)
         if any(a % b for a, b in zip(sizes, wanted, strict=True)):
-            return self.call(n.target, x, wanted, path=path)
+            for at, count in enumerate(wanted, len(shape(x)) - len(wanted)):
+                x = self._largest_of_bins(x, at, count, path)
+            return x
         kernel = [a // b for a, b in zip(sizes, wanted, strict=True)]
         return self.call(_ADAPTIVE_MAX[n.target], x, kernel, kernel, path=path)
+
+    def _largest_of_bins(self, x: fx.Node, at: int, count: int, path: str) -> fx.Node:
+        """The largest value of each of torch's adaptive bins along a dimension."""
+        size = shape(x)[at]
+        bins = ((i * size // count, -((i + 1) * size // -count)) for i in range(count))
+        largest = [
+            self.call(
+                aten.amax.default,
+                self.call(aten.slice.Tensor, x, at, start, end, path=path),
+                [at],
+                True,
+                path=path,
+            )
+            for start, end in bins
+        ]
+        return self.call(aten.cat.default, largest, at, path=path)
 
     def _in_its_place(self, step: Sequence[Any], path: str) -> tuple[Any, ...]:
         """A neuron's step with its number, which follows from where its state comes from."""
@@ -414,6 +432,12 @@ _POOLS = {
     aten.avg_pool2d.default: 2,
     aten.max_pool3d.default: 3,
     aten.avg_pool3d.default: 3,
+}
+#: Pooling that tells where the largest values stand too.
+_WITH_INDICES = {
+    aten.max_pool1d_with_indices.default: aten.max_pool1d.default,
+    aten.max_pool2d_with_indices.default: aten.max_pool2d.default,
+    aten.max_pool3d_with_indices.default: aten.max_pool3d.default,
 }
 #: Convolutions whose padding is a word, and those with numbers.
 _PADDED = {

@@ -76,13 +76,14 @@ def _quiet() -> Iterator[None]:
 
 #: Operators that torch computes by others, or that only move values: in those they have one spelling.
 _COMPOSED = (
-    "all all.dim aminmax atleast_1d.Sequence atleast_2d.Sequence atleast_3d.Sequence broadcast_tensors "
-    "chain_matmul channel_shuffle clamp_min.Tensor column_stack cosine_similarity count_nonzero "
-    "count_nonzero.dim_IntList cross diff dstack einsum frac ger gru_cell hstack inner isclose isfinite "
-    "kron linalg_cross linalg_multi_dot lstm_cell masked_fill.Scalar masked_fill.Tensor meshgrid "
-    "meshgrid.indexing norm.ScalarOpt_dim one_hot outer pad pairwise_distance pixel_shuffle "
-    "pixel_unshuffle prelu repeat_interleave.self_int rnn_relu_cell rnn_tanh_cell rot90 take_along_dim "
-    "tensordot tile tril triu type_as vstack"
+    "all all.dim aminmax argsort argsort.stable atleast_1d.Sequence atleast_2d.Sequence "
+    "atleast_3d.Sequence broadcast_tensors chain_matmul channel_shuffle clamp_min.Tensor column_stack "
+    "cosine_similarity count_nonzero count_nonzero.dim_IntList cross diff dstack einsum frac ger "
+    "gru_cell hstack inner isclose isfinite kron linalg_cross linalg_multi_dot lstm_cell "
+    "masked_fill.Scalar masked_fill.Tensor meshgrid meshgrid.indexing msort norm.ScalarOpt_dim "
+    "one_hot outer pad pairwise_distance pixel_shuffle pixel_unshuffle prelu quantile quantile.scalar "
+    "repeat_interleave.self_int rnn_relu_cell rnn_tanh_cell rot90 take_along_dim tensordot tile tril "
+    "triu type_as vstack"
 )
 
 

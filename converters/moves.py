@@ -134,6 +134,20 @@ def _embedding(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> No
     return build.call(ops.RESHAPE, rows, [*shape(index), shape(weight)[1]], path=path)
 
 
+def _windows(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
+    """Windows that slide along a dimension, each of which becomes the last dimension."""
+    x, dim, size, step = args
+    at, rank = ops.dim(x, dim), len(shape(x))
+    count = shape(n)[at]
+    x = _taken(build, x, at, [i * step + k for i in range(count) for k in range(size)], path)
+    apart = [*shape(x)[:at], count, size, *shape(x)[at + 1 :]]
+    x = build.call(ops.RESHAPE, x, apart, path=path)
+    if at == rank - 1:
+        return x
+    order = [*(d for d in range(rank + 1) if d != at + 1), at + 1]
+    return build.call(aten.permute.default, x, order, path=path)
+
+
 _circular = _padded(lambda i, size: i % size)
 _reflected = _padded(lambda i, size: size - 1 - abs(size - 1 - abs(i)))
 _replicated = _padded(lambda i, size: min(max(i, 0), size - 1))
@@ -144,6 +158,7 @@ _RULES: dict[Any, Callable[..., Node | None]] = {
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
     aten.embedding.default: _embedding,
+    aten.unfold.default: _windows,
     aten._pad_circular.default: _circular,
     **{getattr(aten, f"reflection_pad{d}d").default: _reflected for d in (1, 2, 3)},
     **{getattr(aten, f"replication_pad{d}d").default: _replicated for d in (1, 2, 3)},

@@ -28,6 +28,7 @@ _UNTAGGED = frozenset(
         aten.floor_divide.default,
         aten.hardswish.default,
         aten.leaky_relu.default,
+        aten.log_sigmoid.default,
     }
 )
 

@@ -9,6 +9,7 @@ there is a reason why not.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,8 +112,6 @@ class _Unstack:
 
     def emit(self) -> Steps:
         target: Any = self.n.target
-        if not isinstance(self.n.meta["val"], torch.Tensor):
-            raise self._mixes("several results, which are not taken apart step by step")
         if ops.is_pointwise(target):
             return self._pointwise()
         rule = _RULES.get(target)
@@ -120,6 +119,8 @@ class _Unstack:
             return rule(self)
         if target in ops.BATCHED:
             return self._batched()
+        if not isinstance(self.n.meta["val"], torch.Tensor):
+            raise self._mixes("several results, which are not taken apart step by step")
         raise self._mixes()
 
     @property
@@ -240,11 +241,44 @@ class _Unstack:
         return self._call(x, *self.n.args[1:])
 
     def _along(self) -> Steps:
-        """Operators with one dimension as their second argument."""
-        x, d = self.x, ops.dim(self.n.args[0], self.n.args[1])
+        """Operators along one dimension, their argument ``dim``."""
+        x, d = self.x, ops.dim(self.n.args[0], ops.arguments(self.n)["dim"])
         if d == x.axis:
             raise self._mixes()
-        return self._call(x, self._dim(x, d), *self.n.args[2:])
+        return self._on_dims(x, self._dim(x, d))
+
+    def _on_dims(self, x: Steps, dim: int | list[int], **changes: Any) -> Steps:
+        """The operator on one step, with another argument ``dim``."""
+        rest: list[Any]
+        rest, kwargs = list(self.n.args[1:]), dict(self.n.kwargs)
+        at = list(ops.arguments(self.n)).index("dim") - 1
+        if at < len(rest):
+            rest[at] = dim
+        else:
+            kwargs["dim"] = dim
+        weights: Any = self.operands.__getitem__
+        args: Any = fx.map_arg(rest, weights)
+        node = self.build.call(self.n.target, x.node, *args, path=self.path, **kwargs)
+        return replace(x, node=node, **changes)
+
+    def _result(self) -> Steps:
+        """One of several results."""
+        return self._call(self.x, *self.n.args[1:])
+
+    def _entries(self) -> Steps:
+        """Entries along one dimension, taken or written by their numbers."""
+        source, dim, *rest = self.n.args
+        given = list(dict.fromkeys(self.n.all_input_nodes))
+        like, nodes = self._aligned(given, self.rank)
+        d = ops.dim(source, dim)
+        if d == like.axis or len({shape(a)[like.axis] for a in given}) > 1:
+            raise self._mixes()
+        new = dict(zip(given, nodes, strict=True))
+        args: Any = fx.map_arg(rest, new.__getitem__)
+        node = self.build.call(
+            self.n.target, new[source], self._dim(like, d), *args, path=self.path
+        )
+        return replace(like, node=node)
 
     def _slice(self) -> Steps:
         x = self.x
@@ -301,14 +335,7 @@ class _Unstack:
             raise self._mixes()
         before = 0 if given["keepdim"] else sum(d < x.axis for d in dims)
         moved = [self._dim(x, d) for d in dims]
-        args, kwargs = list(self.n.args[1:]), dict(self.n.kwargs)
-        at = list(given).index("dim") - 1
-        if at < len(args):
-            args[at] = moved[0] if isinstance(dim, int) else moved
-        else:
-            kwargs["dim"] = moved
-        node = self.build.call(self.n.target, x.node, *args, path=self.path, **kwargs)
-        return replace(x, node=node, axis=x.axis - before)
+        return self._on_dims(x, moved[0] if isinstance(dim, int) else moved, axis=x.axis - before)
 
     def _pad(self) -> Steps:
         x = self.x
@@ -392,6 +419,17 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.log_softmax.int: _Unstack._along,
     aten._log_softmax.default: _Unstack._along,
     aten.cumsum.default: _Unstack._along,
+    aten.cumprod.default: _Unstack._along,
+    aten.cummax.default: _Unstack._along,
+    aten.cummin.default: _Unstack._along,
+    aten.sort.default: _Unstack._along,
+    aten.sort.stable: _Unstack._along,
+    aten.topk.default: _Unstack._along,
+    aten.gather.default: _Unstack._entries,
+    aten.scatter.src: _Unstack._entries,
+    aten.scatter.value: _Unstack._entries,
+    aten.scatter_add.default: _Unstack._entries,
+    operator.getitem: _Unstack._result,
     aten.index_select.default: _Unstack._index_select,
     aten.slice.Tensor: _Unstack._slice,
     aten.select.int: _Unstack._select,
@@ -409,6 +447,16 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.linalg_vector_norm.default: _Unstack._reduce,
     aten.logsumexp.default: _Unstack._reduce,
     aten.prod.dim_int: _Unstack._reduce,
+    aten.max.dim: _Unstack._reduce,
+    aten.min.dim: _Unstack._reduce,
+    aten.median.dim: _Unstack._reduce,
+    aten.kthvalue.default: _Unstack._reduce,
+    aten.mode.default: _Unstack._reduce,
+    aten.aminmax.default: _Unstack._reduce,
+    aten.std_mean.correction: _Unstack._reduce,
+    aten.std_mean.dim: _Unstack._reduce,
+    aten.var_mean.correction: _Unstack._reduce,
+    aten.var_mean.dim: _Unstack._reduce,
     aten.std.correction: _Unstack._reduce,
     aten.std.dim: _Unstack._reduce,
     aten.var.correction: _Unstack._reduce,

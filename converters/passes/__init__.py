@@ -19,7 +19,7 @@ from .hoist_time_invariant import hoist_time_invariant
 from .lower_neurons import lower_neurons
 from .merge_dimensions import merge_dimensions
 from .reroll_time import reroll_time
-from .step_time import step_time
+from .step_time import OVER_TIME, step_time
 from .sum_over_time import sum_over_time
 
 Pass: TypeAlias = Callable[[Program], Program]
@@ -30,12 +30,14 @@ def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 
     Steps are told apart once layers and neurons have their final weights, which so are those of the
     unrolled program, and before neurons are taken apart. Recurrent layers have steps as loops have.
-    An encoder needs all steps to be one layer.
+    An encoder needs all steps to be one layer. What is taken over time is an operator until then.
     """
     passes = tuple(one for one in passes if one is not exact_encoder)
     late = (lower_neurons, cast_float16)
     at = next((i for i, one in enumerate(passes) if one in late), len(passes))
-    return (*passes[:at], unroll_recurrences, step_time, *passes[at:])
+    apart = [one for one in passes if isinstance(one, decompose_operators)]
+    early = (one.sparing(OVER_TIME) if one in apart else one for one in passes[:at])
+    return (*early, unroll_recurrences, step_time, *apart, *passes[at:])
 
 
 def keeping_rounding(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:

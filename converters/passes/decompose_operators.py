@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,17 +47,24 @@ from . import volumes
 from .formulas import FORMULAS, Term
 
 
-def decompose_operators(available: Collection[str]) -> Callable[[Program], Program]:
+@dataclass(frozen=True)
+class decompose_operators:  # noqa: N801, the name of the pass
     """The pass for a target that has ``available``, such as ``"aten.conv2d"``."""
 
-    def lacking(target: Any) -> bool:
-        return short(target) not in available
+    available: Collection[str]
+    __name__ = "decompose_operators"
 
-    def decompose(program: Program) -> Program:
-        return _Decompose(program, lacking, _IN_PART).run("decompose_operators")
+    def __call__(self, program: Program) -> Program:
+        """The program in those operators, as far as there are rules for others."""
 
-    decompose.__name__ = decompose_operators.__name__  # as its report says
-    return decompose
+        def lacking(target: Any) -> bool:
+            return short(target) not in self.available
+
+        return _Decompose(program, lacking, _IN_PART).run(self.__name__)
+
+    def sparing(self, targets: Iterable[Any]) -> decompose_operators:
+        """The pass that leaves these operators as they are too."""
+        return decompose_operators({*self.available, *map(short, targets)})
 
 
 def unroll_recurrences(program: Program) -> Program:
@@ -99,7 +107,17 @@ class _Decompose(Builder):
                     skipped.append(f"{n.name} ({self.path})")
                 self.env[n] = self.copy(n, self.env) if made is None else made
         report = PassReport(name, tuple(done), tuple(skipped))
-        return self.finish([self.env[r] for r in self.program.results], report)
+        named = self.program.named()
+        # One step's neurons are not found anew: their states are inputs of the graph.
+        sites = [
+            replace(
+                site,
+                drives=tuple(self.env[named[drive]].name for drive in site.drives),
+                spikes=tuple(self.env[named[spikes]].name for spikes in site.spikes),
+            )
+            for site in self.program.sites
+        ]
+        return self.finish([self.env[r] for r in self.program.results], report, sites)
 
     def rule(self, target: Any) -> Callable[[_Decompose, Node], Node | list[Node] | None] | None:
         """How an operator is taken apart, if the target lacks it."""
@@ -244,6 +262,13 @@ class _Decompose(Builder):
 
     def deviation(self, n: Node) -> Node:
         return self.emit(aten.sqrt.default, self.variance(n))
+
+    def spread_and_mean(self, n: Node) -> list[Node]:
+        spread = self.deviation if "std" in short(n.target) else self.variance
+        given = ops.arguments(n)
+        x, dims = self.env[given["self"]], given["dim"]
+        dims = [*range(len(shape(x)))] if dims is None else dims
+        return [spread(n), self.emit(aten.mean.dim, x, dims, given["keepdim"])]
 
     def attention(self, n: Node) -> Node | None:
         q, k, v, mask, dropped, causal, scale, grouped = self.given(n)
@@ -489,6 +514,10 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.std.dim: _Decompose.deviation,
     aten.var.correction: _Decompose.variance,
     aten.var.dim: _Decompose.variance,
+    aten.std_mean.correction: _Decompose.spread_and_mean,
+    aten.std_mean.dim: _Decompose.spread_and_mean,
+    aten.var_mean.correction: _Decompose.spread_and_mean,
+    aten.var_mean.dim: _Decompose.spread_and_mean,
     aten.scaled_dot_product_attention.default: _Decompose.attention,
     aten.im2col.default: _Decompose.im2col,
     aten.cumsum.default: _Decompose.running_sum,

@@ -138,6 +138,24 @@ def lerp(x: Term, y: Term, weight: Term | float) -> Any:
     return from_x if abs(weight) < 0.5 else from_y
 
 
+def hypot(x: Term, y: Term) -> Any:
+    """The root of the sum of squares, none of which is larger than 1."""
+    above = abs(x) > abs(y)
+    large, small = where(above, abs(x), abs(y)), where(above, abs(y), abs(x))
+    ratio = small / large
+    square = ratio * ratio + 1.0
+    whole = large * square.emit(aten.sqrt.default, square)
+    return where(large.apply("eq", large, large * 2.0), large, whole)  # 0 and infinity
+
+
+def copysign(x: Term, y: Term | float) -> Any:
+    """The magnitude of x with the sign of y, that of -0 too."""
+    size = abs(x)
+    if not isinstance(y, Term):
+        return size if math.copysign(1.0, y) > 0 else -size
+    return where(y.emit(aten.logical_or.default, y < 0.0, 1.0 / y < 0.0), -size, size)
+
+
 #: The formula of an operator's arguments, in the order of its schema; None where there is none for them.
 FORMULAS: dict[Any, Callable[..., Term | None]] = {
     aten.silu.default: lambda x: x * x.sigmoid(),
@@ -169,4 +187,8 @@ FORMULAS: dict[Any, Callable[..., Term | None]] = {
     aten.lerp.Tensor: lerp,
     aten.addcmul.default: lambda x, a, b, value: x + a * b * value,
     aten.addcdiv.default: lambda x, a, b, value: x + a / b * value,
+    aten.copysign.Tensor: copysign,
+    aten.copysign.Scalar: copysign,
+    aten.hypot.default: hypot,
+    aten.isnan.default: lambda x: x.emit(aten.ne.Tensor, x, x),
 }

@@ -8,8 +8,8 @@ left of a sequence at its end. Out of these follow the states:
 * In a loop, the copies of an operator at steps 0 ... T-1 are aligned operand by operand; an operand
   that lies a step back is a state, whose initial value is what stands in its place at step 0.
 * A convolution along time keeps the past steps that it looks back to.
-* A sum, a mean or a maximum over time is taken over the steps so far, so that after T steps it is that
-  of the whole call. A sum that is divided by T is a mean.
+* A sum, a mean, a maximum or a minimum over time is taken over the steps so far, so that after T steps
+  it is that of the whole call. A sum that is divided by T is a mean.
 
 What the network returns after its last step is given at each step, as if it were the last. An input is
 a sequence if the network treats it as one; an image that the network itself repeats is given to every
@@ -142,8 +142,8 @@ _FIXES = {
     "time-steps": "give an example input of more time steps, 3 for most; the result does not depend on it",
 }
 _ALLOWED = {
-    "mixes-time": "operators on each time step alone, convolutions over past steps, and mean, sum or "
-    "maximum over all of them",
+    "mixes-time": "operators on each time step alone, convolutions over past steps, and mean, sum, "
+    "maximum or minimum over all of them",
     "time-varying": "weights and constants that are the same at every time step",
     "steps-differ": "a loop whose steps are alike, the first one from constants",
     "state-init": "states that start from the same values in every call",
@@ -157,12 +157,18 @@ _CONVOLUTION_DEFAULTS: tuple[Any, ...] = (None, [1], [0], [1], 1)
 
 
 #: What is taken over all steps, as an operator on chosen dimensions.
-_REDUCTIONS = {
+OVER_TIME = {
     aten.mean.dim: aten.mean.dim,
     aten.mean.default: aten.mean.dim,
     aten.sum.dim_IntList: aten.sum.dim_IntList,
     aten.sum.default: aten.sum.dim_IntList,
     aten.amax.default: aten.amax.default,
+    aten.amin.default: aten.amin.default,
+}
+#: The extremes so far, with what they start from.
+_EXTREMES = {
+    aten.amax.default: (aten.maximum.default, -math.inf),
+    aten.amin.default: (aten.minimum.default, math.inf),
 }
 
 
@@ -405,8 +411,8 @@ class _StepTime(Loops):
     # Over time
 
     def _over_time(self, n: Node) -> Last | None:
-        """A mean, sum or maximum over time, over the steps so far."""
-        target = _REDUCTIONS.get(n.target)
+        """A mean, sum or extreme over time, over the steps so far."""
+        target = OVER_TIME.get(n.target)
         if target is None:
             return None
         source = n.args[0]
@@ -430,15 +436,13 @@ class _StepTime(Loops):
             node = self.call(aten._to_copy.default, node, path=path, **kwargs)
         kind = short(n.target)[5:]
         dtype, name = node.meta["val"].dtype, f"{path or 'forward'}.{kind}"
-        if target is aten.amax.default:
-            least = -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
-            before = self.new_state(name, torch.full(shape(node), least, dtype=dtype))
-            so_far = self.call(aten.maximum.default, before, node, path=path)
-        else:
-            before = self.new_state(name, torch.zeros(shape(node), dtype=dtype))
-            so_far = self.call(aten.add.Tensor, before, node, path=path)
+        further, start = _EXTREMES.get(target, (aten.add.Tensor, 0.0))
+        if not dtype.is_floating_point:
+            start = max(min(start, torch.iinfo(dtype).max), torch.iinfo(dtype).min)
+        before = self.new_state(name, torch.full(shape(node), start, dtype=dtype))
+        so_far = self.call(further, before, node, path=path)
         self.after[-1] = so_far
-        count = None if target is aten.amax.default else self.counter()
+        count = None if target in _EXTREMES else self.counter()
         if target is aten.mean.dim:
             so_far = self.call(aten.div.Tensor, so_far, count, path=path)
         self.done[f"{path or n.name}: the {kind} over time is that of the steps so far"] = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from ...converters import ops
 from ...converters.ops import Node, aten, shape
@@ -408,6 +409,40 @@ def _gather(e: Emitter, n: Node) -> str:
     return e("GatherElements", x, index, axis=ops.dim(x, at))
 
 
+def _scatter(e: Emitter, n: Node) -> str:
+    x, at, index, source = n.args
+    if not isinstance(source, fx.Node):
+        source = e.constant(torch.full(shape(index), source, dtype=dtype_of(n)))
+    adds = n.target is aten.scatter_add.default
+    if adds and e.opset < 16:
+        raise NotInOnnx("scatter_add before opset 16")
+    if shape(index) != (shape(index) if isinstance(source, str) else shape(source)):
+        rows = [e.ints(v) for v in ([0] * len(shape(index)), shape(index))]
+        source = e("Slice", source, *rows)
+    return e(
+        "ScatterElements",
+        x,
+        index,
+        source,
+        axis=ops.dim(x, at),
+        reduction="add" if adds else None,
+    )
+
+
+def _kth(e: Emitter, n: Node) -> list[str]:
+    """The k-th smallest value, and where it stands; of the median the lower of two."""
+    given = ops.arguments(n)
+    x = given["self"]
+    at = ops.dim(x, given["dim"])
+    k = given.get("k") or (shape(x)[at] + 1) // 2
+    sides = e.several(2, "TopK", x, e.ints([k]), axis=at, largest=0)
+    last = [e("Slice", v, e.ints([k - 1]), e.ints([k]), e.ints([at])) for v in sides]
+    if given["keepdim"]:
+        return last
+    sizes = [s for d, s in enumerate(shape(x)) if d != at]
+    return [e("Reshape", v, e.ints(sizes)) for v in last]
+
+
 def _softmax(op: str) -> Exporter:
     return lambda e, n: e(op, e.value(n.args[0], dtype_of(n)), axis=ops.dim(n, n.args[1]))
 
@@ -459,6 +494,9 @@ OPERATORS: dict[Any, Exporter] = {
     aten.select.int: _select,
     aten.index_select.default: _index_select,
     aten.gather.default: _gather,
+    aten.scatter.value: _scatter,
+    aten.scatter.src: _scatter,
+    aten.scatter_add.default: _scatter,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.expand.default: _expand,
@@ -484,8 +522,9 @@ OPERATORS: dict[Any, Exporter] = {
     # Order
     aten.max.dim: _extreme("ReduceMax", "ArgMax"),
     aten.min.dim: _extreme("ReduceMin", "ArgMin"),
+    aten.median.dim: _kth,
+    aten.kthvalue.default: _kth,
     aten.topk.default: _top,
     aten.sort.default: _in_order,
     aten.sort.stable: _in_order,
-    aten.argsort.default: lambda e, n: _in_order(e, n)[1],
 }

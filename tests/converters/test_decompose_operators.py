@@ -201,6 +201,9 @@ def test_a_formula_where_arithmetic_ends(target: Any) -> None:
         aten.addcmul.default: (x, x),
         aten.addcdiv.default: (x, x + 1),
         aten.clip.default: (-1.0, 2.0),
+        aten.copysign.Tensor: (x.flip(0),),
+        aten.copysign.Scalar: (-2.0,),
+        aten.hypot.default: (x + 1,),
     }.get(target, ())
     named = {"approximate": "tanh"} if target is aten.gelu.default else {}
     net = Net(lambda x: target(x, *rest, **named))

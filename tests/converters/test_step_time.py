@@ -82,7 +82,7 @@ def assert_steps_equal_the_call(net: nn.Module, *x: torch.Tensor) -> Program:
     with torch.no_grad():
         expected = pytree.tree_leaves(net(*x))
     captured = capture(net, x)
-    for target in ("reference", "onnx"):
+    for target in ("reference", "lynxi-sim", "onnx"):
         program = one_step(captured, target)
         found = pytree.tree_leaves(program(*x))
         for a, b in zip(found, expected, strict=True):
@@ -247,6 +247,47 @@ def test_attention_and_what_else_acts_on_each_step_alone():
     assert_steps_equal_the_call(net, rand(T, N, 4, 16) / 8)
 
 
+_APART = torch.arange(5) / 16  # no two of equal size
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(lambda s: (s + _APART).topk(2)[0], id="top"),
+        pytest.param(
+            lambda s: torch.zeros_like(s).scatter(-1, (s + _APART).topk(2)[1], 1.0), id="winners"
+        ),
+        pytest.param(lambda s: s * (s + _APART).sort(-1, descending=True)[1], id="order"),
+        pytest.param(lambda s: (s + _APART).gather(1, (s > 0).long()), id="gather"),
+        pytest.param(lambda s: s.scatter_add(-1, (s > 0).long(), s - 0.5), id="scatter_add"),
+        pytest.param(lambda s: (s + _APART).median(-1, keepdim=True)[0] * s, id="median"),
+        pytest.param(lambda s: s.unfold(-1, 3, 1).sum(-1), id="windows"),
+        pytest.param(lambda s: nn.functional.adaptive_max_pool1d(s, 3), id="bins"),
+        pytest.param(lambda s: s.amax(1) - s.aminmax(dim=-1)[0].amin(1, True), id="extremes"),
+        pytest.param(lambda s: torch.var_mean(s, (1, 2))[0], id="spread"),
+        pytest.param(nn.functional.logsigmoid, id="pointwise"),
+    ],
+)
+def test_operators_along_features_act_on_each_step_alone(act):
+    net = Net(lambda n, x: act(n.lif(n.fc(x))), fc=layer(6, 5), lif=LIFNode())
+    assert names(assert_steps_equal_the_call(net, rand(T, N, 6))) == ["lif.v"]
+
+
+@pytest.mark.parametrize(
+    ("act", "node"),
+    [
+        (lambda s: s.sort(0)[0], "sort"),
+        (lambda s: s.gather(0, (s > 0).long()), "gather"),
+        (lambda s: s.gather(2, (s[:2] > 0).long()), "gather"),
+        (lambda s: s.cummax(0)[0], "cummax"),
+        (lambda s: s.median(0)[0], "median"),
+    ],
+)
+def test_the_same_operators_along_time_are_refused(act, node):
+    net = Net(lambda n, x: act(n.lif(n.fc(x))), fc=layer(6, 5), lif=LIFNode())
+    assert findings(net, rand(T, N, 6)) == [("mixes-time", node)]
+
+
 # Over time
 
 
@@ -258,6 +299,8 @@ def test_attention_and_what_else_acts_on_each_step_alone():
         (lambda s: s.sum(0) / T, ["forward.sum", "steps"]),
         (lambda s: s.sum(0) * (1 / T), ["forward.sum", "steps"]),
         (lambda s: s.amax(0), ["forward.amax"]),
+        (lambda s: s.amin((0, 2)), ["forward.amin"]),
+        (lambda s: (s > 0).all(0), ["forward.amax"]),
         (lambda s: s.mean((0, 2)), ["forward.mean", "steps"]),
         (lambda s: s.mean(0, keepdim=True).softmax(-1), ["forward.mean", "steps"]),
         (lambda s: s[-1], []),
