@@ -354,12 +354,19 @@ class _Canonical(Builder):
     def _starts(self, state: Node, params: Sequence[Node], spec: str) -> bool:
         """Whether a state is the one before the first step, as constants."""
         parts = _told(state, spec)
-        if any(p.op != "get_attr" for p in parts.values()):
+        if not all(map(_is_constant, parts.values())):
             return False
         neuron = Neuron.from_json(spec, (self.tensors[str(p.target)] for p in params))
-        values = {i: self.tensors[str(p.target)] for i, p in parts.items()}
+        values = {i: self._constant_value(p) for i, p in parts.items()}
         initial = neuron.initial(values[0])
         return all(torch.equal(value, initial[i]) for i, value in values.items())
+
+    def _constant_value(self, n: Node) -> torch.Tensor:
+        if n.op == "get_attr":
+            return self.tensors[str(n.target)]
+        args, kwargs = fx.map_arg((n.args, n.kwargs), self._constant_value)
+        value: torch.Tensor = n.target(*args, **kwargs)
+        return value
 
     def _parts(self, n: fx.Node, x: fx.Node, path: str) -> list[fx.Node]:
         """What an operator cuts a tensor into, piece by piece."""
@@ -526,6 +533,13 @@ def _made(n: fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
         return None
     made: torch.Tensor = n.target(*args, **kwargs)  # type: ignore[operator]
     return made
+
+
+def _is_constant(n: Node) -> bool:
+    """Whether a value is a tensor of the network, or that in another shape."""
+    while n.op == "call_function" and len(n.all_input_nodes) == 1:
+        (n,) = n.all_input_nodes
+    return bool(n.op == "get_attr")
 
 
 def _put_in(x: Node, dim: int) -> bool:

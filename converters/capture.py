@@ -7,11 +7,12 @@ one operator, and ``torch.export`` traces it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from . import sources
 from .canonical import to_program
@@ -20,7 +21,7 @@ from .exported import HEADLINE, export
 from .program import Program
 from .sources import Reading
 from .stand_in import State, StateAccessError, wrap
-from .watch import Watched, copies, equal, evaluation_copy, watch
+from .watch import Watched, copies, equal, evaluation_copy, undisturbed, watch
 
 
 def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
@@ -68,22 +69,84 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     # What that call has cached would be taken for a constant: a fresh copy is exported.
     fresh = _traceable(net, watched, state)
     state.clear()
-    with sources.isolated(fresh):
+    with undisturbed(fresh):
         exported = export(fresh, copies(args))
     program = to_program(exported, net, args)
     if not equal(first, _outputs(work, args, state)):
         raise CaptureError(HEADLINE, [_surviving()])
-    if not equal(watched.outputs, first):
+    _compare(net, args, watched, watched.outputs, first, program)
+    for lively in _lively(net, args, watched):
+        given, expected = lively
+        _compare(net, given, watched, expected, _outputs(work, given, state), program)
+    return program
+
+
+def _compare(
+    net: nn.Module,
+    args: Sequence[torch.Tensor],
+    watched: Watched,
+    own: Any,
+    declared: Any,
+    program: Program,
+) -> None:
+    """Hold the declared neurons' outputs and the program's against the network's own."""
+    if not equal(own, declared):
         raise MismatchError(
             "the declared neurons give other outputs than the network's own; "
             + _first_difference(net, args, watched.readings)
         )
-    if not equal(first, program(*args)):
+    if not equal(declared, program(*args)):
         raise MismatchError(
             "the exported graph gives other outputs than the network: its forward depends on "
             "something besides its inputs, such as time or a global"
         )
-    return program
+
+
+#: Sizes of the random inputs that a network is compared on, until all its neurons fire.
+_SIZES = (1.0, 4.0, 16.0)
+
+
+def _lively(
+    net: nn.Module, args: Sequence[torch.Tensor], watched: Watched
+) -> Iterator[tuple[tuple[torch.Tensor, ...], Any]]:
+    """Random inputs and the network's own outputs for them: an example may make no neuron fire.
+
+    Inputs that are no floating-point numbers stay as they are, and inputs that the network does not
+    take, or makes no finite numbers of, are left out.
+    """
+    work, fired = evaluation_copy(net), set[str]()
+
+    def look(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, x: Any, y: Any) -> None:
+            given = pytree.tree_leaves(watched.readings[path].spikes(y))
+            if any(isinstance(part, torch.Tensor) and bool(part.any()) for part in given):
+                fired.add(path)
+
+        return hook
+
+    for path, module in work.named_modules():
+        if path in watched.readings:
+            module.register_forward_hook(look(path))
+    for size in _SIZES:
+        generator = torch.Generator().manual_seed(0)
+        given = tuple(
+            (torch.rand(a.shape, generator=generator) * 3 - 1).mul(size).to(a.dtype)
+            if a.is_floating_point()
+            else a
+            for a in args
+        )
+        sources.reset(work)
+        try:
+            with undisturbed(work):
+                outputs = work(*copies(given))
+        except (ValueError, IndexError, RuntimeError):
+            return
+        leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
+        if not all(bool(y.isfinite().all()) for y in leaves):
+            return
+        yield given, outputs
+        if fired >= watched.calls.keys() & watched.readings.keys():
+            return
 
 
 def _traceable(net: nn.Module, watched: Watched, state: State) -> nn.Module:
@@ -122,7 +185,7 @@ def _numbers(net: nn.Module) -> None:
 def _outputs(net: nn.Module, args: Sequence[torch.Tensor], state: State) -> Any:
     state.clear()
     try:
-        with torch.no_grad(), sources.isolated(net):
+        with undisturbed(net):
             return net(*copies(args))
     except StateAccessError as error:
         raise CaptureError(HEADLINE, [_touched(error)]) from error
@@ -133,9 +196,8 @@ def _touched(error: StateAccessError) -> Finding:
         rule="neuron-state",
         where=error.path,
         found=error.did,
-        allowed="a state that is read after a call has set it, and never set by the forward",
-        fix="read v after the layer was called (v_seq with store_v_seq=True), and compute the rest from "
-        "what it returns",
+        allowed=error.allowed,
+        fix=error.fix,
     )
 
 
@@ -170,12 +232,14 @@ def _first_difference(
     for path, module in work.named_modules():
         if path in readings:
             module.register_forward_hook(record(path))
-    with torch.no_grad(), sources.isolated(work):
+    with undisturbed(work):
         work(*copies(args))
     for path in seen:
         if readings[path].cell is not None:
             continue  # its potential is not its input
         multi = readings[path].step_mode == "m"
+        if not multi and len({x.shape for x in inputs[path]}) > 1:
+            continue  # each shape has a state of its own
         x = inputs[path][0] if multi else torch.stack(inputs[path])
         y = outputs[path][0] if multi else torch.stack(outputs[path])
         spikes, h, _ = readings[path].neuron.trace(x)

@@ -19,7 +19,8 @@ _HEADLINE = "the network cannot be read:"
 def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Module, Any]:
     """A network and its inputs on the CPU: copies of what lies elsewhere, all else itself.
 
-    Of a wrapper for several devices or processes, or of ``torch.compile``, it is what is wrapped.
+    Of a wrapper for several devices or processes, or of ``torch.compile``, it is what is wrapped, inside
+    the network too: a compiled neuron could not be found.
 
     Raises:
         CaptureError: With every tensor that has no values, or the network cannot be copied.
@@ -33,8 +34,17 @@ def on_host(net: nn.Module, args: Sequence[torch.Tensor] = ()) -> tuple[nn.Modul
     findings += [_on_meta("", f"input {i}") for i, x in enumerate(args) if x.is_meta]
     if findings:
         raise CaptureError(_HEADLINE, findings)
-    elsewhere = {id(value): _moved(value) for *_, value in held if value.device.type != "cpu"}
-    if elsewhere:
+    elsewhere: dict[int, Any] = {
+        id(value): _moved(value) for *_, value in held if value.device.type != "cpu"
+    }
+    inside = {id(m): _wrapped(m) for m in net.modules() if m is not net}
+    unwrapped = {key: module for key, module in inside.items() if module is not None}
+    if elsewhere or unwrapped:
+        # What a wrapper holds may be wrapped itself; the outermost is met first.
+        for key, module in [*unwrapped.items()][::-1]:
+            while (inner := _wrapped(module)) is not None:
+                module = inner
+            elsewhere[key] = sources.copied(module, elsewhere)
         try:
             net = sources.copied(net, elsewhere)
         except Exception as error:

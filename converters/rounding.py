@@ -373,7 +373,9 @@ def _perturbed(
             return shifted
 
         answer: torch.Tensor = target(*pytree.tree_map(shift, tuple(args), tuple(errors)), **kwargs)
-        return torch.where(answer == value, 0.0, (answer - value).abs())  # both may be infinite
+        off = torch.where(answer == value, 0.0, (answer - value).abs())  # both may be infinite
+        # Where the errors reach beyond what the operator takes, they bound nothing.
+        return torch.where(answer.isnan() & ~value.isnan(), math.inf, off)
 
     return 2 * torch.maximum(moved(1), moved(-1))
 

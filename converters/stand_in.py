@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,24 +23,45 @@ class State:
         v: Of single-step neurons, each with the number of steps that led to it, and its parts as they
             were returned.
         x: What led to those of multi-step neurons, [T, N, ...].
+        cleared: Those that start anew unless their next call is handed a state.
     """
 
     def __init__(self) -> None:
         self.v: dict[str, tuple[torch.Tensor, int, dict[str, torch.Tensor]]] = {}
         self.x: dict[str, torch.Tensor] = {}
+        self.cleared: set[str] = set()
 
     def clear(self) -> None:
         """Begin a forward."""
         self.v.clear()
         self.x.clear()
+        self.cleared.clear()
 
 
 class StateAccessError(Exception):
     """The network's own code touched a neuron's state."""
 
+    allowed = "a state that is read after a call has set it, and never set by the forward"
+    fix = (
+        "read v after the layer was called (v_seq with store_v_seq=True), and compute the rest from "
+        "what it returns"
+    )
+
     def __init__(self, path: str, did: str) -> None:
         super().__init__(path, did)
         self.path, self.did = path, did
+
+
+class OtherSpikesError(StateAccessError):
+    """Other spikes were handed to a neuron than its last ones."""
+
+    allowed = (
+        "its own last spikes, which follow from the rest of its state, zeros before the first step"
+    )
+    fix = (
+        "hand back what it returned, and compute another feedback in the forward, from the spikes to the "
+        "input of a neuron without one"
+    )
 
 
 class StandIn(nn.Module):
@@ -109,10 +130,15 @@ class StandIn(nn.Module):
         places = self._reading.states
         handed = {**dict(zip(places, given, strict=False)), **named}
         handed = {name: part for name, part in handed.items() if part is not None}
+        if self._path in self._steps.cleared:
+            self._steps.cleared.discard(self._path)
+            if not handed:
+                state, t, returned = torch.stack(initial), 0, {}
         if state.shape[1:] != x.shape:
             state, t = torch.stack(initial), 0
         if any(part is not returned.get(name) for name, part in handed.items()):
             parts = list(state.unbind()) if t else list(initial)
+            self._refuse_other_spikes(handed, parts)
             for name, part in handed.items():
                 parts[places[name]] = part if part.shape == x.shape else initial[places[name]]
             if SPIKES in neuron.dynamics.states:
@@ -123,7 +149,8 @@ class StandIn(nn.Module):
         spikes, state = NEURON_STEP(x, state, params, self._located, t)
         # Where the last spikes are a state, they are what the caller hands back.
         last = {name: i for i, name in enumerate(neuron.dynamics.states, 1)}.get(SPIKES)
-        returned = {name: spikes if i == last else state[i] for name, i in places.items()}
+        # No views, which a network could not detach in place.
+        returned = {name: spikes if i == last else state[i].clone() for name, i in places.items()}
         self._steps.v[self._path] = (state, t + 1, returned)
         if readout is not None:
             return readout(state[self._reading.state])
@@ -132,6 +159,24 @@ class StandIn(nn.Module):
             return spikes
         first = () if last in places.values() else (spikes,)
         return (*first, *returned.values())
+
+    def _refuse_other_spikes(
+        self, handed: Mapping[str, torch.Tensor], parts: Sequence[torch.Tensor]
+    ) -> None:
+        """Its last spikes follow from the rest of its state: others cannot be handed to it."""
+        states = self._reading.neuron.dynamics.states
+        at = 1 + [*states].index(SPIKES) if SPIKES in states else 0
+        for name, i in self._reading.states.items():
+            # Of a traced tensor nothing can be asked; the run before the trace has asked.
+            if i == at and name in handed and type(handed[name]) is torch.Tensor:
+                given, expected = handed[name], parts[i]
+                if given.shape == expected.shape and not torch.equal(given, expected):
+                    did = f"the {name} that is handed to it is not what its last call returned"
+                    raise OtherSpikesError(self._path, did)
+
+    def clear(self, _: str) -> None:
+        """Start anew at the next call, unless that is handed a state."""
+        self._steps.cleared.add(self._path)
 
     def restart(self) -> Any:
         """As the methods of the original that return the state to start from."""
@@ -176,7 +221,7 @@ class StandIn(nn.Module):
         if (state := self._remembered(name)) is not None:
             return state
         value = getattr(original[0], name)
-        if isinstance(value, torch.Tensor) or name in self._hidden:
+        if name in self._hidden:
             raise StateAccessError(self._path, f"the forward reads its {name}")
         return value
 

@@ -91,9 +91,8 @@ class VerificationEvidence:
             for layer in self.layers
         ]
         total = sum(self.end_to_end_flips.values())
-        lines.append(
-            f"  end to end: {total} spikes differ, outputs by up to {self.output_difference:.3g}"
-        )
+        spikes = f"{total} spikes differ" if self.layers else "no layer of declared neurons"
+        lines.append(f"  end to end: {spikes}, outputs by up to {self.output_difference:.3g}")
         if self.before_cast is not None:
             lines = [str(self.before_cast), *lines]
         return "\n".join(lines)
@@ -365,7 +364,7 @@ def _compare_layers(
         bound = bounds.at(mine)
         theirs_drive, mine_drive = source.drive(theirs), local.drive(mine)
         difference = _difference(theirs_drive, mine_drive)
-        outside = ~(difference <= bound)
+        outside = ~_explained(difference, bound)
         if outside.any():
             wrong.append(
                 f"{mine.name}: its drive differs by up to {difference.max().item():.3g} in "
@@ -388,7 +387,7 @@ def _compare_layers(
     for i, n in enumerate(results):
         off = _difference(source.outputs[i].flatten(), local.outputs[i].flatten())
         bound = bounds.result(i).flatten()
-        if not (off <= bound).all():
+        if not _explained(off, bound).all():
             wrong.append(
                 f"output {n.name} ({where(n) or 'the network'}): differs by up to "
                 f"{off.max().item():.3g}, where rounding explains {bound.max().item():.3g}"
@@ -408,6 +407,11 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return difference
     same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(same, 0.0, difference)
+
+
+def _explained(difference: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Where there is no difference, or rounding explains it; a bound that is NaN explains none."""
+    return (difference == 0) | (difference <= bound)
 
 
 def _unexplained(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -46,6 +48,9 @@ class Watched:
 def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
     """Run a copy of the network once, or twice, and look at all that it does."""
     seen = Watched()
+    seen.findings += _held_by_functions(net)
+    if seen.findings:
+        return seen
     work = evaluation_copy(net)
     seen.findings += _weights(work)
     ids = set[int]()
@@ -63,7 +68,7 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
         module.register_forward_pre_hook(_tell_hidden(path, seen))
     before, inputs = _snapshot(work), copies(args)
     try:
-        with torch.no_grad(), sources.isolated(work):
+        with undisturbed(work):
             seen.outputs = work(*inputs)
     except Exception as error:
         seen.findings.append(_failed(error, args))
@@ -124,7 +129,7 @@ def _restarted(
             names = seen.memories.get(path, set())
             states = seen.readings[path].states
             module.register_forward_pre_hook(look(path, names & states.keys() if states else names))
-    with torch.no_grad(), sources.isolated(work):
+    with undisturbed(work):
         work(*copies(args))
     return found - moved
 
@@ -133,6 +138,29 @@ def _moved(start: Any, now: Any) -> bool:
     """Whether a state is another than at the start, where zeros of any shape are alike."""
     tensors = isinstance(start, torch.Tensor) and isinstance(now, torch.Tensor)
     return bool(now.any()) if tensors and not start.any() else _differs(start, now)
+
+
+def _held_by_functions(net: nn.Module) -> list[Finding]:
+    """Methods that were replaced by functions which hold modules: a copy would call the originals."""
+    found = []
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, FunctionType) or not hasattr(type(module), name):
+                continue
+            used = [c.cell_contents for c in value.__closure__ or ()]
+            used += [value.__globals__.get(n) for n in value.__code__.co_names]
+            if any(isinstance(getattr(u, "__self__", u), nn.Module) for u in used):
+                found.append(
+                    Finding(
+                        rule="altered-module",
+                        where=path,
+                        found=f"its {name} is a function that holds modules of its own, which no copy "
+                        "of the network replaces",
+                        allowed="methods of the class, which reach modules through self",
+                        fix=f"write {name} in a subclass, or bind it with types.MethodType",
+                    )
+                )
+    return found
 
 
 def _weights(net: nn.Module) -> list[Finding]:
@@ -252,6 +280,21 @@ def _written(index: int) -> Finding:
         allowed="a forward that writes only to its own variables",
         fix="write to a copy (x = x.clone())",
     )
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """While a network runs for its outputs: as it is exported, without gradients.
+
+    torch's fast path through attention layers, which rounds otherwise, is not exported.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sources.isolated(net):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _snapshot(net: nn.Module) -> dict[str, dict[str, Any]]:

@@ -140,7 +140,8 @@ def _half(value: object) -> object:
 
 
 def _overflow(n: Node, value: torch.Tensor) -> list[Finding]:
-    biggest = value.abs().max().item() if value.numel() else 0.0
+    finite = value[value.isfinite()]  # a mask's infinity is one in float16 too
+    biggest = finite.abs().max().item() if finite.numel() else 0.0
     if biggest <= _MAX:
         return []
     users = sorted({where(u) for u in n.users} - {""})

@@ -115,19 +115,40 @@ class SnnTorch:
 @contextmanager
 def isolated(net: nn.Module) -> Iterator[None]:
     """While a network runs, ``snntorch.utils.reset``, which clears every neuron ever made, reaches those
-    of ``net`` alone.
+    of ``net`` alone, and what stands in their places.
     """
     roots = {k for m in net.modules() for k in type(m).__mro__ if _lists_instances(k)}
     kept = [(root, root.instances) for root in roots]  # type: ignore[attr-defined]
     for root in roots:
         root.instances = [  # type: ignore[attr-defined]
-            m for m in net.modules() if isinstance(m, root) and _is_neuron(type(m))
+            m if _is_neuron(type(m)) else _Listed(m)
+            for m in net.modules()
+            if isinstance(m, root) and (_is_neuron(type(m)) or hasattr(type(m), "clear"))
         ]
     try:
         yield
     finally:
         for root, instances in kept:
             root.instances = instances  # type: ignore[attr-defined]
+
+
+class _Listed:
+    """Stands in snnTorch's list for what stands in a neuron's place: to set its states clears it."""
+
+    def __init__(self, place: Any) -> None:
+        self.__dict__["place"] = place
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # snnTorch asks isinstance
+        return type(self.place)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("init_"):
+            return lambda: tuple(torch.zeros(0) for _ in _STATES[_kind(self.place)])
+        return torch.zeros(0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.place.clear(name)
 
 
 def _recurrent_gradient(module: Any, path: str) -> Finding:
@@ -197,6 +218,12 @@ class _Cell(nn.Module):
         self.fires.restart()
         self._forget()
         return super().reset_mem()  # type: ignore[misc]
+
+    def clear(self, state: str) -> None:
+        """Without this state, until the next call has one or is handed it."""
+        setattr(self, state, torch.zeros(0))
+        if state == "mem":
+            self.fired = None, None
 
     def fire(self, mem: torch.Tensor) -> torch.Tensor:
         spikes = self.fires(mem)

@@ -85,6 +85,17 @@ def test_an_instance_with_a_replaced_method() -> None:
     assert "forward" in found[0].found
 
 
+def test_a_forward_that_holds_the_network_it_replaces() -> None:
+    def doubled(before: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x: before(x * 2)
+
+    net, other = nn.Sequential(LIFNode(), LIFNode()), nn.Sequential(LIFNode(), LIFNode())
+    net.forward = doubled(net.forward)
+    other.forward = eval("lambda x: before(x * 2)", {"before": other.forward})
+    for replaced in (net, other):
+        assert rules(findings(replaced, rand(T, N, 3))) == [("altered-module", "")]
+
+
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_a_neuron_with_a_hook(hook: str) -> None:
     net = nn.Sequential(LIFNode())

@@ -117,6 +117,48 @@ def test_a_network_in_a_wrapper(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_a_compiled_neuron_inside() -> None:
+    net, x = snn(), rand(T, N, 5)
+    expected = deploy.convert(net, (x,), target="reference")
+    net[1], net[2] = torch.compile(net[1]), torch.compile(nn.DataParallel(net[2]))
+    program = deploy.convert(net, (x,), target="reference")
+    assert torch.equal(program(x), expected(x))
+    assert [s.path for s in program.sites] == ["1", "3"]
+    assert type(net[1]).__name__ == "OptimizedModule"
+
+
+class Attentive(nn.Module):
+    """torch's attention, which in evaluation takes a path of its own that is not exported."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.lif, self.attention = nn.Linear(5, 8), LIFNode(), attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lif(self.fc(x)).transpose(0, 1)
+        if isinstance(self.attention, nn.MultiheadAttention):
+            late = torch.ones(T, T, dtype=torch.bool).triu(1)
+            return self.attention(y, y, y, attn_mask=late, need_weights=False)[0]
+        return self.attention(y)
+
+
+@pytest.mark.parametrize("target", ["onnx", "lynxi-sim"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+    ],
+)
+def test_attention_in_evaluation(made: Any, target: str) -> None:
+    torch.manual_seed(0)
+    net, x = Attentive(made()).eval(), rand(T, N, 5)
+    program = deploy.convert(net, (x,), target=target)
+    tolerance = 1e-5 if target == "onnx" else 0.05
+    assert torch.allclose(program(x).float(), net(x), atol=tolerance)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class Image(nn.Module):
     """Without a batch all the way: [T, C, H, W] -> [T, C]."""
 

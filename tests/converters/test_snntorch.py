@@ -505,3 +505,113 @@ def test_a_state_that_comes_with_the_input() -> None:
 def test_a_time_loop_outside() -> None:
     net = nn.Sequential(nn.Linear(F, F), snn.Leaky(beta=0.9, init_hidden=True))
     assert refused(net, normal(N, F)) == [("time-loop-outside", "1")]
+
+
+class Twice(nn.Module):
+    """Clears its neurons by ``utils.reset`` while it runs."""
+
+    def __init__(self, neuron: nn.Module) -> None:
+        super().__init__()
+        self.neuron = neuron
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = []
+        for t, x_t in enumerate(x):
+            if t % 3 == 0:
+                utils.reset(self)
+            found.append(self.neuron(x_t))
+        return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: snn.Leaky(beta=0.5, init_hidden=True),
+        lambda: snn.Lapicque(beta=0.5, init_hidden=True),
+        lambda: snn.Synaptic(alpha=0.5, beta=0.5, init_hidden=True),
+        lambda: snn.Alpha(alpha=0.75, beta=0.5, init_hidden=True),
+        lambda: snn.RLeaky(beta=0.5, V=0.5, all_to_all=False, init_hidden=True),
+        lambda: snn.RSynaptic(alpha=0.5, beta=0.5, linear_features=F, init_hidden=True),
+        lambda: snn.SLSTM(F, F, init_hidden=True),
+    ],
+)
+def test_neurons_that_the_forward_clears(made: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    net, x = Twice(made()).eval(), grid(6, N, F)
+    program = capture(net, (torch.zeros_like(x),))
+    assert equal(program(x), net(x))
+
+
+def test_clearing_leaves_a_state_alone_that_is_handed_over() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = snn.Leaky(beta=0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mem, found = self.lif.init_leaky(), []
+            for x_t in x:
+                utils.reset(self)
+                spk, mem = self.lif(x_t, mem)
+                found.append(spk)
+            return torch.stack(found)
+
+    net, x = Net(), grid(5, N, F)
+    assert equal(capture(net, (x,))(x), net(x))
+
+
+class Fed(nn.Module):
+    """Feeds back to a neuron what ``feed`` makes of its last spikes."""
+
+    def __init__(self, feed: Callable[..., Any]) -> None:
+        super().__init__()
+        self.lif, self.feed = snn.RLeaky(beta=0.5, V=0.5, all_to_all=False), feed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spk, mem = self.lif.reset_mem()
+        found = []
+        for t, x_t in enumerate(x):
+            spk, mem = self.lif(x_t, self.feed(spk, t), mem)
+            found.append(spk)
+        return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [
+        lambda spk, t: spk * 0.5,
+        lambda spk, t: torch.zeros_like(spk) if t == 3 else spk,
+        lambda spk, t: spk if t else torch.ones(N, F),
+    ],
+)
+def test_other_spikes_than_its_own_even_where_the_example_has_none(
+    feed: Callable[..., Any],
+) -> None:
+    assert refused(Fed(feed), torch.zeros(5, N, F)) == [("neuron-state", "lif")]
+
+
+def test_own_spikes_without_a_history() -> None:
+    net, x = Fed(lambda spk, t: spk.detach()), grid(5, N, F)
+    assert equal(capture(net, (x,))(x), net(x))
+
+
+class Cut(nn.Module):
+    """Starts from zeros that it keeps, cuts histories in place, reads its neuron's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif = snn.Leaky(beta=0.5, threshold=0.75)
+        self.register_buffer("start", torch.zeros(F))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mem, found = self.start.expand(N, F), []
+        for x_t in x:
+            spk, mem = self.lif(x_t, mem)
+            mem.detach_()
+            found.append(spk + (mem - self.lif.threshold) * (1 - self.lif.beta))
+        return torch.stack(found)
+
+
+def test_what_a_training_loop_does_besides() -> None:
+    net, x = Cut(), grid(5, N, F)
+    assert equal(capture(net, (x,))(x), net(x))

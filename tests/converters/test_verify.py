@@ -19,6 +19,7 @@ from spikeport.converters.ops import aten
 from spikeport.converters.passes import lower_neurons as lowering
 from spikeport.converters.probes import probe_inputs
 from spikeport.converters.program import PassReport, Program, where
+from spikeport.converters.rounding import _perturbed
 from spikeport.converters.verify import VerificationEvidence, to_threshold
 from spikeport.deploy.pipeline import convert
 from spikeport.targets.lynxi import Lynxi
@@ -53,6 +54,18 @@ class Net(nn.Module):
         x = x + self.spike2(self.each(lambda y: self.norm2(self.conv2(y)), x))
         x = self.each(lambda y: nn.functional.max_pool2d(y, 2), x)
         return self.spike3(self.fc(x.flatten(2))).mean(0)
+
+
+class Run(nn.Module):
+    """What a function makes of spikes."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.lif, self.run = LIFNode(), run
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.run(self.lif(x))
+        return made
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -443,6 +456,28 @@ def test_a_potential_beyond_all_numbers_explains_no_spike(value: float) -> None:
     everywhere = torch.ones(N, 3, dtype=torch.bool)
     distance, slack = to_threshold(site, everywhere, h, drive, torch.float32)
     assert (distance > slack).all()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda s: s / s.sum(0),  # no number where nothing fires, in both
+        lambda s: (s.mean(0) - 1).asin() + (s.mean(0) - 1).acos(),
+        lambda s: (s.mean(0) - 0.5) ** 0.5,
+    ],
+)
+def test_values_where_rounding_has_no_bound(run: Callable[..., Any]) -> None:
+    net = Run(run)
+    program = convert(net, (torch.full((T, N, 3), 0.3),), "reference", dtype="float32")
+    x = rand(T, N, 3)
+    torch.testing.assert_close(program(x), net(x), equal_nan=True)
+
+
+def test_an_error_beyond_an_operators_domain_is_without_bound() -> None:
+    x = torch.tensor([1e-3, 1.0])
+    error = _perturbed(torch.rsqrt, (x,), (torch.tensor([1e-2, 1e-6]),), {}, x.rsqrt())
+    assert error[0] == math.inf
+    assert error[1] < 1e-5
 
 
 def test_a_module_under_two_names() -> None:
