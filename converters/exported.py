@@ -127,7 +127,7 @@ def _data_dependent(where: str, line: str) -> Finding:
         found=f"control flow or a shape that depends on a tensor's value, at {line}",
         allowed="a forward whose operations follow from the inputs' shapes",
         fix="compute both branches and choose with torch.where, or take the decision out of the "
-        "network",
+        "network; of a fixed mask keep the places (mask.nonzero().flatten()) as a buffer",
     )
 
 

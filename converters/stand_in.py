@@ -64,6 +64,15 @@ class OtherSpikesError(StateAccessError):
     )
 
 
+class OtherStartError(StateAccessError):
+    """A neuron starts anew from another potential than v_0."""
+
+    allowed = (
+        "one shape, or a v_0 that is the reset potential, from which it starts at each other shape"
+    )
+    fix = "give each place in the network a neuron of its own"
+
+
 class StandIn(nn.Module):
     """Stands where a neuron was; its tensors keep their names, and what is set on it is refused.
 
@@ -135,6 +144,7 @@ class StandIn(nn.Module):
             if not handed:
                 state, t, returned = torch.stack(initial), 0, {}
         if state.shape[1:] != x.shape:
+            self._refuse_another_start(neuron)
             state, t = torch.stack(initial), 0
         if any(part is not returned.get(name) for name, part in handed.items()):
             parts = list(state.unbind()) if t else list(initial)
@@ -173,6 +183,15 @@ class StandIn(nn.Module):
                 if given.shape == expected.shape and not torch.equal(given, expected):
                     did = f"the {name} that is handed to it is not what its last call returned"
                     raise OtherSpikesError(self._path, did)
+
+    def _refuse_another_start(self, neuron: Neuron) -> None:
+        """Between inputs of two shapes frameworks start anew from v_reset, whatever v_0 is."""
+        again = neuron.v_reset if neuron.reset == "hard" else 0.0
+        if not bool((torch.as_tensor(neuron.v_0) == torch.as_tensor(again)).all()):
+            raise OtherStartError(self._path, "the forward calls it with inputs of several shapes")
+
+    def detach(self) -> None:
+        """As the original's: nothing is differentiated here."""
 
     def clear(self, _: str) -> None:
         """Start anew at the next call, unless that is handed a state."""

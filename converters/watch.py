@@ -373,7 +373,8 @@ def _called_again(path: str, calls: int) -> Finding:
         "membrane the next one starts from",
         allowed="one call of [T, N, ...] for each layer of neurons, or a reset before each",
         fix="give each place in the network neurons of its own (two calls of one layer share a "
-        "membrane, which is seldom meant), or reset it before each call",
+        "membrane, which is seldom meant), call it once with all time steps (without "
+        "chunk_multi_step_forward), or reset it before each call",
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 
 from ..converters.errors import DeviceError, Finding, Findings, UsageError
+from ..converters.jumps import undeclared
 from ..converters.passes import (
     Pass,
     absorb_batch_norm,
@@ -225,6 +226,19 @@ def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Fi
                 "each runtime's own",
                 allowed="spikes that differ where the potential is within rounding of the threshold",
                 fix="run deploy.compare, which says which differ and whether rounding explains it",
+                severity="warning",
+            )
+    if program.dtype == torch.float16 and program.captured is not None:
+        places = {where(n) for n in undeclared(program.captured)}
+        for path in sorted(places):
+            yield Finding(
+                rule="undeclared-neuron",
+                where=path,
+                target=target,
+                found="a comparison of its own decides over 0 and 1, of which no step is proved in float16",
+                allowed="neurons whose dynamics are declared",
+                fix="declare it (spikeport.converters.neurons.dynamics), or convert with "
+                'dtype="float32"',
                 severity="warning",
             )
     if can.memory is not None and (need := memory(program)) > can.memory:

@@ -82,7 +82,9 @@ def _parameter(module: nn.Module, path: str, found: str, allowed: str) -> Findin
         where=path,
         found=f"{found} in this {type(module).__name__}",
         allowed=allowed,
-        fix="look at what set it: the network's code, or a training run that diverged",
+        fix="take a threshold that it does not reach, such as 1e9, for neurons that never fire"
+        if "threshold is inf" in found
+        else "look at what set it: the network's code, or a training run that diverged",
     )
 
 

@@ -86,7 +86,7 @@ class SpikingJelly:
             return None
         if name in _MEMORIES and kind.__module__.split(".")[2] == "layer":
             early = kind.__module__.endswith(".layer") and name in _FROM_DATA
-            return [_from_data(name, path)] if early else Memory(_step_mode(module))
+            return [_from_data(kind, path)] if early else Memory(_step_mode(module))
         known = _KNOWN.get(name.removeprefix("MultiStep") if _clock_driven(kind) else name)
         home = _HOMES.get(name, ("neuron",))
         if known is None or kind.__module__.split(".")[2 : 2 + len(home)] != list(home):
@@ -97,9 +97,7 @@ class SpikingJelly:
                     where=path,
                     found=f"{shown}, with {_WHY.get(name, 'state that it keeps from step to step')}",
                     allowed=", ".join(_KNOWN),
-                    fix="use one of those, or declare its dynamics "
-                    "(spikeport.converters.neurons.dynamics) and make the class known "
-                    "(spikeport.converters.sources.register)",
+                    fix=_ENCODE if ".encoding" in kind.__module__ else _DECLARE,
                 )
             ]
         return list(_obstacles(module, path)) or known(module)
@@ -143,6 +141,13 @@ class SpikingJelly:
             module.reset()  # type: ignore[operator]
 
 
+_DECLARE = (
+    "use one of those, or declare its dynamics (spikeport.converters.neurons.dynamics) and make the class "
+    "known (spikeport.converters.sources.register)"
+)
+_ENCODE = "encode outside the network, and give it the spikes [T, N, ...]"
+
+
 def _untaught(module: nn.Module, path: str) -> Finding:
     return Finding(
         rule="inference-neuron",
@@ -179,11 +184,12 @@ _KEEPERS = (
 )
 
 
-def _from_data(name: str, path: str) -> Finding:
+def _from_data(kind: type, path: str) -> Finding:
+    name, release = kind.__name__, "0.0.0.0.12" if _clock_driven(kind) else "0.0.0.0.14"
     return Finding(
         rule="untraceable",
         where=path,
-        found=f"{name} of 0.0.0.0.14, which starts from x.data, where torch.export loses the trace",
+        found=f"{name} of {release}, which starts from x.data, where torch.export loses the trace",
         allowed=f"{name} of 2.0.0",
         fix="load the network in SpikingJelly 2.0.0",
     )
@@ -493,6 +499,17 @@ def _obstacles(module: Any, path: str) -> Iterator[Finding]:
             f"backend={module.backend!r}, whose kernels round in another order",
             "backend='torch'",
             f"set the neuron's backend to 'torch' before the conversion{how}",
+        )
+    starts = getattr(module, "_memories_rv", {})
+    shaped = {n: v for n, v in starts.items() if isinstance(v, torch.Tensor) and v.dim()}
+    if shaped and not _old(module):
+        named = ", ".join(f"{n} {list(v.shape)}" for n, v in shaped.items())
+        yield finding(
+            "start-value",
+            f"a tensor to start from, {named}, which SpikingJelly 2.0 takes for inputs of that shape alone "
+            "and passes over for others",
+            "a number to start from",
+            f"set it to a number (set_reset_value({next(iter(shaped))!r}, 0.5))",
         )
     if getattr(module, "_neuron_precision", None) is not None:
         yield finding(

@@ -12,7 +12,7 @@ from networks import equal, grid, rand, refused
 from torch import nn
 
 pytest.importorskip("spikingjelly.activation_based.neuron.dsr", reason="needs SpikingJelly 2.0.0")
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import ann2snn, functional, neuron
 
 from spikeport import deploy
 from spikeport.converters import verify
@@ -109,3 +109,69 @@ def test_neurons_for_inference_alone(name: str) -> None:
     with pytest.raises(deploy.UnsupportedError) as caught:
         training_module(net)
     assert [(f.rule, f.where) for f in caught.value.findings] == [("inference-neuron", "1")]
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8,), (N, 8)])
+def test_a_tensor_to_start_from_is_refused(shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), neuron.IFNode(step_mode="m"))
+    net[1].set_reset_value("v", torch.full(shape, 0.5))
+    functional.reset_net(net)
+    assert refused(net, rand(T, N, 6)) == [("start-value", "1")]
+
+
+class Shared(nn.Module):
+    """One neuron between layers of two sizes, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.lif = nn.Linear(6, 8), nn.Linear(8, 5), neuron.IFNode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        functional.detach_net(self)
+        return torch.stack([self.lif(self.b(self.lif(self.a(step)))) for step in x])
+
+
+def test_a_neuron_that_starts_anew_between_shapes() -> None:
+    net, x = Shared(), grid(T, N, 6)
+    assert equal(capture(net, (x,))(x), reference(net, x))
+    net.lif.set_reset_value("v", 0.5)
+    functional.reset_net(net)
+    assert refused(net, torch.zeros_like(x)) == [("neuron-state", "lif")]
+
+
+class Rated(nn.Module):
+    """A converted ANN, its output averaged over time."""
+
+    def __init__(self, body: nn.Module, steps: int, mode: str) -> None:
+        super().__init__()
+        self.body, self.steps, self.mode = body, steps, mode
+        functional.set_step_mode(body, mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mode == "m":
+            return self.body(x.repeat(self.steps, 1, 1, 1, 1)).mean(0)
+        functional.reset_net(self.body)
+        return sum(self.body(x) for _ in range(self.steps)) / self.steps
+
+
+@pytest.mark.parametrize(
+    ("mode", "pool", "target", "time"),
+    [("s", nn.AvgPool2d, "onnx", "unrolled"), ("m", nn.MaxPool2d, "ipu-sim", "stepped")],
+)
+def test_networks_that_ann2snn_made(
+    mode: str, pool: type[nn.Module], target: str, time: Time, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), pool(2)),
+        *(nn.Flatten(), nn.Linear(36, 5), nn.ReLU()),
+    ).eval()
+    samples = [(torch.rand(4, 1, 6, 6), torch.zeros(4)) for _ in range(3)]
+    recipe = ann2snn.RateCodingRecipe(samples, mode="Max")
+    net = Rated(ann2snn.Converter(recipe).convert(ann), 4, mode).eval()
+    x = torch.rand(N, 1, 6, 6)
+    program = deploy.convert(net, (x,), target, dtype="float32", time=time)
+    deploy.compile(program, tmp_path / "made", cache=False, probe=True)
+    with deploy.load(tmp_path / "made") as model:
+        report = deploy.compare(net, model, [(x, torch.zeros(N, dtype=torch.long))])
+    assert "no spike differs" in str(report)

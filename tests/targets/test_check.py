@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -109,6 +110,48 @@ def test_functions_that_each_runtime_rounds_its_own_way(kind: Any, given: Any, n
     )
     assert all(f.found.startswith(f"{named} in the charge of {kind.name}") for f in found)
     assert not check(program, _Target(torch_functions=True))
+
+
+class Handwritten(nn.Module):
+    """Steps of its own, and what only looks like them."""
+
+    def __init__(self, last: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fc, self.lif, self.last = nn.Linear(5, 4), IFNode(), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(self.fc(x))
+        return self.lif(found)
+
+
+@pytest.mark.parametrize(
+    ("last", "warned"),
+    [
+        (lambda h: (h > 1).float(), True),
+        (lambda h: h * (h >= 1), True),
+        (lambda h: torch.where(h > 0, 1.0, 0.0), True),
+        (lambda h: torch.heaviside(h, torch.tensor(1.0)), True),
+        (lambda h: h.relu() + nn.functional.leaky_relu(h), False),
+        (lambda h: h.masked_fill(torch.arange(4) > 2, 0.0), False),
+    ],
+)
+def test_a_step_that_nobody_declared_is_told_of_in_float16(last: Any, warned: bool) -> None:
+    net, x = Handwritten(last), torch.rand(4, 2, 5)
+    rules = {f.rule for f in deploy.check(net, (x,), targets=["lynxi-sim"])}
+    assert rules == ({"undeclared-neuron"} if warned else set())
+    assert not deploy.check(net, (x,), targets=["reference"])
+
+
+def test_a_count_of_spikes_is_no_step_of_its_own() -> None:
+    class Voting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(5, 4), IFNode()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.lif(self.fc(x)).sum(0) > 1).float()
+
+    assert not deploy.check(Voting(), (torch.rand(4, 2, 5),), targets=["lynxi-sim"])
 
 
 def test_a_batch_too_large_for_the_chip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
