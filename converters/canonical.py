@@ -14,7 +14,7 @@ from . import ops, sources
 from .builder import Builder, seal
 from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
-from .exported import HEADLINE, idle, path_of
+from .exported import HEADLINE, idle, needed, path_of
 from .moves import moved, pieces
 from .neuron_ops import path_and_spec
 from .neurons import Neuron
@@ -51,7 +51,7 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
     specs = []
     empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
     build = _Canonical(empty, net)
-    user = iter(args)
+    user, used = iter(args), needed(exported.graph)
     for n in exported.graph.nodes:
         if n.op == "placeholder":
             if (name := attributes.get(n.name)) is not None:
@@ -60,7 +60,7 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
                 x = next(user)
                 build.env[n] = build.placeholder(n, x)
                 specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
-        elif n.op == "call_function":
+        elif n.op == "call_function" and n in used:
             build.emit(n)
     if build.findings:
         raise CaptureError(HEADLINE, build.findings)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from . import ops
 from .errors import CaptureError, Finding
 from .ops import Node, aten
-from .program import short
+from .program import NEURON_STEP, short
 from .stand_in import StateAccessError
 
 HEADLINE = "the network cannot be captured:"
@@ -157,13 +157,38 @@ def _written(name: str) -> Finding:
     )
 
 
+def needed(graph: fx.Graph) -> set[Node]:
+    """What the outputs follow from, and the further steps of the neurons in it."""
+    found = ops.needed([graph.output_node()])
+    for n in graph.nodes:
+        if n.target is NEURON_STEP and n not in found and _step_before(n) in found:
+            found |= ops.needed([n])
+    return found
+
+
+def _step_before(step: Node) -> Node | None:
+    """The call of the same neuron that a state comes from."""
+    todo, seen = [step.args[1]], set[Node]()
+    while todo:
+        n = todo.pop()
+        if n.target is NEURON_STEP:
+            if n.args[2:4] == step.args[2:4]:
+                return n
+        elif n not in seen:
+            seen.add(n)
+            todo += n.all_input_nodes
+    return None
+
+
 def _undetermined(graph: fx.Graph) -> Iterator[Finding]:
     """Nodes whose value or shape does not follow from the inputs' shapes and values."""
     told = set[tuple[str, str]]()
+    used = needed(graph)
     for n in graph.nodes:
         path, line = path_of(n), _line(n)
         # Several nodes come of one line, and those without one follow from another.
-        if n.op != "call_function" or (path, line) in told or (told and not line):
+        seen = (path, line) in told or (told and not line)
+        if n.op != "call_function" or n not in used or seen:
             continue
         if any(_symbolic(v) for v in pytree.tree_leaves(n.meta.get("val"))):
             told.add((path, line))

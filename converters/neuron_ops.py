@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from .neurons import Neuron
 from .ops import steps
@@ -94,3 +95,5 @@ def _neuron(spec: str, params: Sequence[torch.Tensor]) -> Neuron:
 NEURON = torch.ops.spikeport.neuron.default
 STATE = torch.ops.spikeport.state.default
 NEURON_STEP = torch.ops.spikeport.neuron_step.default
+# torch drops what nothing uses, and a layer whose last spikes nothing hears would have fewer steps.
+fx.node.has_side_effect(NEURON_STEP)

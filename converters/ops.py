@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -131,6 +132,16 @@ def fan_in(node: Node) -> int:
         first: Any = node.args[0]
         return shape(first)[-1]
     return 1
+
+
+def needed(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes with all that they follow from."""
+    found, todo = set[Node](), [*nodes]
+    while todo:
+        if (n := todo.pop()) not in found:
+            found.add(n)
+            todo += n.all_input_nodes
+    return found
 
 
 def steps(x: torch.Tensor, layout: str, T: int) -> torch.Tensor:

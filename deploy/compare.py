@@ -316,8 +316,9 @@ class _Spikes:
 
     def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
         if self._programs is None:
-            captured = capture(*on_host(self._net, (x,)))
-            program = rewrite_for(captured, self._model.target, self._model.dtype, self._model.time)
+            whole = capture(*on_host(self._net, (x,)))
+            program = rewrite_for(whole, self._model.target, self._model.dtype, self._model.time)
+            captured = program.captured or whole
             # The device rounds to its own type, whatever the graph's is.
             arithmetic = registry.get(self._model.target).capabilities.arithmetic
             self._programs = captured, replace(program, dtype=arithmetic or program.dtype)

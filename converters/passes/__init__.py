@@ -11,6 +11,7 @@ from ..program import Program
 from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
 from .decompose_operators import decompose_operators, unroll_recurrences
+from .drop_unused_steps import drop_unused_steps
 from .exact_encoder import exact_encoder
 from .flatten_time import flatten_time
 from .fold_batch_norm import fold_batch_norm
@@ -30,9 +31,10 @@ def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 
     Steps are told apart once layers and neurons have their final weights, which so are those of the
     unrolled program, and before neurons are taken apart. Recurrent layers have steps as loops have.
-    An encoder needs all steps to be one layer. What is taken over time is an operator until then.
+    An encoder needs all steps to be one layer, and what a layer keeps shows in all of its steps, used or
+    not. What is taken over time is an operator until then.
     """
-    passes = tuple(one for one in passes if one is not exact_encoder)
+    passes = tuple(one for one in passes if one not in (drop_unused_steps, exact_encoder))
     late = (lower_neurons, cast_float16)
     at = next((i for i, one in enumerate(passes) if one in late), len(passes))
     apart = [one for one in passes if isinstance(one, decompose_operators)]
@@ -46,9 +48,9 @@ def keeping_rounding(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     Batch norms stay out of weights, and an operator has the rows that it has in the network: on others
     a library may add up in another order.
     """
-    left = {absorb_batch_norm, fold_batch_norm, hoist_time_invariant}
+    left: list[Pass] = [absorb_batch_norm, fold_batch_norm, hoist_time_invariant]
     if step_time not in passes:  # it takes apart again what re-rolling puts together
-        left.add(reroll_time)
+        left.append(reroll_time)
     return tuple(one for one in passes if one not in left)
 
 
@@ -57,6 +59,7 @@ __all__ = [
     "absorb_batch_norm",
     "cast_float16",
     "decompose_operators",
+    "drop_unused_steps",
     "exact_encoder",
     "flatten_time",
     "fold_batch_norm",

@@ -19,7 +19,7 @@ from ...converters.errors import (
     UnsupportedError,
     UsageError,
 )
-from ...converters.passes import Pass, sum_over_time
+from ...converters.passes import Pass, drop_unused_steps, sum_over_time
 from ...converters.program import Program, short
 from ...converters.sources.nir import NirNetwork, Unit
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
@@ -70,7 +70,8 @@ class Nir:
         """
         if dtype != torch.float32:
             raise UsageError("the nir target writes float32; leave dtype out")
-        return rewrites(dtype, sum_over_time)
+        # A graph for any number of steps has a layer's last ones, used or not.
+        return tuple(p for p in rewrites(dtype, sum_over_time) if p is not drop_unused_steps)
 
     def sdk(self) -> SDK:
         """The nir package."""

@@ -33,6 +33,7 @@ from spikeport.converters.neurons import (
 )
 from spikeport.converters.passes import (
     cast_float16,
+    drop_unused_steps,
     lower_neurons,
     step_time,
     stepped,
@@ -492,6 +493,54 @@ def test_layers_that_hear_each_other_give_the_sum_of_their_last_spikes():
     neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0})
     net = Net(run, fc=layer(6, 5), a=Cell(neuron, True), b=Cell(neuron, True))
     assert_steps_equal_the_call(net, rand(T, N, 6))
+
+
+def inhibited(n: Any, x: torch.Tensor) -> torch.Tensor:
+    back, seen = torch.zeros(x.shape[1], 5), []
+    for x_t in x:
+        spikes = n.a(n.fc(x_t) - 0.5 * back)
+        back = n.b(spikes + x_t[:, :5])
+        seen.append(spikes)
+    return torch.stack(seen)
+
+
+def late(n: Any, x: torch.Tensor) -> torch.Tensor:
+    last, seen = torch.zeros(x.shape[1], 5), []
+    for x_t in x:
+        seen.append(n.b(last))
+        last = n.a(n.fc(x_t))
+    return torch.stack(seen)
+
+
+def late_output(n: Any, x: torch.Tensor) -> torch.Tensor:
+    last, seen = torch.zeros(x.shape[1], 5), []
+    for x_t in x:
+        seen.append(last)
+        n.b(last)  # a layer that leads nowhere is no layer
+        last = n.a(n.fc(x_t))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize(
+    ("run", "layers"),
+    [
+        (inhibited, {"a": T, "b": T - 1}),
+        (late, {"a": T - 1, "b": T}),
+        (late_output, {"a": T - 1}),
+    ],
+)
+def test_a_layer_whose_last_spikes_nothing_hears_has_all_steps(run, layers):
+    neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}, v_threshold=0.3)
+    net = Net(run, fc=layer(6, 5), a=Cell(neuron, True), b=Cell(neuron, True)).eval()
+    x = rand(T, N, 6)
+    program = assert_steps_equal_the_call(net, x)
+    assert {site.name for site in program.sites} == {*layers}
+    captured = capture(net, (x,))
+    unrolled = drop_unused_steps(replace(captured, captured=captured))
+    for one in (unrolled, unrolled.captured):
+        assert {site.name: site.T for site in one.sites} == layers
+    with torch.no_grad():
+        assert torch.equal(unrolled(x), net(x))
 
 
 @pytest.mark.parametrize(

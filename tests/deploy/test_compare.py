@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from torch import nn
 
 from spikeport import deploy
 from spikeport.converters.errors import UsageError
-from spikeport.converters.neurons import IFNode, LIFNode
+from spikeport.converters.neurons import LIF, IFNode, LIFNode, Neuron
+from spikeport.converters.program import Time
+from spikeport.converters.sources.nir.layers import Cell
 from spikeport.deploy.compare import compare, predictions
 
 T, BATCH, CLASSES = 4, 4, 5
@@ -388,3 +390,29 @@ def test_a_network_without_neurons(tmp_path: Path) -> None:
     assert report.samples == BATCH
     assert not report.layers
     assert not report.note
+
+
+def test_a_layer_whose_last_spikes_nothing_hears(tmp_path: Path) -> None:
+    """Its last step is no part of the artifact, nor of what that is compared with."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0})
+            self.spike1, self.spike2 = Cell(neuron, True), Cell(neuron, True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            last, total = torch.zeros(x.shape[1], CLASSES), torch.zeros(x.shape[1], CLASSES)
+            for now in x:
+                total = total + self.spike2(last)
+                last = self.spike1(now)
+            return total
+
+    x = torch.randn(T, BATCH, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
+    net = Late().eval()
+    for time in get_args(Time):
+        program = deploy.convert(net, (x,), "reference", time=time)
+        with deploy.load(deploy.compile(program, tmp_path / time, probe=True).path) as model:
+            report = compare(net, model, [(x, torch.zeros(BATCH, dtype=torch.int64))])
+        found = {layer.layer: layer.differing for layer in report.layers}
+        assert found == {"spike1": (0.0,) * (T - (time == "unrolled")), "spike2": (0.0,) * T}
