@@ -100,6 +100,8 @@ class _Canonical(Builder):
         self._modules = dict(net.named_modules(remove_duplicate=False))
         self.env: dict[fx.Node, Any] = {}
         self.findings: list[Finding] = []
+        # The steps of neurons that a later one has gone on from.
+        self.handed: set[Node] = set()
         # What was put together as a stack, which may go on: the rows, by dimension.
         self.rows: dict[tuple[fx.Node, int], list[fx.Node]] = {}
 
@@ -345,6 +347,9 @@ class _Canonical(Builder):
         state = _unchanged(state, spec)
         if state.target is operator.getitem and state.args[0].args[2:4] == (params, spec):
             t = state.args[0].args[4] + 1
+            if state.args[0] in self.handed and not any(f.where == path for f in self.findings):
+                self.findings.append(_handed_twice(path, state))
+            self.handed.add(state.args[0])
         elif t > 0 and self._starts(state, params, spec):
             t = 0
         elif t > 0 and not any(f.where == path for f in self.findings):
@@ -494,6 +499,18 @@ def _foreign_state(path: str, state: Node) -> Finding:
         allowed="the state that its last call returned, or the one that it starts from",
         fix="start it from its initial state inside the forward (mem = lif.reset_mem()), which is how "
         "each call starts, and hand back what it returned",
+    )
+
+
+def _handed_twice(path: str, state: Node) -> Finding:
+    return Finding(
+        rule="neuron-state",
+        where=path,
+        node=state.name,
+        found="two of its calls go on from the same state",
+        allowed="calls that each go on from the state that the one before returned",
+        fix="write what the other call gives as arithmetic on the state that was returned (mem), or leave "
+        "it out of the network",
     )
 
 

@@ -160,9 +160,12 @@ def _written(name: str) -> Finding:
 def needed(graph: fx.Graph) -> set[Node]:
     """What the outputs follow from, and the further steps of the neurons in it."""
     found = ops.needed([graph.output_node()])
-    for n in graph.nodes:
-        if n.target is NEURON_STEP and n not in found and _step_before(n) in found:
+    steps = {n: _step_before(n) for n in graph.nodes if n.target is NEURON_STEP}
+    followed = {before for n, before in steps.items() if n in found}
+    for n, before in steps.items():
+        if n not in found and before in found and before not in followed:
             found |= ops.needed([n])
+            followed.add(before)
     return found
 
 

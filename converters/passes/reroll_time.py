@@ -202,7 +202,9 @@ class _Reroll(Builder):
             return True
         n = next(iter(members.values()))
         gap = max(members) - min(members) + 1 > len(members)
-        return len(members) > 1 and not gap and label not in self.labels.views and not _call(n)
+        # One of several results goes with them, and no rule takes an operator with several at once.
+        part = n.target is operator.getitem or _call(n)
+        return len(members) > 1 and not gap and label not in self.labels.views and not part
 
     # What is emitted as one, and in which order
 

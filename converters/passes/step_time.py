@@ -51,7 +51,7 @@ from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Valu
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
 
 _HEADLINE = "the network cannot be run step by step:"
-#: Ways to read the inputs that are tried: sequences or not, with time first or second.
+#: Ways to read the inputs that are tried: which are sequences, and which of their dimensions is time.
 _MOST_READINGS = 81
 
 
@@ -65,10 +65,7 @@ def step_time(program: Program) -> Program:
     if hidden := list(_hidden_delays(program, T)):
         raise UnsupportedError(_HEADLINE, hidden)
     best: _StepTime | None = None
-    choices = [
-        [*(d for d in (0, 1) if spec.shape[d : d + 1] == (T,)), None] for spec in program.inputs
-    ]
-    for axes in itertools.islice(itertools.product(*choices), _MOST_READINGS):
+    for axes in itertools.islice(_readings(program.inputs, T), _MOST_READINGS):
         attempt = _StepTime(program, T, axes)
         result = attempt.run()
         if result is not None:
@@ -76,6 +73,25 @@ def step_time(program: Program) -> Program:
         if best is None or attempt.reach > best.reach:
             best = attempt
     raise UnsupportedError(_HEADLINE, best.findings if best else ())
+
+
+def _readings(inputs: Sequence[TensorSpec], T: int) -> Iterator[tuple[int | None, ...]]:
+    """What may be time in each input, if any: first or second for the most part, or further back."""
+    # Of what the graph holds as one, time cannot be taken out.
+    found = [
+        [
+            d
+            for d, size in enumerate(spec.shape)
+            if size == T and (not spec.rank or d < spec.rank - 1)
+        ]
+        for spec in inputs
+    ]
+    usual = [[*(d for d in axes if d < 2), None] for axes in found]
+    yield from itertools.product(*usual)
+    whole = [
+        [*first, *(d for d in axes if d > 1)] for first, axes in zip(usual, found, strict=True)
+    ]
+    yield from (axes for axes in itertools.product(*whole) if any((d or 0) > 1 for d in axes))
 
 
 def _time_steps(program: Program) -> int:
@@ -254,8 +270,8 @@ class _StepTime(Loops):
                 continue
             one = _one_step(spec, axis)
             node = self.placeholder(n, n.meta["val"].new_empty(one.graph_shape))
-            x = Steps(node, axis, self.T)
-            if spec.folded:
+            x = Steps(node, axis - one.folded, self.T)
+            if spec.folded and not one.folded:
                 # The program has [a, b, ...] as [ab, ...]; one of the two is time.
                 outer, inner = (1, one.shape[0]) if axis == 0 else (one.shape[0], 1)
                 x = Steps(node, 0, self.T, outer, inner, bare=False)
@@ -282,9 +298,9 @@ class _StepTime(Loops):
         """One step of an output that holds all of them, and the dimension that is time."""
         if value.count != self.T:
             raise RefusedError(r, f"{value.count} of {self.T} time steps are returned", "output")
-        if not spec.folded:
+        if value.axis or not spec.folded:
             bare = lay_bare(self, value, where(r))
-            return bare.node, bare.axis
+            return bare.node, bare.axis + spec.folded
         folded = fold_in(self, value, where(r))
         axis = 0 if folded.outer == 1 else 1
         return self.shaped(folded.node, list(_one_step(spec, axis).graph_shape)), axis
@@ -582,5 +598,6 @@ def _identity(n: Node) -> Hashable:
 def _one_step(spec: TensorSpec, axis: int) -> TensorSpec:
     """An input or output without the dimension that is time."""
     size = tuple(s for d, s in enumerate(spec.shape) if d != axis)
-    rank = None if spec.rank is None else spec.rank - (not spec.folded)
-    return replace(spec, shape=size, folded=False, rank=rank)
+    folded = spec.folded and axis > 1
+    rank = None if spec.rank is None else spec.rank - (folded == spec.folded)
+    return replace(spec, shape=size, folded=folded, rank=rank)

@@ -490,6 +490,30 @@ def test_another_membrane_than_its_own(hand: Callable[..., Any]) -> None:
     assert refused(Handed(hand), normal(3, N, F)) == [("neuron-state", "lif")]
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_second_call_from_the_same_membrane(used: bool) -> None:
+    """Is refused, unless nothing uses it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif = snn.Leaky(beta=0.9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mem, spikes = self.lif.reset_mem(), []
+            for x_t in x:
+                ahead, _ = self.lif(2 * x_t, mem)
+                spk, mem = self.lif(x_t, mem)
+                spikes.append(spk - ahead if used else spk)
+            return torch.stack(spikes)
+
+    if used:
+        assert refused(Net(), normal(3, N, F)) == [("neuron-state", "lif")]
+    else:
+        (site,) = capture(Net(), (normal(3, N, F),)).sites
+        assert site.T == 3
+
+
 def test_a_state_that_comes_with_the_input() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -231,6 +231,20 @@ def test_batch_may_come_before_time():
     assert (program.stepping.inputs, program.stepping.outputs) == ((1,), (1,))
 
 
+@pytest.mark.parametrize(
+    ("run", "size", "time"),
+    [
+        (lambda n, x: n.lif(n.fc(x.permute(2, 0, 1))).permute(1, 2, 0), (N, 6, T), (2, 2)),
+        (lambda n, x: n.lif(torch.stack([n.fc(v) for v in x.unbind(-1)])), (N, 6, T), (2, 0)),
+        (lambda n, x: n.lif(n.fc(x[..., 0, :].permute(3, 0, 1, 2))), (N, T, 6, 1, T), (4, 0)),
+    ],
+)
+def test_time_may_come_further_back(run, size, time):
+    net = Net(run, fc=layer(6, 5), lif=LIFNode())
+    program = assert_steps_equal_the_call(net, rand(*size))
+    assert (program.stepping.inputs, program.stepping.outputs) == ((time[0],), (time[1],))
+
+
 def test_two_inputs_one_of_them_without_time():
     net = Net(lambda n, x, bias: n.lif(n.fc(x) + bias), fc=layer(6, 5), lif=LIFNode())
     program = assert_steps_equal_the_call(net, rand(T, N, 6), rand(N, 5))
