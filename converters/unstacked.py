@@ -119,9 +119,7 @@ class _Unstack:
             return rule(self)
         if target in ops.BATCHED:
             return self._batched()
-        if not isinstance(self.n.meta["val"], torch.Tensor):
-            raise self._mixes("several results, which are not taken apart step by step")
-        raise self._mixes()
+        raise MixesTimeError(f"{short(target)} is not known step by step")
 
     @property
     def rank(self) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,25 +98,32 @@ def _readings(inputs: Sequence[TensorSpec], T: int) -> Iterator[tuple[int | None
 def _time_steps(program: Program) -> int:
     """How many steps the program has."""
     counts = sorted({site.T for site in program.sites})
-    fix = (
-        "give an example input of 2 time steps or more; the result does not depend on their number"
-    )
     if len(counts) == 1 and counts[0] > 1:
         return counts[0]
-    found = " and ".join(map(str, counts)) + " time steps" if counts else "no neuron"
-    if len(counts) > 1:
-        fix = "pool or stride over time outside the network, or convert it unrolled"
+    paths = Counter(site.path for site in program.sites)
+    anew = [s.path for s in program.sites if s.T == 1 and paths[s.path] > 1]
+    sites = [s.name for s in program.sites] if len(counts) > 1 else []
+    found = " and ".join(map(str, counts)) + f" time step{'s' * (counts != [1])}"
+    allowed = "neurons that all run over the same number of time steps, 2 or more"
+    if not program.sites:
+        found, allowed = "no declared neuron", "a network whose neurons say what a time step is"
+        fix = (
+            "use neuron modules, or declare your own (spikeport.converters.neurons.dynamics): a threshold "
+            "that is written by hand cannot be told from other arithmetic; or convert it unrolled"
+        )
+    elif anew:
+        sites = list(dict.fromkeys(anew))
+        found = "several calls, each of one time step that starts anew"
+        fix = (
+            "let each call go on from the one before: a neuron in single-step mode, of one shape, that is "
+            "not reset in between; or give it all steps in one call, or convert it unrolled"
+        )
+    elif sites:
+        fix = "let every layer run over all time steps, or convert it unrolled"
+    else:
+        fix = "give an example input of 2 time steps or more; the result does not depend on their number"
     raise UnsupportedError(
-        _HEADLINE,
-        [
-            Finding(
-                rule="time-steps",
-                where=", ".join(s.name for s in program.sites) if len(counts) > 1 else "",
-                found=found,
-                allowed="neurons that all run over the same number of time steps, 2 or more",
-                fix=fix,
-            )
-        ],
+        _HEADLINE, [Finding("time-steps", ", ".join(sites), found, allowed, fix)]
     )
 
 
@@ -410,9 +418,14 @@ class _StepTime(Loops):
                 return lay_bare(self, value, path).node
             if layout == "flat":
                 return fold_in(self, value, path).node
-        raise RefusedError(
-            n, f"its input {x.name} {list(shape(x))} does not hold the time steps in order"
-        )
+        drive = f"its input {x.name} {list(shape(x))}"
+        if isinstance(value, Same):
+            raise RefusedError(
+                n,
+                f"{drive} has a value of its own at each time step, out of what is the same at all",
+                "time-varying",
+            )
+        raise RefusedError(n, f"{drive} does not hold the time steps in order")
 
     def _finish_states(self) -> list[Node]:
         """What each state is after the step."""

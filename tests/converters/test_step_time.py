@@ -621,14 +621,39 @@ def test_a_state_that_starts_from_the_input_is_refused():
 @pytest.mark.parametrize(
     ("run", "x", "said"),
     [
-        (lambda n, x: n.lif(x), rand(1, N, 5), "1 time steps"),
-        (lambda n, x: x * 2, rand(T, N, 5), "no neuron"),
-        (lambda n, x: n.lif(n.lif(x)[::2]), rand(T, N, 5), "2 and 4 time steps"),
+        (lambda n, x: n.lif(x), rand(1, N, 5), "the network: 1 time step; .* 2 time steps or more"),
+        (lambda n, x: x * 2, rand(T, N, 5), "no declared neuron; .*dynamics"),
+        (lambda n, x: n.lif(n.lif(x)[::2]), rand(T, N, 5), "lif, lif#2: 2 and 4 time steps"),
+        (
+            lambda n, x: torch.cat([n.lif(x[t : t + 1]) for t in range(T)]),
+            rand(T, N, 5),
+            "lif: several calls, .* that starts anew",
+        ),
     ],
 )
 def test_programs_without_steps_in_common_are_refused(run, x, said):
     with pytest.raises(UnsupportedError, match=said):
         rewritten(Net(run, lif=LIFNode()), x)
+
+
+@pytest.mark.parametrize(
+    ("drive", "size", "rule", "said"),
+    [
+        (
+            lambda x: torch.stack([x // t for t in (1, 2, 3, 4)]),
+            (N, 5),
+            "time-varying",
+            "of its own",
+        ),
+        (lambda x: x.logcumsumexp(-1), (T, N, 5), "mixes-time", "is not known step by step"),
+        (lambda x: x.cumsum(0), (T, N, 5), "mixes-time", "over the time steps together"),
+    ],
+)
+def test_the_reason_is_the_true_one(drive, size, rule, said):
+    net = Net(lambda n, x: n.lif(drive(x)), lif=LIFNode())
+    with pytest.raises(UnsupportedError, match=said) as caught:
+        step_time(capture(net, (rand(*size),)))
+    assert {f.rule for f in caught.value.findings} == {rule}
 
 
 def test_inputs_with_other_numbers_of_steps_are_refused():
