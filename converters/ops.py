@@ -26,6 +26,9 @@ _UNTAGGED = frozenset(
     {
         *SELECT,
         aten._to_copy.default,
+        aten.__and__.Scalar,
+        aten.__or__.Scalar,
+        aten.__xor__.Scalar,
         aten.floor_divide.default,
         aten.hardswish.default,
         aten.leaky_relu.default,
@@ -71,6 +74,10 @@ BATCHED = frozenset(
         aten.upsample_nearest2d.vec,
         aten.upsample_bilinear2d.default,
         aten.upsample_bilinear2d.vec,
+        aten.upsample_bicubic2d.vec,
+        aten._upsample_nearest_exact1d.vec,
+        aten._upsample_nearest_exact2d.vec,
+        aten._upsample_nearest_exact3d.vec,
     }
 )
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import torch
 from torch import fx
 
 from . import ops
@@ -232,7 +231,7 @@ class _Unstack:
 
     def _trailing(self) -> Steps:
         x, depth = self.x, 1
-        if self.n.target is aten.layer_norm.default:
+        if self.n.target in (aten.layer_norm.default, aten.rms_norm.default):
             depth = len(self.n.args[1])
         if x.axis >= len(shape(self.n.args[0])) - depth:
             raise self._mixes()
@@ -277,6 +276,32 @@ class _Unstack:
             self.n.target, new[source], self._dim(like, d), *args, path=self.path
         )
         return replace(like, node=node)
+
+    def _numbered(self) -> Steps:
+        """Entries along one dimension, written by numbers that no step changes."""
+        source, dim, index, *rest = self.n.args
+        if isinstance(self.operands[index], Steps):
+            raise self._mixes("with numbers of its own at each time step")
+        given = [a for a in (source, *rest) if isinstance(a, fx.Node)]
+        like, nodes = self._aligned(given, self.rank)
+        d = ops.dim(source, dim)
+        if d == like.axis:
+            raise self._mixes()
+        new = dict(zip(given, nodes, strict=True))
+        args: Any = fx.map_arg(rest, new.__getitem__)
+        place = self._dim(like, d), self.operands[index]
+        node = self.build.call(
+            self.n.target, new[source], *place, *args, path=self.path, **self.n.kwargs
+        )
+        return replace(like, node=node)
+
+    def _diagonal(self) -> Steps:
+        x, source, given = self.x, self.n.args[0], ops.arguments(self.n)
+        dims = [ops.dim(source, given["dim1"]), ops.dim(source, given["dim2"])]
+        if x.axis in dims:
+            raise self._mixes()
+        moved = [self._dim(x, d) for d in dims]
+        return self._call(x, given["offset"], *moved, axis=x.axis - sum(d < x.axis for d in dims))
 
     def _slice(self) -> Steps:
         x = self.x
@@ -376,6 +401,36 @@ class _Unstack:
         like, nodes = self._aligned([a, b], self.rank)
         return self._matmul(like, nodes)
 
+    def _added_product(self) -> Steps:
+        """A matrix product and what is added to it, with time among the rows, or the batch."""
+        parts = list(self.n.args[: 2 if self.n.target is aten.addmm.default else 3])
+        rest = [self.operands[a] for a in self.n.args[len(parts) : 3]]
+        for one in parts[1:]:
+            x = self.operands[one]
+            if isinstance(x, Steps) and x.axis:
+                raise self._mixes()
+        if any(isinstance(x, Steps) for x in rest):
+            raise self._mixes("with weights of its own at each time step")
+        self.operands = {
+            a: fold_in(self.build, x, self.path) if isinstance(x, Steps) else x
+            for a, x in self.operands.items()
+        }
+        like, nodes = self._aligned(parts, self.rank)
+        if like.axis:
+            raise self._mixes()
+        node = self.build.call(
+            self.n.target, *nodes, *rest, *self.n.args[3:], path=self.path, **self.n.kwargs
+        )
+        return replace(like, node=node)
+
+    def _bilinear(self) -> Steps:
+        like, nodes = self._aligned(self.n.args[:2], self.rank)
+        weights = [a and self.operands[a] for a in self.n.args[2:]]
+        if like.axis == self.rank - 1 or any(isinstance(w, Steps) for w in weights):
+            raise self._mixes()
+        node = self.build.call(self.n.target, *nodes, *weights, path=self.path)
+        return replace(like, node=node)
+
     def _attention(self) -> Steps:
         """Attention of queries, keys and values [..., L, E], with time among what stands before."""
         parts, mask = list(self.n.args[:3]), self.n.args[3] if len(self.n.args) > 3 else None
@@ -412,6 +467,7 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     ops.RESHAPE: _Unstack._reshape,
     aten.linear.default: _Unstack._trailing,
     aten.layer_norm.default: _Unstack._trailing,
+    aten.rms_norm.default: _Unstack._trailing,
     aten.softmax.int: _Unstack._along,
     aten._softmax.default: _Unstack._along,
     aten.log_softmax.int: _Unstack._along,
@@ -423,10 +479,15 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.sort.default: _Unstack._along,
     aten.sort.stable: _Unstack._along,
     aten.topk.default: _Unstack._along,
+    aten.glu.default: _Unstack._along,
     aten.gather.default: _Unstack._entries,
     aten.scatter.src: _Unstack._entries,
     aten.scatter.value: _Unstack._entries,
     aten.scatter_add.default: _Unstack._entries,
+    aten.index_add.default: _Unstack._numbered,
+    aten.index_copy.default: _Unstack._numbered,
+    aten.index_fill.int_Scalar: _Unstack._numbered,
+    aten.diagonal.default: _Unstack._diagonal,
     operator.getitem: _Unstack._result,
     aten.index_select.default: _Unstack._index_select,
     aten.slice.Tensor: _Unstack._slice,
@@ -442,6 +503,7 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.amax.default: _Unstack._reduce,
     aten.amin.default: _Unstack._reduce,
     aten.argmax.default: _Unstack._reduce,
+    aten.argmin.default: _Unstack._reduce,
     aten.linalg_vector_norm.default: _Unstack._reduce,
     aten.logsumexp.default: _Unstack._reduce,
     aten.prod.dim_int: _Unstack._reduce,
@@ -464,5 +526,8 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.stack.default: _Unstack._join,
     aten.matmul.default: _Unstack._product,
     aten.bmm.default: _Unstack._product,
+    aten.addmm.default: _Unstack._added_product,
+    aten.baddbmm.default: _Unstack._added_product,
+    aten.bilinear.default: _Unstack._bilinear,
     aten.scaled_dot_product_attention.default: _Unstack._attention,
 }

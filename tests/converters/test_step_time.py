@@ -288,10 +288,37 @@ def test_operators_along_features_act_on_each_step_alone(act):
     assert names(assert_steps_equal_the_call(net, rand(T, N, 6))) == ["lif.v"]
 
 
+_PAIR, _WEIGHT = torch.tensor([0, 2]), torch.arange(20.0).reshape(5, 4) / 16
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda s: nn.functional.glu(s[..., :4]),
+        lambda s: nn.functional.rms_norm(s, (5,)),
+        lambda s: torch.addmm(_WEIGHT[0], s.flatten(0, 1), _WEIGHT).unflatten(0, (T, N)),
+        lambda s: torch.baddbmm(s[:, :, :1], s, s.mT),
+        lambda s: nn.functional.bilinear(s, s, _WEIGHT.T.reshape(2, 2, 5).repeat(1, 3, 1)[:, :5]),
+        lambda s: s.index_add(-1, _PAIR, s[..., 1:3]).index_copy(-1, _PAIR, s[..., :2]),
+        lambda s: s.index_fill(-1, _PAIR, 0.5) + (s + _APART).argmin(-1, True),
+        lambda s: s.unflatten(-1, (1, 5)).diagonal(0, -2, -1),
+        lambda s: nn.functional.interpolate(s, scale_factor=2, mode="nearest-exact"),
+        lambda s: (s.int() & 1).float(),
+    ],
+)
+def test_operators_that_the_reference_computes_as_they_are(act):
+    net = Net(lambda n, x: act(n.lif(n.fc(x)) + x[..., :5] / 4), fc=layer(6, 5), lif=LIFNode())
+    net, x = net.eval(), rand(T, N, 6)
+    with torch.no_grad():
+        assert torch.equal(one_step(capture(net, (x,)), "reference")(x), net(x))
+
+
 @pytest.mark.parametrize(
     ("act", "node"),
     [
         (lambda s: s.sort(0)[0], "sort"),
+        (lambda s: s.diagonal(), "diagonal"),
+        (lambda s: s.index_fill(0, _PAIR, 0.5), "index_fill"),
         (lambda s: s.gather(0, (s > 0).long()), "gather"),
         (lambda s: s.gather(2, (s[:2] > 0).long()), "gather"),
         (lambda s: s.cummax(0)[0], "cummax"),
