@@ -112,7 +112,7 @@ class Lynxi:
             raise UsageError(f"model_type is {kind!r}; allowed: Pytorch, ONNX")
         lyngor = self._import("lyngor")
         buffers = "float16" if program.dtype == torch.float16 else "float32"
-        shapes = {spec.name: list(spec.graph_shape) for spec in program.graph_inputs}
+        shapes = _shapes(program)
         try:
             model = lyngor.DLModel()
             with _importable(program, kind) as importable:
@@ -183,6 +183,16 @@ class _Model:
     def close(self) -> None:
         """Unload the program."""
         self._model.unload()
+
+
+def _shapes(program: Program) -> dict[str, Any]:
+    """``inputs_dict``: shapes, and of inputs that are no floating-point numbers their types too."""
+    given = zip(program.graph_inputs, program.nodes("placeholder"), strict=True)
+    dtypes = {spec.name: (list(spec.graph_shape), n.meta["val"].dtype) for spec, n in given}
+    return {
+        name: shape if dtype.is_floating_point else [shape, str(dtype).removeprefix("torch.")]
+        for name, (shape, dtype) in dtypes.items()
+    }
 
 
 @contextmanager

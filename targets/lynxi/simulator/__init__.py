@@ -31,7 +31,8 @@ time                              none: neither building nor running takes what 
 ``run_batch`` in buffers          whole inputs one after the other; ``input_size`` is that of one
 ``view_as``, ``numpy``            change and show the tensor itself, not a copy
 ``.cpu()`` into a host copy       overwrites it, so earlier ``numpy()`` results change
-bool and int64 buffers            uint8 and int64
+bool and int64 buffers            uint8 and int64; other integers their own types, which
+                                  ``inputs_dict`` names for inputs as it does ``"long"``
 state kept on the chip            none: the compiled network is a function of its inputs
 ``mean``, ``transpose_axis``, ..  refused
 SDK files                         the layout's names; no chip can load them, nor this theirs

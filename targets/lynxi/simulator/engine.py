@@ -198,6 +198,10 @@ class Engine:
     def _ordinary(self, node: Node, kinds: Sequence[str]) -> Step:
         """On stored values where that gives the same bits, else by the definition."""
         op = OPS[node.op]
+        # Of integers torch makes no float16, or rounds them before it computes.
+        whole = node.dtype == "float" and not set(kinds) <= {"float", "bool"}
+        if whole and node.op not in ("take", "gather"):
+            return self._wide(node, kinds)
         if not op.exact or ("bool" in kinds and not self._takes_masks(node, kinds)):
             return self._wide(node, kinds)
         run, attrs = op.run, node.attrs

@@ -76,7 +76,7 @@ class TorchReader:
         for value, (name, (shape, dtype)) in zip(inputs, self.shapes.items(), strict=True):
             kind = "float" if dtype is None else kind_of(dtype)
             io_dtype = self.io[0] if kind == "float" else kind
-            ref = self.out.input(name, shape, "float" if kind == "uint8" else kind, io_dtype)
+            ref = self.out.input(name, shape, kind, io_dtype)
             self.values[value.debugName()] = ref
         refused: list[str] = []
         for node in graph.nodes():

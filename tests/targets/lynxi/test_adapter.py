@@ -70,6 +70,36 @@ def test_device_equals_program_bit_for_bit(program, inputs, tmp_path, model_type
     assert 0 < expected["spikes"].mean() < 1
 
 
+class Events(nn.Module):
+    """Events [T, N, 6] of any type -> spikes [T, N, 6] of the whole parts of what is weighed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.neuron = LIFNode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.neuron((self.fc(x.float()) * 8).int().float() / 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "time", "model_type"),
+    [
+        (torch.uint8, "float16", "unrolled", "Pytorch"),
+        (torch.bool, "float32", "stepped", "Pytorch"),
+        (torch.int32, "float16", "stepped", "ONNX"),
+    ],
+)
+def test_whole_numbers_go_in_as_they_are(tmp_path, given, dtype, time, model_type) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(0, 2, (4, 3, 6)).to(given)
+    program = deploy.convert(Events(), (x,), target="lynxi-sim", dtype=dtype, time=time)
+    deploy.compile(program, tmp_path / "a", cache=False, model_type=model_type)
+    spikes = deploy.load(tmp_path / "a")(x)
+    assert torch.equal(spikes, program(x))
+    assert 0 < spikes.mean() < 1
+
+
 def test_another_form_than_lyngor_is_given_is_refused(program, tmp_path) -> None:
     with pytest.raises(UsageError, match="model_type is 'Keras'; allowed: Pytorch, ONNX"):
         targets.get("lynxi-sim").compile(program, tmp_path, {"model_type": "Keras"})

@@ -33,6 +33,8 @@ UNARY = [
     "softmax",
     "slice",
     "count",
+    "whole",
+    "cast",
 ]
 
 
@@ -84,6 +86,8 @@ class Random(nn.Module):
             "mean": lambda: a - a.mean((2, 3), keepdim=True),
             "softmax": lambda: a.softmax(1),
             "slice": lambda: torch.cat([a[:, 1:], a[:, :1]], 1),
+            "whole": lambda: a + (a * 700).int() + torch.where(a > 0, (a * 2).int(), a),
+            "cast": lambda: torch.where(a > 0, (a * 4).int().float() / 4, a),
             "count": lambda: a + (a > 0).sum(1, keepdim=True) * 0.1,
         }
         result: Tensor = steps[name]()
