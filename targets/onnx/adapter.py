@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from onnx import TensorProto, helper
 
 from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
 from ...converters.ops import aten
 from ...converters.passes import Pass, decompose_operators, lower_neurons
 from ...converters.program import Program, short, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
-from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype, refused
+from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype, of_opset, refused
 from .operators import OPERATORS
 
 _FILE = "model.onnx"
@@ -30,8 +32,8 @@ class Onnx:
         dtypes=None,
         in_place=False,
         notes=(
-            f"standard operators, opset {DEFAULT_OPSET} unless the option opset says another "
-            f"({OPSETS[0]} to {OPSETS[-1]})",
+            f"standard operators, opset {DEFAULT_OPSET} unless the option opset says another, from "
+            f"{OPSETS[0]} to the newest that onnx writes and ONNX Runtime reads",
         ),
     )
 
@@ -75,8 +77,11 @@ class Onnx:
     def compile(self, program: Program, directory: Path, options: Mapping[str, Any]) -> Compiled:
         """Write ``model.onnx``; the option ``opset`` chooses the opset."""
         opset = chosen(self.name, options, {"opset": DEFAULT_OPSET})["opset"]
-        if opset not in OPSETS:
-            raise UsageError(f"opset is {opset!r}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
+        newest, reader = _newest()
+        if opset not in OPSETS or opset > newest:
+            raise UsageError(
+                f"opset is {opset!r}; allowed: {OPSETS[0]} to {newest}, the newest of {reader}"
+            )
         files = export(program, directory / _FILE, opset)
         return Compiled({"opset": opset}, tuple(f.name for f in files))
 
@@ -103,23 +108,54 @@ def _runtime() -> Any:
         ) from error
 
 
+@cache
+def _newest() -> tuple[int, str]:
+    """The newest opset that is written and, where ONNX Runtime is there, read; and whose limit it is."""
+    newest, writer = OPSETS[-1], f"onnx {onnx.__version__}"
+    try:
+        runtime = _runtime()
+    except TargetUnavailableError:
+        return newest, writer
+    # It says nowhere what it reads.
+    if _reads(runtime, newest):
+        return newest, writer
+    read = next(opset for opset in reversed(OPSETS) if _reads(runtime, opset))
+    return read, f"ONNX Runtime {runtime.__version__}"
+
+
+def _reads(runtime: Any, opset: int) -> bool:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "smallest", [x], [y])
+    try:
+        _session(runtime, of_opset(graph, opset).SerializeToString())
+    except DeviceError:
+        return False
+    return True
+
+
+def _session(runtime: Any, model: str | bytes) -> Any:
+    """A session of a file, or of a model's bytes."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors; a constant that is folded twice is none
+    try:
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        named = model if isinstance(model, str) else "a model"
+        raise DeviceError(f"ONNX Runtime refused {named}: {error}") from error
+
+
 class _Model:
     """An ONNX Runtime session between torch tensors."""
 
     def __init__(self, runtime: Any, file: Path, dtypes: Sequence[torch.dtype]) -> None:
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors; a constant that is folded twice is none
-        try:
-            self._session = runtime.InferenceSession(
-                str(file), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise DeviceError(f"ONNX Runtime refused {file}: {error}") from error
+        self._session: Any = _session(runtime, str(file))
         self._names = [port.name for port in self._session.get_inputs()]
         self._dtypes = [numpy_dtype(dtype) for dtype in dtypes]
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs."""
+        if self._session is None:
+            raise DeviceError("the model is closed; load it again")
         arrays = (x.cpu().contiguous().numpy() for x in inputs)
         feeds = {
             name: array.astype(dtype, copy=False)
@@ -131,5 +167,5 @@ class _Model:
             raise DeviceError(f"the run failed: {error}") from error
 
     def close(self) -> None:
-        """Free the session."""
-        del self._session
+        """Free the session; a second time there is nothing to free."""
+        self._session = None

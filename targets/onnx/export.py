@@ -227,13 +227,7 @@ def export(program: Program, file: Path, opset: int) -> tuple[Path, ...]:
     """
     emitter = Emitter(in_parts(program), opset)
     graph = emitter.run()
-    imports = [helper.make_opsetid("", opset)]
-    model = helper.make_model(
-        graph,
-        opset_imports=imports,
-        ir_version=helper.find_min_ir_version_for(imports),
-        producer_name="spikeport",
-    )
+    model = of_opset(graph, opset)
     state = "each call starts from v_0"
     if program.stepping is not None:
         state = "each call is one time step; an output <name>.next goes into the input <name>"
@@ -252,6 +246,17 @@ def export(program: Program, file: Path, opset: int) -> tuple[Path, ...]:
         raise CompileError(f"onnx {onnx.__version__} finds the model wrong: {error}") from error
     _compare_shapes(onnx.load(file, load_external_data=False), emitter)
     return tuple(files)
+
+
+def of_opset(graph: onnx.GraphProto, opset: int) -> onnx.ModelProto:
+    """A graph as a model of the oldest format that has this opset."""
+    imports = [helper.make_opsetid("", opset)]
+    return helper.make_model(
+        graph,
+        opset_imports=imports,
+        ir_version=helper.find_min_ir_version_for(imports),
+        producer_name="spikeport",
+    )
 
 
 def _compare_shapes(model: onnx.ModelProto, emitter: Emitter) -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
-from spikeport import deploy
+from spikeport import deploy, targets
 from spikeport.converters import neurons
 from spikeport.converters.errors import DeviceError, TargetUnavailableError, UsageError
 from spikeport.converters.probes import probe_inputs
-from spikeport.targets.onnx import export
+from spikeport.targets.onnx import adapter, export
 
 
 class Net(nn.Module):
@@ -144,7 +145,7 @@ def test_the_file(net: nn.Module, tmp_path: Path) -> None:
     assert values - set(shapes) == {o.name for o in model.graph.output}
 
 
-@pytest.mark.parametrize("opset", [13, 14, 16, 18, 19, 20, 21])
+@pytest.mark.parametrize("opset", [13, 14, 16, 18, 19, 20, 21, adapter._newest()[0]])
 def test_opsets(net: nn.Module, opset: int, tmp_path: Path) -> None:
     program = deploy.convert(net, (X,), target="onnx", verify=False)
     deploy.compile(program, tmp_path / "a", cache=False, opset=opset)
@@ -157,6 +158,36 @@ def test_the_newest_opset_is_written(net: nn.Module, tmp_path: Path) -> None:
     newest = export.OPSETS[-1]
     (file,) = export.export(program, tmp_path / "model.onnx", newest)
     assert onnx.load(file).opset_import[0].version == newest
+
+
+def test_an_opset_that_onnx_runtime_does_not_read_is_refused(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Older:
+        __version__ = "1.16"
+        SessionOptions = onnxruntime.SessionOptions
+
+        @staticmethod
+        def InferenceSession(model: bytes, *_: Any, **__: Any) -> None:  # noqa: N802
+            if onnx.load_from_string(model).opset_import[0].version > 19:
+                raise RuntimeError("Opset is under development")
+
+    program = deploy.convert(net, (X,), target="onnx", verify=False)
+    monkeypatch.setattr(adapter, "_runtime", lambda: Older)
+    monkeypatch.setattr(adapter, "_newest", adapter._newest.__wrapped__)
+    text = "opset is 20; allowed: 13 to 19, the newest of ONNX Runtime 1.16"
+    with pytest.raises(UsageError, match=text):
+        targets.get("onnx").compile(program, tmp_path, {"opset": 20})
+    targets.get("onnx").compile(program, tmp_path, {"opset": 19})
+
+
+def test_a_model_may_be_closed_twice_and_says_that_it_is(net: nn.Module, tmp_path: Path) -> None:
+    program = deploy.convert(net, (X,), target="onnx", verify=False)
+    deploy.compile(program, tmp_path / "a", cache=False)
+    with deploy.load(tmp_path / "a") as model:
+        model.close()
+    with pytest.raises(DeviceError, match="the model is closed; load it again"):
+        model(X)
 
 
 @pytest.mark.parametrize(
