@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .errors import CaptureError, Finding
 from .neurons import Neuron
 from .ops import RESHAPE, Node, aten
 from .program import (
@@ -64,7 +65,13 @@ class Builder:
         if self._body is self.graph._root:
             self._body = node
         values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta = {"val": target(*values, **options), "path": path}
+        try:
+            value = target(*values, **options)
+        except NotImplementedError as error:
+            raise CaptureError(
+                "an operator cannot be rewritten:", [_unknown(node, path)]
+            ) from error
+        node.meta = {"val": value, "path": path}
         return node
 
     def reshaped(self, node: Node, size: Sequence[int], path: str) -> Node:
@@ -97,6 +104,17 @@ class Builder:
         return seal(
             self.program, self.graph, self.tensors, report, sites, terms=self.terms, **changes
         )
+
+
+def _unknown(node: fx.Node, path: str) -> Finding:
+    return Finding(
+        rule="operator",
+        where=path,
+        node=node.name,
+        found=f"{node.target}, of which torch cannot say the shape of its result without computing it",
+        allowed="operators that torch runs on tensors of device meta",
+        fix="write it in the network's forward in other operators, as its arithmetic",
+    )
 
 
 def seal(

@@ -194,7 +194,8 @@ class PassReport:
 class Executor(fx.Interpreter):
     """Runs a program node by node, so that a run can be watched and steered.
 
-    In half precision, convolutions and matrix products accumulate in float32 and are rounded once.
+    In half precision, convolutions and matrix products accumulate in float32 and are rounded once, and so
+    is whatever torch's CPU lacks in half precision.
     """
 
     _ACCUMULATE = frozenset(
@@ -230,9 +231,29 @@ class Executor(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The operator's value, with float32 accumulation where it accumulates."""
         if target in self._ACCUMULATE and args[0].dtype == torch.float16:
-            wide = pytree.tree_map_only(torch.Tensor, torch.Tensor.float, args)
-            return super().call_function(target, wide, kwargs).half()
-        return super().call_function(target, args, kwargs)
+            return self._wide(target, args, kwargs)
+        try:
+            return super().call_function(target, args, kwargs)
+        except NotImplementedError:
+            if not any(
+                x.dtype == torch.float16
+                for x in pytree.tree_leaves((args, kwargs))
+                if isinstance(x, torch.Tensor)
+            ):
+                raise
+            return self._wide(target, args, kwargs)
+
+    def _wide(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The operator's value, computed in float32 and rounded once."""
+
+        def cast(values: Any, given: torch.dtype, wanted: torch.dtype) -> Any:
+            def one(x: torch.Tensor) -> torch.Tensor:
+                return x.to(wanted) if x.dtype == given else x
+
+            return pytree.tree_map_only(torch.Tensor, one, values)
+
+        wide = cast((args, kwargs), torch.float16, torch.float32)
+        return cast(super().call_function(target, *wide), torch.float32, torch.float16)
 
 
 class Evidence(Protocol):

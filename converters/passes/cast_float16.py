@@ -134,7 +134,8 @@ def _directed(value: torch.Tensor, towards: float) -> torch.Tensor:
 
 
 def _half(value: object) -> object:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
+    # Narrower numbers, such as bfloat16, stay: what rounds to them is no float16.
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float64):
         return value.to(torch.float16)
     return value
 

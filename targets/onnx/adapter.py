@@ -17,7 +17,7 @@ from ...converters.ops import aten
 from ...converters.passes import Pass, decompose_operators, lower_neurons
 from ...converters.program import Program, short, where
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, only_device, rewrites
-from .export import DEFAULT_OPSET, OPSETS, export, numpy_dtype, of_opset, refused
+from .export import DEFAULT_OPSET, NUMBERS, OPSETS, export, numpy_dtype, of_opset, refused
 from .operators import OPERATORS
 
 _FILE = "model.onnx"
@@ -29,7 +29,7 @@ class Onnx:
     name = "onnx"
     capabilities = Capabilities(
         ops=frozenset(short(target) for target in OPERATORS),
-        dtypes=None,
+        dtypes=frozenset(NUMBERS),
         in_place=False,
         notes=(
             f"standard operators, opset {DEFAULT_OPSET} unless the option opset says another, from "

@@ -26,7 +26,8 @@ OPSETS = range(13, onnx.defs.onnx_opset_version() + 1)
 #: Bytes of weights above which they lie in a file of their own: protobuf ends at 2 GiB.
 EXTERNAL_ABOVE = 2**31 - 2**24
 
-_NUMBERS = {
+#: ONNX's names of the types of numbers that ONNX Runtime computes in.
+NUMBERS = {
     torch.float16: TensorProto.FLOAT16,
     torch.float32: TensorProto.FLOAT,
     torch.float64: TensorProto.DOUBLE,
@@ -93,7 +94,7 @@ class Emitter:
 
     def cast(self, name: str, given: torch.dtype, wanted: torch.dtype) -> str:
         """A value in another dtype."""
-        return name if given == wanted else self("Cast", name, to=_NUMBERS[wanted])
+        return name if given == wanted else self("Cast", name, to=NUMBERS[wanted])
 
     def constant(self, value: torch.Tensor, name: str = "") -> str:
         """A tensor of the model; equal tensors are stored once."""
@@ -140,7 +141,7 @@ class Emitter:
         ports = [spec.name for spec in (*program.graph_inputs, *program.graph_outputs)]
         self._names.update(ports)
         inputs = [
-            helper.make_tensor_value_info(s.name, _NUMBERS[n.meta["val"].dtype], shape(n))
+            helper.make_tensor_value_info(s.name, NUMBERS[n.meta["val"].dtype], shape(n))
             for s, n in zip(program.graph_inputs, program.nodes("placeholder"), strict=True)
         ]
         specs = iter(program.graph_inputs)
@@ -170,7 +171,7 @@ class Emitter:
         for spec, n in zip(program.graph_outputs, program.results, strict=True):
             self._node = n
             self._publish(n, spec.name, ports)
-            number = _NUMBERS[n.meta["val"].dtype]
+            number = NUMBERS[n.meta["val"].dtype]
             outputs.append(helper.make_tensor_value_info(spec.name, number, shape(n)))
         name = program.source.get("class", "program").rpartition(".")[2]
         return helper.make_graph(
@@ -269,9 +270,9 @@ def _compare_shapes(model: onnx.ModelProto, emitter: Emitter) -> None:
         for v in (*model.graph.value_info, *model.graph.output)
     }
     wrong = [
-        f"{name} is {inferred.get(name)}, in the program {(_NUMBERS[dtype], size)}"
+        f"{name} is {inferred.get(name)}, in the program {(NUMBERS[dtype], size)}"
         for name, (dtype, size) in emitter.shapes().items()
-        if name not in emitter.constants and inferred.get(name) != (_NUMBERS[dtype], size)
+        if name not in emitter.constants and inferred.get(name) != (NUMBERS[dtype], size)
     ]
     if wrong:
         raise CompileError(f"onnx infers other types and shapes: {'; '.join(wrong)}")

@@ -53,6 +53,22 @@ def test_it_computes_what_the_network_computes(tmp_path) -> None:
     assert net(x).mean() > 0
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float8_e4m3fn])
+def test_numbers_are_rounded_as_in_the_network(narrow: torch.dtype, tmp_path) -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.neuron = LIFNode()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.neuron((x * 3.3).to(narrow).float())
+
+    x = torch.rand(4, 2, 6)
+    program = deploy.convert(Rounded(), (x,), target="reference")
+    deploy.compile(program, tmp_path / "artifact", cache=False)
+    assert torch.equal(deploy.load(tmp_path / "artifact")(x), Rounded()(x))
+
+
 def test_a_graph_survives_as_json() -> None:
     program = deploy.convert(_net(), (torch.rand(2, 1, 8, 8),), target="lynxi-sim")
     data = json.loads(json.dumps(graph_to_data(program.graph)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,41 @@ def test_other_devices_and_broken_files(net: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(DeviceError, match="ONNX Runtime refused"):
         target.load(tmp_path, [], [], 0)
+
+
+class Before(nn.Module):
+    """A function before neurons."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function, self.neuron = function, neurons.LIFNode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.neuron(self.function(x))
+
+
+def test_what_the_cpu_lacks_in_half_precision_is_rounded_once(tmp_path: Path) -> None:
+    net = Before(lambda x: nn.functional.local_response_norm(nn.functional.avg_pool3d(x * 5, 2), 2))
+    x = torch.rand(4, 2, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    program = deploy.convert(net, (x,), target="onnx", dtype="float16")
+    deploy.compile(program, tmp_path / "a", cache=False)
+    with deploy.load(tmp_path / "a") as model:
+        assert torch.equal(model(x), net(x))
+    assert 0 < net(x).mean() < 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float8_e4m3fn])
+def test_narrower_numbers_are_refused(dtype: str, narrow: torch.dtype) -> None:
+    net = Before(lambda x: (x * 3.3).to(narrow).float())
+    with pytest.raises(
+        deploy.UnsupportedError, match=rf"_to_copy gives {narrow}; allowed: .*float16"
+    ):
+        deploy.convert(net, (X,), target="onnx", dtype=dtype)
+
+
+def test_an_operator_without_a_shape_is_refused_by_name() -> None:
+    net = Before(lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 127))
+    with pytest.raises(deploy.CaptureError, match=r"aten.fake_quantize.*fix: write it in"):
+        deploy.convert(net, (X,), target="onnx")
+    assert deploy.check(net, (X,), targets=["onnx"]).errors
