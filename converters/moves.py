@@ -1,4 +1,4 @@
-"""Operators that only move values, as slices, concatenations and selections by index."""
+"""Operators that move values, as slices, concatenations and selections by index."""
 
 from __future__ import annotations
 
@@ -148,6 +148,84 @@ def _windows(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node
     return build.call(aten.permute.default, x, order, path=path)
 
 
+def _diagonal(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
+    """Every W + 1st of the values of a matrix [H, W] as a row, from where the diagonal begins."""
+    given = [*args, *(0, 0, 1)[len(args) - 1 :]]
+    x, offset, first, second = given
+    rank = len(shape(x))
+    first, second = ops.dim(x, first), ops.dim(x, second)
+    rest = [d for d in range(rank) if d not in (first, second)]
+    if (order := [*rest, first, second]) != [*range(rank)]:
+        x = build.call(aten.permute.default, x, order, path=path)
+    H, W = shape(x)[-2:]
+    x = build.call(ops.RESHAPE, x, [*shape(x)[:-2], H * W], path=path)
+    start = offset if offset >= 0 else -offset * W
+    index = [start + i * (W + 1) for i in range(shape(n)[-1])]
+    return _taken(build, x, rank - 2, index, path)
+
+
+def _places(build: Builder, x: Node, dim: int, index: Node) -> list[int] | None:
+    """A constant index along a dimension."""
+    if index.op != "get_attr":
+        return None
+    return [int(i) % shape(x)[dim] for i in build.tensors[str(index.target)].flatten()]
+
+
+def _put(build: Builder, base: Node, new: Node, dim: int, rows: dict[int, int], path: str) -> Node:
+    """A value with some of its rows along a dimension, by place, from another."""
+    size = shape(base)[dim]
+    both = build.call(aten.cat.default, [base, new], dim, path=path)
+    return _taken(build, both, dim, [size + rows[i] if i in rows else i for i in range(size)], path)
+
+
+def _index_copy(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    x, dim, index, source = args
+    dim = ops.dim(x, dim)
+    places = _places(build, x, dim, index)
+    if places is None:
+        return None
+    return _put(build, x, source, dim, {place: j for j, place in enumerate(places)}, path)
+
+
+def _index_add(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    """One sum for each time that a place comes in the index, in whose order torch adds too."""
+    x, dim, index, source = args
+    alpha = n.kwargs.get("alpha", 1)
+    dim = ops.dim(x, dim)
+    places = _places(build, x, dim, index)
+    if places is None:
+        return None
+    if alpha != 1:
+        source = build.call(aten.mul.Tensor, source, alpha, path=path)
+    size = [*shape(x)[:dim], 1, *shape(x)[dim + 1 :]]
+    nothing = torch.zeros(size, dtype=x.meta["val"].dtype)
+    zeros = build.constant(f"moved.zeros_{len(build.tensors)}", nothing)
+    both = build.call(aten.cat.default, [source, zeros], dim, path=path)
+    turns: list[dict[int, int]] = []
+    for j, place in enumerate(places):
+        turn = sum(place in rows for rows in turns)
+        if turn == len(turns):
+            turns.append({})
+        turns[turn][place] = j
+    for rows in turns:
+        taken = [rows.get(i, len(places)) for i in range(shape(x)[dim])]
+        x = build.call(aten.add.Tensor, x, _taken(build, both, dim, taken, path), path=path)
+    return x
+
+
+def _index_fill(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    x, dim, index, value = args
+    dim = ops.dim(x, dim)
+    places = _places(build, x, dim, index)
+    if places is None:
+        return None
+    chosen = torch.zeros(shape(x)[dim], dtype=torch.bool)
+    chosen[places] = True
+    mask = chosen.reshape(-1, *[1] * (len(shape(x)) - dim - 1))
+    where = build.constant(f"moved.mask_{len(build.tensors)}", mask)
+    return build.call(aten.where.ScalarSelf, where, value, x, path=path)
+
+
 _circular = _padded(lambda i, size: i % size)
 _reflected = _padded(lambda i, size: size - 1 - abs(size - 1 - abs(i)))
 _replicated = _padded(lambda i, size: min(max(i, 0), size - 1))
@@ -157,6 +235,10 @@ _RULES: dict[Any, Callable[..., Node | None]] = {
     aten.flip.default: _flip,
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
+    aten.index_add.default: _index_add,
+    aten.index_copy.default: _index_copy,
+    aten.index_fill.int_Scalar: _index_fill,
+    aten.diagonal.default: _diagonal,
     aten.embedding.default: _embedding,
     aten.unfold.default: _windows,
     aten._pad_circular.default: _circular,

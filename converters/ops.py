@@ -55,6 +55,7 @@ BATCHED = frozenset(
         aten.group_norm.default,
         aten.instance_norm.default,
         aten.im2col.default,
+        aten.col2im.default,
         aten.max_pool1d.default,
         aten.max_pool2d.default,
         aten.max_pool3d.default,
@@ -110,6 +111,16 @@ def arguments(node: Node) -> dict[str, Any]:
     schema = node.target._schema.arguments
     given = {a.name: value for a, value in zip(schema, node.args, strict=False)} | node.kwargs
     return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def by_sizes(node: Node) -> bool:
+    """Whether a resampling follows from its sizes: a factor that is no quotient of them counts itself."""
+    given = arguments(node)
+    factors = given.get("scale_factors") or [given.get("scales_h"), given.get("scales_w")]
+    have, want = (shape(n)[-len(factors) :] for n in (node.args[0], node))
+    return bool(given.get("align_corners")) or all(
+        f is None or a * f == b for a, b, f in zip(have, want, factors, strict=True)
+    )
 
 
 def permutation(node: Node) -> list[int]:

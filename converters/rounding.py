@@ -356,6 +356,10 @@ class Bounds(fx.Interpreter):
         return tuple(map(one, range(len(values))))
 
 
+#: Where an operator's numbers end: below 0 there is no root.
+_LEAST = {aten.sqrt.default: 0, aten.acosh.default: 1}
+
+
 def _perturbed(
     target: Any, args: Any, errors: Any, kwargs: Any, value: torch.Tensor
 ) -> torch.Tensor:
@@ -368,8 +372,8 @@ def _perturbed(
             if not isinstance(a, torch.Tensor) or not a.is_floating_point():
                 return a
             shifted = a + sign * e
-            if target is aten.sqrt.default:  # below 0 there is no root
-                return torch.where(a >= 0, shifted.clamp(min=0), shifted)
+            if (least := _LEAST.get(target)) is not None:
+                return torch.where(a >= least, shifted.clamp(min=least), shifted)
             return shifted
 
         answer: torch.Tensor = target(*pytree.tree_map(shift, tuple(args), tuple(errors)), **kwargs)

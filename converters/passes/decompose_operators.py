@@ -3,16 +3,17 @@
     b + x W                        of addmm and baddbmm
     b - a                          of rsub
     max(x, -x)                     of abs
-    sqrt(sum of x x)               of the Euclidean norm
+    sqrt(sum of x x)               of the Euclidean norm, and likewise of other orders
     pool2d of [N, 1, rest, K]      of amax over K values, and -amax(-x) of amin
     (x - m) / sqrt(var + eps)      of layer, group and instance norm, m and var being means
     x / sqrt(mean of x x + eps)    of RMS norm
     s - m - log(sum exp(s - m))    of log_softmax, m being the largest
     sum of (x - m)^2, over n - c   of the variance, and its root of the standard deviation
     softmax(s Q K' + mask) V       of attention
-    conv2d by kernels of one 1     of im2col
+    conv2d by kernels of one 1     of im2col, and its transpose of col2im
+    x_1 x_2 ...                    of the product
     pool2d of [N, C, 1, L]         of pooling over [N, C, L]
-    x W, along H and along W       of adaptive average pooling whose windows differ
+    x W, along H and along W       of adaptive average pooling whose windows differ, and of resampling
     x W, W ones above the diagonal of the running sum
     slice, concatenate             of padding
     (x y') W                       of the bilinear layer, x y' being all products
@@ -181,11 +182,42 @@ class _Decompose(Builder):
 
     def vector_norm(self, n: Node) -> Node | None:
         x, order, dims, keep, _ = self.given(n)
-        if order != 2:
+        if order in (1, 2) and not self.lacking(n.target):
             return None
         dims = [*range(len(shape(x)))] if dims is None else dims
-        total = self.emit(aten.sum.dim_IntList, self.emit(aten.mul.Tensor, x, x), dims, keep)
-        return self.emit(aten.sqrt.default, total)
+        if order == 2:
+            square = self.emit(aten.mul.Tensor, x, x)
+            return self.emit(aten.sqrt.default, self.emit(aten.sum.dim_IntList, square, dims, keep))
+        if order == 0:
+            other = self.emit(aten.ne.Scalar, x, 0)
+            ones = self.emit(aten._to_copy.default, other, dtype=x.meta["val"].dtype)
+            return self.emit(aten.sum.dim_IntList, ones, dims, keep)
+        size = self.emit(aten.abs.default, x)
+        if math.isinf(order):
+            extreme = aten.amax.default if order > 0 else aten.amin.default
+            return self.emit(extreme, size, dims, keep)
+        if order == 1:
+            return self.emit(aten.sum.dim_IntList, size, dims, keep)
+        powers = self.emit(aten.pow.Tensor_Scalar, size, order)
+        total = self.emit(aten.sum.dim_IntList, powers, dims, keep)
+        return self.emit(aten.pow.Tensor_Scalar, total, 1 / order)
+
+    def product(self, n: Node) -> Node | None:
+        given = ops.arguments(n)
+        x, dtype = self.env.get(given["self"], given["self"]), n.meta["val"].dtype
+        if not dtype.is_floating_point:
+            return None
+        x = x if x.meta["val"].dtype == dtype else self.emit(aten._to_copy.default, x, dtype=dtype)
+        if given.get("dim") is None:
+            x = self.reshape(x, -1)
+        at = ops.dim(x, given.get("dim") or 0)
+        if not 0 < shape(x)[at] <= _MOST_FACTORS:
+            return None
+        factors = [self.emit(aten.slice.Tensor, x, at, i, i + 1) for i in range(shape(x)[at])]
+        made = factors[0]
+        for factor in factors[1:]:
+            made = self.emit(aten.mul.Tensor, made, factor)
+        return self.reshape(made, *shape(n))
 
     def amax(self, n: Node) -> Node:
         x, dims, _ = self.given(n)
@@ -241,13 +273,22 @@ class _Decompose(Builder):
         weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
         return self.affine(self.reshape(y, N, C, *image), weight, bias)
 
-    def instance_norm(self, n: Node) -> Node | None:
-        x, weight, bias, _, _, own, _, eps, _ = self.given(n)
+    def instance_norm(self, n: Node) -> Node:
+        x, weight, bias, mean, variance, own, momentum, eps, _ = self.given(n)
         if not own:
-            return None
+            fixed = weight, bias, mean, variance, False, momentum, eps, False
+            return self.emit(aten.batch_norm.default, x, *fixed)
         sizes = (shape(x)[1], *[1] * (len(shape(x)) - 2))
         weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
         return self.affine(self.normalised(x, [*range(2, len(shape(x)))], eps), weight, bias)
+
+    def norm_by_batch(self, n: Node) -> list[Node]:
+        """A batch norm without statistics of its own; of its results the first."""
+        x, weight, bias, _, _, eps = self.given(n)
+        sizes = (shape(x)[1], *[1] * (len(shape(x)) - 2))
+        weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
+        dims = [d for d in range(len(shape(x))) if d != 1]
+        return [self.affine(self.normalised(x, dims, eps), weight, bias)]
 
     def variance(self, n: Node) -> Node:
         x, dims, correction, keep = self.given(n)
@@ -302,6 +343,22 @@ class _Decompose(Builder):
         rows = self.reshape(x, N * C, 1, H, W)
         taken = self.emit(aten.conv2d.default, rows, kernels, None, stride, padding, dilation)
         return self.reshape(taken, *shape(n))
+
+    def col2im(self, n: Node) -> Node | None:
+        x, size, kernel, dilation, padding, stride = self.given(n)
+        if len(shape(x)) != 3:
+            return None
+        spans = [*zip(size, kernel, dilation, padding, stride, strict=True)]
+        rest = [h + 2 * p - d * (k - 1) - 1 for h, k, d, p, _ in spans]
+        counts = [r // s + 1 for r, (*_, s) in zip(rest, spans, strict=True)]
+        left = [r % s for r, (*_, s) in zip(rest, spans, strict=True)]
+        count, dtype = math.prod(kernel), x.meta["val"].dtype
+        ones = torch.eye(count, dtype=dtype).reshape(count, 1, *kernel)
+        kernels = self.constant(f"col2im_{'_'.join(map(str, kernel))}_{_name(dtype)}", ones)
+        rows = self.reshape(x, -1, count, *counts)
+        whole = stride, padding, left, 1, dilation
+        made = self.emit(aten.conv_transpose2d.input, rows, kernels, None, *whole)
+        return self.reshape(made, *shape(n))
 
     def running_sum(self, n: Node) -> Node | None:
         x, dim, _ = self.given(n)
@@ -383,6 +440,28 @@ class _Decompose(Builder):
             x = self.emit(aten.matmul.default, x, windows)
             x = self.emit(aten.transpose.int, x, -2, -1)
         return x
+
+    def resampled(self, n: Node) -> Node | None:
+        if ops.by_sizes(n) and not self.lacking(n.target):
+            return None
+        x, *rest = self.given(n)
+        dtype = x.meta["val"].dtype
+        sizes = shape(x)[-2:]
+        for at in (1, 0):
+            # What becomes of each place alone, the other dimension being one value all along.
+            places = torch.eye(sizes[at])[:, None].unsqueeze(3 - at).expand(-1, -1, *sizes)
+            made = n.target(places.contiguous(), *rest)[:, 0].select(2 - at, 0)
+            name = f"{n.name}.{'rows' if at == 0 else 'columns'}"
+            x = self.emit(aten.matmul.default, x, self.constant(name, made.to(dtype)))
+            x = self.emit(aten.transpose.int, x, -2, -1)
+        return x
+
+    def adaptive_average_volume(self, n: Node) -> Node | None:
+        x, wanted = self.given(n)
+        sizes = zip(shape(x)[-3:], wanted, strict=True)
+        if not self.lacking(n.target) and not any(have % want for have, want in sizes):
+            return None
+        return volumes.adaptive_average(self, n)
 
     def pool1d(self, n: Node) -> Node:
         x, *windows = self.given(n)
@@ -483,8 +562,22 @@ _ROWS: dict[Any, tuple[Any, ...]] = {
     aten.adaptive_avg_pool1d.default: (aten.adaptive_avg_pool2d.default, 1),
 }
 
-#: Operators that a target has, but not for all sizes: a pooling whose windows differ.
-_IN_PART = frozenset({aten.adaptive_avg_pool2d.default})
+#: Operators that a target has, but not in all forms: a pooling whose windows differ, a norm of another
+#: order, rounding to decimals, resampling by factors that its sizes do not say.
+_IN_PART = frozenset(
+    {
+        aten.adaptive_avg_pool2d.default,
+        aten.adaptive_avg_pool3d.default,
+        aten.linalg_vector_norm.default,
+        aten.round.decimals,
+        aten.upsample_bilinear2d.vec,
+        aten.upsample_bicubic2d.vec,
+        aten.upsample_nearest2d.vec,
+    }
+)
+
+#: Factors of a product that is taken apart.
+_MOST_FACTORS = 64
 
 
 def _formula(write: Callable[..., Term | None]) -> Callable[[_Decompose, Node], Node | None]:
@@ -520,6 +613,10 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.var_mean.dim: _Decompose.spread_and_mean,
     aten.scaled_dot_product_attention.default: _Decompose.attention,
     aten.im2col.default: _Decompose.im2col,
+    aten.col2im.default: _Decompose.col2im,
+    aten.prod.default: _Decompose.product,
+    aten.prod.dim_int: _Decompose.product,
+    aten._native_batch_norm_legit.no_stats: _Decompose.norm_by_batch,
     aten.cumsum.default: _Decompose.running_sum,
     aten.bilinear.default: _Decompose.bilinear,
     aten.log1p.default: _Decompose.log1p,
@@ -531,11 +628,17 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.conv3d.default: volumes.conv,
     aten.max_pool3d.default: volumes.max_pool,
     aten.avg_pool3d.default: volumes.average_pool,
-    aten.adaptive_avg_pool3d.default: volumes.adaptive_average,
+    aten.adaptive_avg_pool3d.default: _Decompose.adaptive_average_volume,
     aten.upsample_nearest1d.vec: volumes.upsample,
     aten.upsample_linear1d.vec: volumes.upsample,
     aten.upsample_nearest3d.vec: volumes.upsample,
+    aten._upsample_nearest_exact1d.vec: volumes.upsample,
+    aten._upsample_nearest_exact3d.vec: volumes.upsample,
     aten.upsample_trilinear3d.vec: volumes.upsample,
+    aten.upsample_bilinear2d.vec: _Decompose.resampled,
+    aten.upsample_bicubic2d.vec: _Decompose.resampled,
+    aten.upsample_nearest2d.vec: _Decompose.resampled,
+    aten._upsample_nearest_exact2d.vec: _Decompose.resampled,
     aten.amin.default: _Decompose.amin,
     aten.constant_pad_nd.default: _Decompose.padded,
     aten.log_softmax.int: _Decompose.log_softmax,

@@ -156,6 +156,35 @@ def copysign(x: Term, y: Term | float) -> Any:
     return where(y.emit(aten.logical_or.default, y < 0.0, 1.0 / y < 0.0), -size, size)
 
 
+def logaddexp(x: Term, y: Term) -> Any:
+    """log(exp x + exp y), from the larger; of two that are equal, infinities among them, one log 2 above."""
+    larger = x.emit(aten.maximum.default, x, y)
+    rest = x.emit(aten.softplus.default, -abs(x - y))
+    return where(x.apply("eq", x, y), x + math.log(2), larger + rest)
+
+
+def _missing(x: Term) -> Term:
+    """Whether it is NaN."""
+    return x.emit(aten.ne.Tensor, x, x)
+
+
+def _either(target: Any) -> Callable[[Term, Term], Term]:
+    """The larger or smaller of two, and of a number and NaN the number."""
+
+    def write(x: Term, y: Term) -> Term:
+        return where(_missing(x), y, where(_missing(y), x, x.emit(target, x, y)))
+
+    return write
+
+
+def round_decimals(x: Term, decimals: int) -> Any:
+    """The nearest multiple of a power of ten, through the power itself as torch computes it."""
+    if decimals == 0:
+        return x.round()
+    ten = 10.0 ** abs(decimals)
+    return (x * ten).round() / ten if decimals > 0 else (x / ten).round() * ten
+
+
 #: The formula of an operator's arguments, in the order of its schema; None where there is none for them.
 FORMULAS: dict[Any, Callable[..., Term | None]] = {
     aten.silu.default: lambda x: x * x.sigmoid(),
@@ -190,5 +219,15 @@ FORMULAS: dict[Any, Callable[..., Term | None]] = {
     aten.copysign.Tensor: copysign,
     aten.copysign.Scalar: copysign,
     aten.hypot.default: hypot,
-    aten.isnan.default: lambda x: x.emit(aten.ne.Tensor, x, x),
+    aten.isnan.default: _missing,
+    aten.isinf.default: lambda x: x.apply("eq", abs(x), math.inf),
+    aten.isposinf.default: lambda x: x.apply("eq", x, math.inf),
+    aten.isneginf.default: lambda x: x.apply("eq", x, -math.inf),
+    aten.log2.default: lambda x: x.emit(aten.log.default, x) * (1 / math.log(2)),
+    aten.log10.default: lambda x: x.emit(aten.log.default, x) * (1 / math.log(10)),
+    aten.erfc.default: lambda x: 1.0 - x.emit(aten.erf.default, x),
+    aten.logaddexp.default: logaddexp,
+    aten.fmax.default: _either(aten.maximum.default),
+    aten.fmin.default: _either(aten.minimum.default),
+    aten.round.decimals: round_decimals,
 }

@@ -115,10 +115,18 @@ def adaptive_average(w: Writer, n: Node) -> Node:
     return _separately(w, x, pool, shape(n))
 
 
+_NEAREST = {
+    aten.upsample_nearest1d.vec: aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.vec: aten.upsample_nearest2d.vec,
+    aten._upsample_nearest_exact1d.vec: aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact3d.vec: aten._upsample_nearest_exact2d.vec,
+}
+
+
 def upsample(w: Writer, n: Node) -> Node:
     """``upsample`` to the nearest or linear, of volumes and of lines, to a size or by factors."""
     x, size, *corners, factors = w.given(n)
-    target = aten.upsample_bilinear2d.vec if corners else aten.upsample_nearest2d.vec
+    target = aten.upsample_bilinear2d.vec if corners else _NEAREST[n.target]
 
     def resample(rows: Node, height: slice, same: bool) -> Node:
         to = None if size is None else [*size[height], *[shape(rows)[-1]] * same]

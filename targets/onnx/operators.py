@@ -218,16 +218,44 @@ def _bins(size: int, wanted: int, dtype: torch.dtype) -> torch.Tensor:
     return matrix
 
 
+def _nearest(e: Emitter, n: Node) -> str:
+    """Resize by whole factors; else a selection of the rows and columns that torch itself takes."""
+    x = n.args[0]
+    sizes, wanted = shape(x)[-2:], shape(n)[-2:]
+    taken = []
+    for at, size in enumerate(sizes):
+        places = torch.arange(size, dtype=torch.float32).reshape(-1, *[1] * (1 - at))
+        rows = n.target(places.expand(1, 1, *sizes).contiguous(), *n.args[1:])[0, 0]
+        taken.append((rows[:, 0] if at == 0 else rows[0]).long())
+    if all(
+        not b % a and torch.equal(index, torch.arange(b) // (b // a))
+        for a, b, index in zip(sizes, wanted, taken, strict=True)
+    ):
+        return e(
+            "Resize",
+            *(x, None, None, e.ints(shape(n))),
+            mode="nearest",
+            coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor",
+        )
+    for axis, index in enumerate(taken, 2):
+        x = e("Gather", x, e.constant(index), axis=axis)
+    return x  # type: ignore[no-any-return]
+
+
 def _resize(mode: str) -> Exporter:
+    """Between the values that are there; cubic with torch's coefficient."""
+
     def emit(e: Emitter, n: Node) -> str:
-        aligned = mode == "linear" and bool(n.args[2])
-        place = "align_corners" if aligned else "half_pixel"
+        if not ops.by_sizes(n):
+            raise NotInOnnx("resampling by factors that are no quotients of the sizes")
+        aligned = bool(n.args[2])
         return e(
             "Resize",
             *(n.args[0], None, None, e.ints(shape(n))),
             mode=mode,
-            coordinate_transformation_mode="asymmetric" if mode == "nearest" else place,
-            nearest_mode="floor" if mode == "nearest" else None,
+            coordinate_transformation_mode="align_corners" if aligned else "half_pixel",
+            cubic_coeff_a=-0.75 if mode == "cubic" else None,
         )
 
     return emit
@@ -363,6 +391,11 @@ def _product_along(e: Emitter, n: Node) -> str:
     return _axes(e, "ReduceProd", e.value(x, dtype_of(n)), [ops.dim(x, at)], bool(keep), 18)
 
 
+def _product(e: Emitter, n: Node) -> str:
+    x = n.args[0]
+    return _axes(e, "ReduceProd", e.value(x, dtype_of(n)), range(len(shape(x))), False, 18)
+
+
 def _running_sum(e: Emitter, n: Node) -> str:
     x, at = n.args[:2]
     return e("CumSum", e.value(x, dtype_of(n)), e.constant(torch.tensor(ops.dim(x, at))))
@@ -477,8 +510,10 @@ OPERATORS: dict[Any, Exporter] = {
     aten.adaptive_avg_pool2d.default: _adaptive_average_pool(2),
     aten._adaptive_avg_pool2d.default: _adaptive_average_pool(2),
     aten.adaptive_avg_pool3d.default: _adaptive_average_pool(3),
-    aten.upsample_nearest2d.default: _resize("nearest"),
-    aten.upsample_nearest2d.vec: _resize("nearest"),
+    aten.upsample_nearest2d.default: _nearest,
+    aten.upsample_nearest2d.vec: _nearest,
+    aten._upsample_nearest_exact2d.vec: _nearest,
+    aten.upsample_bicubic2d.vec: _resize("cubic"),
     aten.upsample_bilinear2d.default: _resize("linear"),
     aten.upsample_bilinear2d.vec: _resize("linear"),
     # Shape
@@ -516,6 +551,7 @@ OPERATORS: dict[Any, Exporter] = {
     aten.std.correction: _deviation,
     aten.logsumexp.default: _log_sum_exp,
     aten.prod.dim_int: _product_along,
+    aten.prod.default: _product,
     aten.cumsum.default: _running_sum,
     aten.argmax.default: _place("ArgMax"),
     aten.argmin.default: _place("ArgMin"),

@@ -81,7 +81,7 @@ def _floor_division(e: Emitter, n: Node) -> str:
     """floor(a / b) as torch computes it: from a less its remainder, which a multiple of b divides."""
     dtype = dtype_of(n)
     if not dtype.is_floating_point:
-        raise NotInOnnx("floor division of whole numbers")
+        return _whole_division(e, n)
     a, b = (e.value(x, dtype) for x in n.args[:2])
     rest = _modulus(e, n)
     quotient = e("Div", e("Sub", a, rest), b)
@@ -90,6 +90,20 @@ def _floor_division(e: Emitter, n: Node) -> str:
     floor = e("Floor", quotient)
     floor = e("Where", e("Greater", e("Sub", quotient, floor), half), e("Add", floor, one), floor)
     return e("Where", e("Equal", b, e.value(0, dtype)), e("Div", a, b), floor)
+
+
+def _whole_division(e: Emitter, n: Node) -> str:
+    """floor(a / b) of whole numbers, which ONNX's own division rounds towards zero."""
+    divisor = n.args[1]
+    known = e.tensor(divisor) if isinstance(divisor, fx.Node) else torch.tensor(divisor)
+    if known is None or not known.all():
+        raise NotInOnnx("floor division of whole numbers by what is computed, and may be 0")
+    dtype = dtype_of(n)
+    wide = dtype if dtype == torch.int64 else torch.int32
+    a, b = (e.value(x, wide) for x in n.args[:2])
+    opposite = _opposite(e, e("Mod", a, b, fmod=1), b, wide)
+    quotient = e("Sub", e("Div", a, b), e.cast(opposite, torch.bool, wide))
+    return e.cast(quotient, wide, dtype)
 
 
 def _opposite(e: Emitter, rest: str, divisor: str, dtype: torch.dtype) -> str:
@@ -200,9 +214,14 @@ def _elu(e: Emitter, n: Node) -> str:
 
 
 def _softplus(e: Emitter, n: Node) -> str:
-    if argument(n, 1, "beta", 1) != 1 or argument(n, 2, "threshold", 20) < 20:
-        raise NotInOnnx("softplus with a beta or a threshold of its own")
-    return e("Softplus", n.args[0])
+    x, beta, threshold = arguments(n, 1, 1, 20)
+    dtype = dtype_of(n)
+    scaled = x if beta == 1 else e("Mul", x, e.value(beta, dtype))
+    result = e("Softplus", scaled)
+    result = result if beta == 1 else e("Div", result, e.value(beta, dtype))
+    if threshold >= 20:  # above it float32 rounds to x itself
+        return result
+    return e("Where", e("Greater", scaled, e.value(threshold, dtype)), x, result)
 
 
 def _mish(e: Emitter, n: Node) -> str:
@@ -226,6 +245,7 @@ POINTWISE: dict[Any, Exporter] = {
     aten.fmod.Tensor: _modulus,
     aten.remainder.Scalar: _remainder,
     aten.remainder.Tensor: _remainder,
+    aten.pow.Scalar: _binary("Pow"),
     aten.pow.Tensor_Scalar: _power,
     aten.pow.Tensor_Tensor: _power,
     aten.maximum.default: _binary("Max"),
@@ -246,6 +266,9 @@ POINTWISE: dict[Any, Exporter] = {
     aten.atan.default: _unary("Atan"),
     aten.sinh.default: _unary("Sinh"),
     aten.cosh.default: _unary("Cosh"),
+    aten.asinh.default: _unary("Asinh"),
+    aten.acosh.default: _unary("Acosh"),
+    aten.atanh.default: _unary("Atanh"),
     aten.erf.default: _unary("Erf"),
     aten.floor.default: _unary("Floor"),
     aten.ceil.default: _unary("Ceil"),
