@@ -157,7 +157,7 @@ def copysign(x: Term, y: Term | float) -> Any:
 
 
 def logaddexp(x: Term, y: Term) -> Any:
-    """log(exp x + exp y), from the larger; of two that are equal, infinities among them, one log 2 above."""
+    """log(exp x + exp y), from the larger; of equal ones, which may be infinite, one log 2 above."""
     larger = x.emit(aten.maximum.default, x, y)
     rest = x.emit(aten.softplus.default, -abs(x - y))
     return where(x.apply("eq", x, y), x + math.log(2), larger + rest)

@@ -162,6 +162,34 @@ CASES = {
     "between": (lambda x: torch.lerp(x, -x, 0.3) + torch.lerp(x, -x, 0.8), IMAGE),
     "between, by a tensor": (lambda x: torch.lerp(x, x * x, x[0]), IMAGE),
     "added product": (lambda x: torch.addcmul(x, x, x[0], value=0.5), IMAGE),
+    "larger number": (lambda x: torch.fmax(x / x.relu(), x) + torch.fmin(x, x * x), IMAGE),
+    "round to decimals": (lambda x: x.round(decimals=1) + (x * 100).round(decimals=-1), IMAGE),
+    "infinite": (lambda x: (1 / x.relu()).isinf() ^ (-1 / x.relu()).isneginf(), IMAGE),
+    "infinite above": (lambda x: (1 / x.relu()).isposinf(), IMAGE),
+    "norm of order 1": (lambda x: F.normalize(x, p=1.0), IMAGE),
+    "norm of order infinity": (lambda x: F.normalize(x, p=torch.inf), IMAGE),
+    "norm of the smallest": (lambda x: torch.linalg.vector_norm(x, -torch.inf, (1, 2)), IMAGE),
+    "norm of order 3": (lambda x: torch.linalg.vector_norm(x, 3), IMAGE),
+    "norm of what is not 0": (lambda x: torch.linalg.vector_norm(x.relu(), 0, 1), IMAGE),
+    "product": (lambda x: x.prod(1, keepdim=True) + x[0, 0].prod(), IMAGE),
+    "col2im": (
+        lambda x: F.fold(F.unfold(x, (3, 2), 1, 1, 2), (6, 5), (3, 2), 1, 1, 2),
+        IMAGE,
+    ),
+    "instance norm with statistics": (
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        IMAGE,
+    ),
+    "batch norm without statistics": (nn.BatchNorm2d(4, track_running_stats=False), IMAGE),
+    "nearest by a factor": (lambda x: F.interpolate(x, scale_factor=1.7), IMAGE),
+    "nearest in 1-D by a factor": (lambda x: F.interpolate(x, scale_factor=1.7), LINE),
+    "exactly nearest": (lambda x: F.interpolate(x, (4, 7), mode="nearest-exact"), IMAGE),
+    "exactly nearest in 3-D": (lambda x: F.interpolate(x, (4, 7, 9), mode="nearest-exact"), VIDEO),
+    "bilinear by a factor": (
+        lambda x: F.interpolate(x, scale_factor=1.3, mode="bilinear"),
+        IMAGE,
+    ),
+    "bicubic": (lambda x: F.interpolate(x, (9, 4), mode="bicubic"), IMAGE),
     "added quotient": (lambda x: torch.addcdiv(x, x, x.exp(), value=0.5), IMAGE),
 }
 
@@ -173,6 +201,9 @@ def test_an_operator_in_others(name: str) -> None:
     net, x = Net(run).eval(), torch.randn(shape)
     for parameter in net.parameters():
         nn.init.normal_(parameter)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_var"):
+            nn.init.uniform_(buffer, 0.5, 2)
     captured = capture(net, (x,))
     decomposed = decompose_operators(OPS)(captured)
     assert decomposed.history[-1].done
@@ -204,10 +235,19 @@ def test_a_formula_where_arithmetic_ends(target: Any) -> None:
         aten.copysign.Tensor: (x.flip(0),),
         aten.copysign.Scalar: (-2.0,),
         aten.hypot.default: (x + 1,),
+        aten.logaddexp.default: (x.roll(3),),
+        aten.fmax.default: (x.roll(3),),
+        aten.fmin.default: (x.roll(3),),
+        aten.round.decimals: (),
     }.get(target, ())
-    named = {"approximate": "tanh"} if target is aten.gelu.default else {}
+    named: dict[str, Any] = {
+        aten.gelu.default: {"approximate": "tanh"},
+        aten.round.decimals: {"decimals": 2},
+    }.get(target, {})
     net = Net(lambda x: target(x, *rest, **named))
-    program = decompose_operators({*OPS, "aten.softplus"})(capture(net, (x,)))
+    program = decompose_operators({*OPS, "aten.softplus", "aten.log", "aten.erf"})(
+        capture(net, (x,))
+    )
     assert program.history[-1].done
     torch.testing.assert_close(program(x), net(x), equal_nan=True, rtol=1e-5, atol=1e-5)
 
