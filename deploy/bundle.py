@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from .. import targets
 from ..converters.errors import ArtifactExistsError, Finding, UnsupportedError, UsageError
 from ..targets import lynxi
+from ..targets.lynxi.simulator.onnx_ops import LOWERINGS
 from . import store
 from .artifact import Artifact
 from .model import STATES, Port
@@ -76,7 +77,7 @@ def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
 
 
 def _violations(file: Path) -> Iterator[Finding]:
-    """Ranks above the chip's; operators are for the compiler to judge."""
+    """Ranks above the chip's, and operators that its compiler has not been seen to take."""
     most = targets.get("lynxi").capabilities.max_rank
     graph = onnx.load(file, load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
@@ -92,6 +93,23 @@ def _violations(file: Path) -> Iterator[Finding]:
                 found=f"{node.op_type if node else 'an input'} of shape {sizes}",
                 allowed=f"rank up to {most}",
                 fix="merge dimensions before this operator in the network's forward",
+            )
+    # What is computed of constants alone is computed when the model is built.
+    computed = {value.name for value in graph.input}
+    for node in graph.node:
+        if computed.isdisjoint(node.input):
+            continue
+        computed.update(node.output)
+        if node.op_type not in LOWERINGS:
+            yield Finding(
+                rule="operator",
+                where=node.doc_string,
+                node=node.output[0],
+                target="lynxi",
+                found=node.op_type,
+                allowed=", ".join(sorted(LOWERINGS)),
+                fix="leave it out of the network, and apply it to what the model returns, or write it in "
+                "operators that are allowed",
             )
 
 

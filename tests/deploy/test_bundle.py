@@ -153,6 +153,17 @@ def test_other_artifacts_are_refused(tmp_path: Path) -> None:
         deploy.bundle(tmp_path / "a", tmp_path / "b")
 
 
+def test_an_operator_that_the_chip_lacks_is_refused(tmp_path: Path) -> None:
+    class Classes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + 1).argmax(1)
+
+    program = deploy.convert(Classes(), (torch.rand(2, 3),), target="onnx")
+    deploy.compile(program, tmp_path / "a", cache=False)
+    with pytest.raises(deploy.UnsupportedError, match=r"ArgMax; allowed: .*apply it to what"):
+        deploy.bundle(tmp_path / "a", tmp_path / "b")
+
+
 def test_a_rank_that_the_chip_lacks_is_refused(tmp_path: Path) -> None:
     class Deep(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
