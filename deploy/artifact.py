@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ..converters.errors import ArtifactCorruptError, ArtifactError
 from . import store
 from .manifest import read_manifest
-from .model import Model
+from .model import Model, classes
 
 #: Fraction of predictions that must agree where the samples were recorded off the device.
 _LEAST_AGREEMENT = 0.9
@@ -134,7 +134,7 @@ class Artifact:
                     equal = equal and torch.equal(a, b)
                     largest = max(largest, (a.double() - b.double()).abs().max().item())
                 if found[0].dim() == 2:
-                    agreeing += int((found[0].argmax(1) == expected[0].argmax(1)).sum())
+                    agreeing += int((classes(found[0]) == classes(expected[0])).sum())
                     rows += len(found[0])
         agreement = agreeing / rows if rows else None
         return Verification(recorded["source"], recorded["calls"], equal, largest, agreement)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -20,6 +22,7 @@ from ..converters.host import on_host
 from ..converters.program import Program, Site, Time
 from ..converters.rounding import Bounds
 from ..converters.verify import Trace, first_flips, to_threshold
+from .model import Port, classes, pad
 from .pipeline import rewrite_for
 
 
@@ -45,8 +48,16 @@ class Runs(Protocol):
         """Whether the layers' spikes can be read."""
 
     @property
-    def batch_dim(self) -> int:
-        """Which dimension of the first input is the batch."""
+    def inputs(self) -> Sequence[Port]:
+        """The inputs, in order."""
+
+    @property
+    def batch_dims(self) -> Sequence[int | None]:
+        """Which dimension of each input of a call is the batch."""
+
+    @property
+    def output_dims(self) -> Sequence[int | None]:
+        """Which dimension of each output of a call is the batch."""
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The outputs for one batch."""
@@ -179,7 +190,7 @@ class Report:
 def compare(
     net: nn.Module,
     model: Runs,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loader: Iterable[Any],
     *,
     layers: int = 64,
     progress: bool = False,
@@ -191,15 +202,20 @@ def compare(
     Args:
         net: The source network.
         model: The loaded artifact.
-        loader: Batches (x, y) of images [N, ...], or of events [T, N, ...] if the network was converted
-            for those, and labels [N]; N need not be the compiled batch.
+        loader: Batches (x, y), tensors or NumPy arrays: images [N, ...], or events [T, N, ...] if the
+            network was converted for those, or a tuple of a network's several inputs; and labels [N],
+            [N, 1] or one-hot [N, C]. N need not be the compiled batch.
         layers: On how many samples to compare the spikes of every layer; 0 for none.
         progress: Whether to show a bar on a terminal.
 
     Raises:
-        UsageError: The loader is empty or its labels are not as many as its inputs, or the outputs are
-            no class scores.
+        UsageError: The loader is empty or gives something else, its labels are not as many as its inputs,
+            the outputs are no class scores, or the artifact was compiled from another network.
     """
+    try:
+        iter(loader)
+    except TypeError as error:
+        raise UsageError(f"the loader is {loader!r}; give an iterable of {_PAIRS}") from error
     right = torch.zeros(2, dtype=torch.int64)
     seconds = [0.0, 0.0]
     samples, disagreeing = 0, list[int]()
@@ -208,25 +224,26 @@ def compare(
     net.eval()
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
-            for x, y in loader:
-                count = x.shape[model.batch_dim]
-                if count != len(y):
-                    raise UsageError(f"a batch of {count} inputs and {len(y)} labels")
-                parts = torch.split(x, model.batch, model.batch_dim)
-                for part, labels in zip(parts, torch.split(y, model.batch), strict=True):
-                    if samples < layers and model.has_probes:
-                        spikes.compare(part, samples)
-                    start = time.perf_counter()
-                    ours = predictions(_source(net, part)).cpu()
-                    middle = time.perf_counter()
-                    theirs = predictions(model(part)).cpu()
-                    seconds[1] += time.perf_counter() - middle
-                    seconds[0] += middle - start
-                    right += torch.stack([(p == labels.cpu()).sum() for p in (ours, theirs)])
-                    wrong = (ours != theirs).nonzero().flatten() + samples
-                    disagreeing += wrong.tolist()
-                    samples += len(labels)
-                    bar.update(len(labels))
+            for part, labels in _parts(loader, model):
+                if samples < layers and model.has_probes:
+                    spikes.compare(part, samples)
+                start = time.perf_counter()
+                theirs = predictions(model(*part), model.output_dims[0]).cpu()
+                middle = time.perf_counter()
+                ours = predictions(_source(net, part, model), model.output_dims[0]).cpu()
+                seconds[0] += time.perf_counter() - middle
+                seconds[1] += middle - start
+                if not len(ours) == len(theirs) == len(labels):
+                    raise UsageError(
+                        f"{len(labels)} samples, of which the source classifies {len(ours)} and the "
+                        f"device {len(theirs)}; the first output has to have scores [N, C], "
+                        "[T, N, C] or [N, T, C] of every sample"
+                    )
+                right += torch.stack([(p == labels).sum() for p in (ours, theirs)])
+                wrong = (ours != theirs).nonzero().flatten() + samples
+                disagreeing += wrong.tolist()
+                samples += len(labels)
+                bar.update(len(labels))
     finally:
         for module, training in modes:
             module.training = training
@@ -251,53 +268,171 @@ def compare(
     )
 
 
-def predictions(outputs: Any) -> torch.Tensor:
-    """The class of each sample: the largest of the first output's scores [N, C], or rates of [T, N, C].
+_PAIRS = (
+    "pairs (x, y): x a tensor or a NumPy array, or a tuple of them if the network has several inputs, and "
+    "as many labels y, classes [N] or [N, 1] or one-hot [N, C]"
+)
+
+
+def _parts(
+    loader: Iterable[Any], model: Runs
+) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    """The inputs and labels [N] of each batch, in parts of up to the compiled batch."""
+    dims = model.batch_dims
+    for batch in loader:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            count = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise UsageError(f"the loader gives a {_found(batch)}{count}; allowed: {_PAIRS}")
+        x, labels = batch[0], _labels(batch[1])
+        inputs = tuple(map(_input, x if isinstance(x, (tuple, list)) else (x,)))
+        pairs = [*zip(inputs, dims, strict=False)]
+        sized = [(x, d) for x, d in pairs if d is not None]
+        if len(inputs) != len(dims) or not sized or any(x.dim() <= d for x, d in sized):
+            yield inputs, labels  # the model says what is wrong, if anything is
+            continue
+        counts = sorted({x.shape[d] for x, d in sized})
+        if counts != [len(labels)]:
+            raise UsageError(
+                f"a batch of {' and '.join(map(str, counts))} inputs and {len(labels)} labels"
+            )
+        first = 0
+        for part in labels.split(model.batch):
+            now = (x if d is None else x.narrow(d, first, len(part)) for x, d in pairs)
+            yield tuple(now), part
+            first += len(part)
+
+
+def _input(x: Any) -> torch.Tensor:
+    if isinstance(x, np.ndarray):
+        with suppress(TypeError, ValueError):  # objects, texts
+            return torch.as_tensor(x)
+    if not isinstance(x, torch.Tensor):
+        raise UsageError(f"an input of the loader is a {_found(x)}; allowed: {_PAIRS}")
+    return x
+
+
+def _labels(y: Any) -> torch.Tensor:
+    """Labels as classes [N], on the CPU."""
+    found: torch.Tensor | None = None
+    if isinstance(y, (torch.Tensor, np.ndarray, list, tuple)):
+        with suppress(TypeError, ValueError, RuntimeError):  # texts, ragged lists
+            found = torch.as_tensor(y).cpu()
+    if found is not None and found.dim() == 2:
+        hot = found != 0
+        if found.shape[1] == 1:
+            found = found[:, 0]
+        elif (hot.sum(1) == 1).all():
+            found = classes(hot)
+    if found is None or found.dim() != 1 or (found != found.long()).any():
+        raise UsageError(f"the labels of a batch are a {_found(y)}; allowed: {_PAIRS}")
+    return found
+
+
+def _found(value: Any) -> str:
+    shape = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else ""
+    return f"{type(value).__name__} {shape}".rstrip()
+
+
+def predictions(outputs: Any, batch_dim: int | None = None) -> torch.Tensor:
+    """The class of each sample, of the largest of the first output's scores; of their means over time.
+
+    Args:
+        outputs: The first is [N, C], [T, N, C] or [N, T, C].
+        batch_dim: Which of its dimensions is N; the one before the last unless given.
 
     Raises:
-        UsageError: The first output has another rank.
+        UsageError: The first output has another shape.
     """
     found, _ = pytree.tree_flatten(outputs)
     if not found:
         raise UsageError("the network returns no tensor, so there are no classes to read")
     scores: torch.Tensor = found[0]
-    if scores.dim() == 3:
-        scores = scores.float().mean(0)
-    if scores.dim() != 2:
+    at = scores.dim() - 2 if batch_dim is None else batch_dim
+    if scores.dim() == 3 and at < 2:
+        scores, at = scores.float().mean(1 - at), 0
+    if scores.dim() != 2 or at != 0:
+        samples = "" if batch_dim is None else f" with the samples in dimension {batch_dim}"
         raise UsageError(
-            f"the first output has shape {list(scores.shape)}; classes are read from [N, C] or "
-            "[T, N, C]"
+            f"the first output has shape {list(scores.shape)}{samples}; classes are read from [N, C], "
+            "[T, N, C] or [N, T, C]"
         )
-    return scores.argmax(1)
+    return classes(scores)
 
 
-def _source(net: nn.Module, x: torch.Tensor) -> Any:
+def _source(net: nn.Module, inputs: Sequence[torch.Tensor], model: Runs) -> Any:
     sources.reset(net)
-    floating = [p for p in net.parameters() if p.is_floating_point()]
-    result = net(x.to(floating[0].device, floating[0].dtype) if floating else x)
+    try:
+        result = net(*_taken(net, inputs, model))
+    except RuntimeError as error:
+        raise UsageError(
+            f"the network fails on inputs that the model takes: {error}; {_ORIGIN}"
+        ) from error
     sources.reset(net)
     return result
 
 
+def _taken(net: nn.Module, inputs: Sequence[torch.Tensor], model: Runs) -> tuple[torch.Tensor, ...]:
+    """The inputs where the network is; numbers with a fraction in its dtype, as the model takes them."""
+    floating = next((p for p in net.parameters() if p.is_floating_point()), None)
+    found = []
+    for x, port in zip(inputs, model.inputs, strict=True):
+        dtype = port.spec.dtype if floating is None else floating.dtype
+        x = x if floating is None else x.to(floating.device)
+        found.append(x.to(dtype) if x.is_floating_point() else x)
+    return tuple(found)
+
+
+_ORIGIN = "compare the artifact with the network that it was compiled from, or compile this one"
+
+
 def _sample_dims(
-    captured: Program, x: torch.Tensor, batch_dim: int, spikes: Mapping[str, torch.Tensor]
+    captured: Program,
+    inputs: Sequence[torch.Tensor],
+    batch_dims: Sequence[int | None],
+    batch: int,
+    spikes: Mapping[str, torch.Tensor],
 ) -> dict[str, int | None]:
     """Along which dimension of each site's spikes the samples lie: None where they lie among others.
 
     It follows from the sizes. Where these leave a choice, it is where the spikes follow when the samples
     are moved on by one.
     """
-    batch = x.shape[batch_dim]
     fits = {n: [d for d in range(1, s.dim()) if s.shape[d] == batch] for n, s in spikes.items()}
     found = {name: dims[0] if dims else None for name, dims in fits.items()}
     if all(len(dims) < 2 for dims in fits.values()) or batch == 1:
         return found
-    moved = Trace.of(captured, (x.roll(1, batch_dim),))
+    pairs = zip(inputs, batch_dims, strict=True)
+    moved = Trace.of(captured, [x if d is None else x.roll(1, d) for x, d in pairs])
     for site in captured.sites:
         after, before = moved.fired(site), spikes[site.name] != 0
         off = {d: (after != before.roll(1, d)).sum() for d in fits[site.name]}
         found[site.name] = min(off, key=lambda d: off[d], default=None)
     return found
+
+
+def _check_layers(
+    own: Mapping[str, torch.Tensor], device: Mapping[str, torch.Tensor], batch: int, count: int
+) -> None:
+    """Make sure that the artifact has the network's layers; it gives ``count`` of ``batch`` samples."""
+
+    def said(spikes: Mapping[str, torch.Tensor], name: str) -> str:
+        return f"has {list(spikes[name].shape)}" if name in spikes else "has no such layer"
+
+    differ = [
+        f"{name}: the network {said(own, name)}, the artifact {said(device, name)}"
+        for name in {**own, **device}
+        if not (name in own and name in device)
+        or own[name].dim() != device[name].dim()
+        or any(
+            a != b and (a, b) != (batch, count)
+            for a, b in zip(own[name].shape, device[name].shape, strict=True)
+        )
+    ]
+    if differ:
+        raise UsageError(
+            f"the artifact was compiled from another network, spikes [T, N, ...]: {'; '.join(differ)}; "
+            f"{_ORIGIN}"
+        )
 
 
 class _Spikes:
@@ -314,9 +449,9 @@ class _Spikes:
         self._first: dict[str, int] = {}
         self._unexplained: dict[str, int] = {}
 
-    def _prepare(self, x: torch.Tensor) -> tuple[Program, Program]:
+    def _prepare(self, inputs: Sequence[torch.Tensor]) -> tuple[Program, Program]:
         if self._programs is None:
-            whole = capture(*on_host(self._net, (x,)))
+            whole = capture(*on_host(self._net, inputs))
             program = rewrite_for(whole, self._model.target, self._model.dtype, self._model.time)
             captured = program.captured or whole
             # The device rounds to its own type, whatever the graph's is.
@@ -324,21 +459,23 @@ class _Spikes:
             self._programs = captured, replace(program, dtype=arithmetic or program.dtype)
         return self._programs
 
-    def compare(self, x: torch.Tensor, start: int) -> None:
+    def compare(self, inputs: Sequence[torch.Tensor], start: int) -> None:
         """Compare one batch, whose first sample has the number ``start``."""
-        _, spikes = self._model.probe(x)
-        x, spikes = x.cpu(), {name: s.cpu() for name, s in spikes.items()}
-        at = self._model.batch_dim
-        count = x.shape[at]
-        last = x.narrow(at, count - 1, 1)
-        padded = torch.cat([x, *[last] * (self._model.batch - count)], at)
+        _, spikes = self._model.probe(*inputs)
+        spikes = {name: s.cpu() for name, s in spikes.items()}
+        dims, batch = self._model.batch_dims, self._model.batch
+        count = next(
+            (x.shape[d] for x, d in zip(inputs, dims, strict=True) if d is not None), batch
+        )
+        taken = _taken(self._net, inputs, self._model)
+        padded = tuple(pad(x.cpu(), d, batch) for x, d in zip(taken, dims, strict=True))
         captured, program = self._prepare(padded)
-        padded = padded.to(captured.inputs[0].dtype)
-        source = Trace.of(captured, (padded,))
+        source = Trace.of(captured, padded)
         own = {site.name: source.fired(site).to(program.dtype) for site in captured.sites}
-        bounds = Bounds(program, (padded,), own)
+        _check_layers(own, spikes, batch, count)
+        bounds = Bounds(program, padded, own)
         if self._dims is None:
-            self._dims = _sample_dims(captured, padded, at, own)
+            self._dims = _sample_dims(captured, padded, dims, batch, own)
         parted = torch.zeros(count, dtype=torch.bool)
         for theirs, mine in zip(captured.sites, program.sites, strict=True):
             dim = self._dims[theirs.name]

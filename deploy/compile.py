@@ -31,7 +31,7 @@ from .artifact import Artifact
 from .cache import Cache
 from .manifest import MANIFEST, SCHEMA_VERSION, read_manifest, version, write_manifest
 from .model import STATES, Port, dtype_name, load_onto
-from .samples import batch_dims, by_size
+from .samples import batch_dims, by_size, coupled
 
 _MOST_SAMPLES = 4
 
@@ -78,7 +78,8 @@ def compile(
     target = registry.get(program.target)
     sdk = target.sdk()
     wanted = {"options": options, "probe": sdk.simulated if probe is None else probe}
-    key = _key(program, sdk, wanted)
+    manifest = _describe(program, sdk)  # first, for it may refuse
+    manifest["key"] = key = _key(manifest, sdk, wanted)
     with store.writing(path):
         there = _existing(path, key, overwrite)
         if there is not None:
@@ -87,7 +88,7 @@ def compile(
         with store.staged(path) as stage:
             found = user_cache.fetch(key, stage) if user_cache else None
             if found is None:
-                _build(program, target, sdk, key, wanted, stage)
+                _build(program, target, sdk, manifest, wanted, stage)
             elif program.evidence:  # which the program that filled the cache may have lacked
                 evidence = program.evidence.to_dict()
                 write_manifest(stage, {**found.manifest, "evidence": evidence})
@@ -136,10 +137,14 @@ def _foreign(path: Path) -> list[str]:
 
 
 def _build(
-    program: Program, target: Target, sdk: SDK, key: str, wanted: Mapping[str, Any], stage: Path
+    program: Program,
+    target: Target,
+    sdk: SDK,
+    manifest: dict[str, Any],
+    wanted: Mapping[str, Any],
+    stage: Path,
 ) -> None:
-    """Write everything into ``stage``, the manifest last."""
-    manifest = _describe(program, sdk, key)  # first, for it may refuse
+    """Write everything into ``stage``, the manifest, which is completed, last."""
     (stage / "device").mkdir()
     compiled = target.compile(program, stage / "device", wanted["options"])
     manifest["compile_options"] = dict(compiled.options)
@@ -165,7 +170,7 @@ def _build(
     write_manifest(stage, manifest)
 
 
-def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
+def _describe(program: Program, sdk: SDK) -> dict[str, Any]:
     """What the manifest says before anything is compiled."""
     inputs, outputs = batch_dims(program)
     placeholders = list(program.nodes("placeholder"))[: len(program.inputs)]
@@ -173,7 +178,6 @@ def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
     return {
         "schema_version": 1 if program.stepping is None else SCHEMA_VERSION,
         "spikeport": version(),
-        "key": key,
         "source": {**program.source, "torch": str(torch.__version__)},
         "target": program.target,
         "sdk": {"name": sdk.name, "version": sdk.version, "simulated": sdk.simulated},
@@ -185,6 +189,7 @@ def _describe(program: Program, sdk: SDK, key: str) -> dict[str, Any]:
         "graph": _graph_digest(program),
         "T": program.T if program.stepping is None else None,
         "batch": program.batch,
+        "coupled": coupled(program, inputs, outputs),
         "dtype": dtype_name(program.dtype),
         "keeps_rounding": program.keeps_rounding,
         "inputs": _ports(program, program.inputs, placeholders, inputs),
@@ -287,12 +292,12 @@ def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
-def _key(program: Program, sdk: SDK, wanted: Mapping[str, Any]) -> str:
+def _key(manifest: Mapping[str, Any], sdk: SDK, wanted: Mapping[str, Any]) -> str:
     """What decides an artifact's content, as one hash."""
     machine = {k: v for k, v in asdict(sdk).items() if k != "devices"}
-    described = _describe(program, sdk, "")
-    del described["evidence"], described["passes"], described["source"]["torch"]
-    content = {**described, **wanted, "sdk": machine}
+    described = {k: v for k, v in manifest.items() if k not in ("evidence", "passes")}
+    source = {k: v for k, v in manifest["source"].items() if k != "torch"}
+    content = {**described, **wanted, "source": source, "sdk": machine}
     if sdk.simulated:
         content["simulator"] = _simulator_code()
     try:

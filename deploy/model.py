@@ -82,6 +82,11 @@ class Port:
         return f"{self.spec.name} {dtype_name(self.spec.dtype)}[{', '.join(shape)}]"
 
 
+def classes(scores: torch.Tensor) -> torch.Tensor:
+    """The class [N] with the largest of the scores [N, C], booleans too."""
+    return (scores.byte() if scores.dtype == torch.bool else scores).argmax(1)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for torch.float32."""
     return str(dtype).removeprefix("torch.")
@@ -97,7 +102,8 @@ def _dtype(name: str) -> torch.dtype:
 class Model:
     """A network on a device: torch tensors in, torch tensors out, as from the source network.
 
-    Each call starts from v_0. A batch smaller than the compiled one is padded, the padding cut off.
+    Each call starts from v_0. A batch smaller than the compiled one is padded, the padding cut off; it is
+    refused where the network computes samples together.
 
     A stepped network runs a call step by step, however many steps its inputs have; and :meth:`step` takes
     the next step of a stream without end, whose :attr:`state` no call touches.
@@ -164,12 +170,23 @@ class Model:
         return steps
 
     @property
-    def batch_dim(self) -> int:
-        """Which dimension of a call's first input is the batch; the first, where it has none."""
-        batch, time = self.inputs[0].batch_dim or 0, None
-        if self._stepping is not None:
-            time = self._stepping.inputs[0]
-        return batch + (time is not None and time <= batch)
+    def batch_dims(self) -> tuple[int | None, ...]:
+        """Which dimension of each input of a call is the batch; None as in :class:`Port`."""
+        return self._in_call(self.inputs, None if self._stepping is None else self._stepping.inputs)
+
+    @property
+    def output_dims(self) -> tuple[int | None, ...]:
+        """The same of its outputs, flat."""
+        return self._in_call(
+            self.outputs, None if self._stepping is None else self._stepping.outputs
+        )
+
+    def _in_call(
+        self, ports: Sequence[Port], times: Sequence[int | None] | None
+    ) -> tuple[int | None, ...]:
+        dims = [port.batch_dim for port in ports]
+        pairs = zip(dims, times or [None] * len(dims), strict=True)
+        return tuple(None if d is None else in_call(d, time) for d, time in pairs)
 
     @property
     def target(self) -> str:
@@ -201,6 +218,7 @@ class Model:
         """The outputs of a call, with those of a probe."""
         if self._stepping is None:
             return self._advance(loaded, ports, inputs, [])[0]
+        self._check_types(inputs)
         extra = (0,) * (len(ports) - len(self.outputs))
         stepping = replace(self._stepping, outputs=(*self._stepping.outputs, *extra))
         steps, state, found = stepping.split(inputs), self._initial(), []
@@ -240,6 +258,7 @@ class Model:
             DeviceError: The run failed; the state is as before.
         """
         stepping = self._stepped("step")
+        self._check_types(inputs)
         whole = [
             f"input {p.spec.name} is {dtype_name(x.dtype)}{list(x.shape)}: one time step is "
             f"{p.with_batch('N')}"
@@ -266,7 +285,10 @@ class Model:
 
     def steps(self, *inputs: torch.Tensor) -> int:
         """How many steps a call with these inputs takes; 0 if the network is not stepped."""
-        return 0 if self._stepping is None else len(self._stepping.split(inputs))
+        if self._stepping is None:
+            return 0
+        self._check_types(inputs)
+        return len(self._stepping.split(inputs))
 
     def reset(self) -> None:
         """Go back to the state before the first step."""
@@ -289,6 +311,11 @@ class Model:
     def state(self, state: Mapping[str, torch.Tensor]) -> None:
         self._stepped("state")
         names = [port.spec.name for port in self._states]
+        if not isinstance(state, Mapping):
+            raise UsageError(
+                f"a state of type {type(state).__name__}, not a dict of tensors; the states are "
+                f"{', '.join(names)}; set what model.state gave"
+            )
         wrong = [f"no state {name!r}" for name in state if name not in names]
         for port in self._states:
             name, value = port.spec.name, state.get(port.spec.name)
@@ -360,41 +387,56 @@ class Model:
 
     def _fill(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
         """The inputs as the graph takes them, padded, and how many samples they hold."""
-        others = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
-        given = [] if others else inputs
+        self._check_types(inputs)
         sizes = {
             x.shape[p.batch_dim]
-            for p, x in zip(self.inputs, given, strict=False)
+            for p, x in zip(self.inputs, inputs, strict=False)
             if p.batch_dim is not None and x.dim() > p.batch_dim
         }
         n = min(sizes) if len(sizes) == 1 else self.batch
-        allowed = ", ".join(p.with_batch("N") for p in self.inputs)
         wrong = [
             f"input {p.spec.name} is {dtype_name(x.dtype)}{list(x.shape)}"
-            for p, x in zip(self.inputs, given, strict=False)
+            for p, x in zip(self.inputs, inputs, strict=False)
             if not _fits(p, x, n)
         ]
-        if others:
-            wrong.append(f"inputs of type {', '.join(sorted(others))}, not torch tensors")
         if len(inputs) != len(self.inputs):
             wrong.append(f"{len(inputs)} inputs given, {len(self.inputs)} wanted")
         if len(sizes) > 1 or not 1 <= n <= self.batch:
             wrong.append(f"batch {' and '.join(map(str, sorted(sizes)))}")
         if wrong:
-            at = " at each time step" if self._stepping is not None else ""
-            raise UsageError(
-                f"{'; '.join(wrong)}; allowed: {allowed}{at} with 1 <= N <= {self.batch}, the batch "
-                "that the artifact was compiled for"
-            )
+            raise self._refused(wrong)
         if n < self.batch:
-            self._check_padding()
+            self._check_padding(n)
         full = [
-            _pad(x.detach(), p.batch_dim, self.batch)
+            pad(x.detach(), p.batch_dim, self.batch)
             for p, x in zip(self.inputs, inputs, strict=True)
         ]
         return fold([p.spec for p in self.inputs], full, self.dtype), n
 
-    def _check_padding(self) -> None:
+    def _check_types(self, inputs: Sequence[Any]) -> None:
+        others = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
+        if others:
+            kinds = f"inputs of type {', '.join(sorted(others))}, not torch tensors"
+            counted = f"{len(inputs)} inputs given, {len(self.inputs)} wanted"
+            raise self._refused([kinds] + [counted] * (len(inputs) != len(self.inputs)))
+
+    def _refused(self, wrong: Sequence[str]) -> UsageError:
+        allowed = ", ".join(p.with_batch("N") for p in self.inputs)
+        at = " at each time step" if self._stepping is not None else ""
+        return UsageError(
+            f"{'; '.join(wrong)}; allowed: {allowed}{at} with 1 <= N <= {self.batch}, the batch that the "
+            "artifact was compiled for"
+        )
+
+    def _check_padding(self, n: int) -> None:
+        # Artifacts written before do not say.
+        if self.manifest.get("coupled"):
+            raise UsageError(
+                f"batch {n}: the network computes samples together, so that a sample's outputs depend on "
+                f"the others of its batch or on its place among them, and samples that pad it would "
+                f"change them; allowed: a batch of {self.batch}; give {self.batch} samples, or convert "
+                f"and compile for a batch of {n}"
+            )
         fixed = [f"output {p.spec}" for p in self.outputs if p.batch_dim is None]
         if fixed:
             raise UsageError(
@@ -430,6 +472,11 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def in_call(dim: int, time: int | None) -> int:
+    """Which dimension of a call one of a step is, where ``time`` is the call's for time, if it has one."""
+    return dim + (time is not None and time <= dim)
 
 
 def _structure(data: Any) -> pytree.TreeSpec:
@@ -478,7 +525,7 @@ def _fits(port: Port, x: torch.Tensor, n: int) -> bool:
     return same and list(x.shape) == shape
 
 
-def _pad(x: torch.Tensor, dim: int | None, batch: int) -> torch.Tensor:
+def pad(x: torch.Tensor, dim: int | None, batch: int) -> torch.Tensor:
     """x with its last sample repeated, so that the padding is as harmless as the data."""
     if dim is None or x.shape[dim] == batch:
         return x

@@ -1,4 +1,4 @@
-"""Which dimension of a program's inputs and outputs is the batch."""
+"""Which dimension of a program's inputs and outputs is the batch, and whether its samples stand alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..converters.program import Program, TensorSpec
+from ..converters.verify import Trace
+from .model import in_call
 
 #: Inputs on which the order shows: the example's, and noise of these scales.
 _SCALES = (1.0, 4.0, 16.0, 64.0)
+#: Scales of the noise that is to reach layers which the example leaves silent.
+_LOUD = (4.0, 64.0)
 #: Share of the values of an output that rounding may change where samples change places.
 _ROUNDED = 0.01
 
@@ -56,6 +60,65 @@ def by_size(program: Program, spec: TensorSpec) -> int | None:
     return _only(dims) if _is_clear(program, spec, dims) else None
 
 
+def coupled(program: Program, inputs: Dims, outputs: Dims) -> bool:
+    """Whether a sample's outputs depend on the other samples of its batch, or on its place among them.
+
+    The captured program is run on the example, and with the last sample, then all others, replaced by
+    their neighbours: what both change, of any layer's input or spikes, depends on several samples, and
+    an output has to change where its sample is. Layers that nothing reached are tried with noise.
+
+    Args:
+        program: A program with ``captured`` and ``examples``; without them nothing is found.
+        inputs: The batch dimension of each input, as :func:`batch_dims` gives them.
+        outputs: The same of each output.
+    """
+    captured, N = program.captured, program.batch
+    if captured is None or not program.examples or N == 1 or set(inputs) == {None}:
+        return False
+    if program.stepping is not None:
+        times = program.stepping.inputs, program.stepping.outputs
+        inputs, outputs = (
+            [None if d is None else in_call(d, t) for d, t in zip(dims, of, strict=True)]
+            for dims, of in zip((inputs, outputs), times, strict=True)
+        )
+    for example in _inputs(program.examples[0], _LOUD):
+        moved = [x if d is None else x.roll(1, d) for x, d in zip(example, inputs, strict=True)]
+        before = _values(captured, example)
+        last, others = (
+            [*map(_changed, before, _values(captured, given))]
+            for given in (_joined(example, moved, inputs), _joined(moved, example, inputs))
+        )
+        if any((a & b).any() for a, b in zip(last, others, strict=True)):
+            return True
+        for d, a, b in zip(outputs, last, others, strict=False):
+            if d is not None and (a.narrow(d, 0, N - 1).any() or b.select(d, N - 1).any()):
+                return True
+        if all(seen.any() for seen in (*last, *others)):
+            break
+    return False
+
+
+def _joined(
+    others: Sequence[torch.Tensor], last: Sequence[torch.Tensor], dims: Dims
+) -> list[torch.Tensor]:
+    """The last sample of ``last`` behind the others of ``others``."""
+    return [
+        x if d is None else torch.cat([x.narrow(d, 0, x.shape[d] - 1), y.narrow(d, -1, 1)], d)
+        for x, y, d in zip(others, last, dims, strict=True)
+    ]
+
+
+def _values(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs, then the neurons' inputs and spikes."""
+    trace = Trace.of(program, inputs)
+    return [*trace.outputs, *trace.values.values()]
+
+
+def _changed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where two tensors differ, NaN equal to NaN."""
+    return (a != b) & ~((a != a) & (b != b))
+
+
 def _only(dims: Sequence[int]) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
@@ -88,17 +151,23 @@ def _moved(program: Program, dims: Dims) -> list[set[int]]:
     return found
 
 
-def _inputs(example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _inputs(
+    example: Sequence[torch.Tensor], scales: Sequence[float] = _SCALES
+) -> Iterator[list[torch.Tensor]]:
     """The example, and others like it."""
     yield [*example]
     generator = torch.Generator().manual_seed(0)
-    for scale in _SCALES:
-        yield [
-            (torch.randn(x.shape, generator=generator) * scale).to(x.dtype)
-            if x.is_floating_point()
-            else x
-            for x in example
-        ]
+    for scale in scales:
+        yield [_noise(x, scale, generator) for x in example]
+
+
+def _noise(x: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Noise like x; integers, which may be indices, stay as they are unless all are 0."""
+    if x.is_floating_point():
+        return (torch.randn(x.shape, generator=generator) * scale).to(x.dtype)
+    if x.dtype == torch.bool or not x.any():
+        return torch.randint(0, 2, x.shape, generator=generator).to(x.dtype)
+    return x
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -93,8 +93,16 @@ class Tampered:
         return dtype
 
     @property
-    def batch_dim(self) -> int:
-        return int(self.model.batch_dim)
+    def inputs(self) -> Any:
+        return self.model.inputs
+
+    @property
+    def batch_dims(self) -> Any:
+        return self.model.batch_dims
+
+    @property
+    def output_dims(self) -> Any:
+        return self.model.output_dims
 
     @property
     def time(self) -> str:
@@ -416,3 +424,157 @@ def test_a_layer_whose_last_spikes_nothing_hears(tmp_path: Path) -> None:
             report = compare(net, model, [(x, torch.zeros(BATCH, dtype=torch.int64))])
         found = {layer.layer: layer.differing for layer in report.layers}
         assert found == {"spike1": (0.0,) * (T - (time == "unrolled")), "spike2": (0.0,) * T}
+
+
+# What the loader gives
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y: (x, y.unsqueeze(1)),
+        lambda x, y: (x, torch.nn.functional.one_hot(y, CLASSES)),
+        lambda x, y: [x, torch.nn.functional.one_hot(y, CLASSES).bool()],
+        lambda x, y: (x.numpy(), torch.nn.functional.one_hot(y, CLASSES).float().numpy()),
+        lambda x, y: (x, y.tolist()),
+        lambda x, y: ((x,), y.float()),
+        lambda x, y: (x.double(), y.numpy()),
+    ],
+    ids=["column", "one-hot", "bool", "arrays", "list", "tuple", "float64"],
+)
+def test_other_forms_of_inputs_and_labels(net: nn.Module, model: Any, change: Any) -> None:
+    data = batches(CLASSES, 3)  # as many samples as classes
+    expected = compare(net, model, data).to_dict()
+    found = compare(net, model, [change(*batch) for batch in data]).to_dict()
+    for name in ("samples", "source_accuracy", "device_accuracy", "agreement", "layers"):
+        assert found[name] == expected[name]
+
+
+def test_inputs_of_half_precision_are_taken_as_the_model_takes_them(
+    net: nn.Module, model: Any
+) -> None:
+    data = [(x.half(), y) for x, y in batches(4)]
+    report = compare(net, model, data)
+    assert report.explained
+    assert (
+        report.source_accuracy
+        == compare(net, model, [(x.float(), y) for x, y in data]).source_accuracy
+    )
+
+
+X, Y = batches(4)[0]
+
+
+@pytest.mark.parametrize(
+    ("loader", "said"),
+    [
+        (None, "the loader is None"),
+        ([X], r"gives a Tensor torch.float32\[4, 1, 8, 8\]; allowed: pairs \(x, y\)"),
+        ([(X, Y, Y)], "gives a tuple of 3"),
+        ([{"x": X, "y": Y}], "gives a dict"),
+        ([(X, None)], "labels of a batch are a NoneType"),
+        ([(X, ["a"] * 4)], "labels of a batch are a list"),
+        ([(X, torch.rand(4, CLASSES))], r"labels of a batch are a Tensor torch.float32\[4, 5\]"),
+        ([(X, Y + 0.5)], "labels of a batch are a Tensor"),
+        ([(X, Y.reshape(2, 2))], r"labels of a batch are a Tensor torch.int64\[2, 2\]"),
+        ([({"x": X}, Y)], "an input of the loader is a dict"),
+        (
+            [(X.numpy().astype(object), Y)],
+            r"an input of the loader is a ndarray object\[4, 1, 8, 8\]",
+        ),
+        ([((X, X), Y)], "2 inputs given, 1 wanted"),
+        ([(X[0, 0, 0, 0], Y)], r"input x is float32\[\]"),
+    ],
+)
+def test_what_no_loader_should_give(net: nn.Module, model: Any, loader: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        compare(net, model, loader)
+
+
+class Lines(nn.Module):
+    """Two inputs [T, N, 6] and [N, 6] -> whatever ``read`` makes of spikes [T, N, 5]."""
+
+    def __init__(self, read: Any, features: int = CLASSES) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.spike, self.read = nn.Linear(6, features), LIFNode(), read
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.read(self.spike(self.fc(x + z) * 4))
+        return y
+
+
+def lines(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(T, n, 6, generator=generator), torch.randn(n, 6, generator=generator)
+
+
+def made(net: nn.Module, folder: Path, n: int = BATCH, time: Any = "unrolled") -> Any:
+    program = deploy.convert(net.eval(), lines(n), "reference", time=time)
+    return deploy.compile(program, folder / "lines", probe=True, cache=False)
+
+
+@pytest.mark.parametrize(
+    ("read", "time"),
+    [
+        (lambda s: s.transpose(0, 1), "unrolled"),
+        (lambda s: s.transpose(0, 1), "stepped"),
+        (lambda s: s.sum(0) > 1, "unrolled"),
+    ],
+    ids=["batch first", "stepped", "booleans"],
+)
+@pytest.mark.parametrize("n", [T, 3])
+def test_classes_of_outputs_of_other_forms(read: Any, time: Any, n: int, tmp_path: Path) -> None:
+    net = Lines(read)
+    inputs = lines(n)
+    with torch.no_grad():
+        scores = net(*inputs).float()
+    expected = (scores.mean(1) if scores.dim() == 3 else scores).argmax(1)
+    artifact = made(net, tmp_path, n, time)
+    assert artifact.verify().ok
+    with artifact.load() as model:
+        report = compare(net, model, [(inputs, expected)])
+        assert (report.samples, report.probed) == (n, n)
+        assert (report.source_accuracy, report.device_accuracy) == (1.0, 1.0)
+
+
+def test_outputs_without_the_scores_of_a_sample_are_refused(tmp_path: Path) -> None:
+    net = Lines(lambda s: s.sum(2))  # [T, N]
+    with (
+        made(net, tmp_path, 3).load() as model,
+        pytest.raises(UsageError, match=r"\[4, 3\] with the samples in dimension 1; classes are"),
+    ):
+        compare(net, model, [(lines(3), torch.zeros(3))])
+
+
+@pytest.mark.parametrize("layers", [0, 64])
+def test_another_network_than_the_artifact_s(layers: int, tmp_path: Path) -> None:
+    class Renamed(Lines):
+        def __init__(self, read: Any) -> None:
+            super().__init__(read)
+            self.fire = self.__dict__["_modules"].pop("spike")
+
+        @property
+        def spike(self) -> Any:
+            return self.fire
+
+    def rate(s: torch.Tensor) -> torch.Tensor:
+        return s.mean(0)
+
+    data = [(lines(BATCH), torch.zeros(BATCH))]
+    with made(Lines(rate), tmp_path).load() as model:
+        wider = Lines(rate, CLASSES + 1)
+        renamed = Renamed(rate)
+        if layers:
+            said = (
+                r"another network.*spike: the network has \[4, 4, 6\], the artifact has \[4, 4, 5\]"
+            )
+            with pytest.raises(UsageError, match=said):
+                compare(wider, model, data)
+            with pytest.raises(
+                UsageError, match="fire: .*no such layer; spike: the network has no such"
+            ):
+                compare(renamed, model, data)
+        wider.fc = nn.Linear(7, CLASSES)
+        with pytest.raises((UsageError, deploy.CaptureError), match="mat1 and mat2"):
+            compare(wider, model, data, layers=layers)

@@ -14,6 +14,7 @@ from torch import nn
 from spikeport import deploy
 from spikeport.converters.errors import UsageError
 from spikeport.converters.neurons import LIFNode
+from spikeport.deploy.manifest import write_manifest
 
 T = 4
 
@@ -104,3 +105,84 @@ def test_as_many_steps_as_samples(first: str, shape: tuple[int, ...], tmp_path: 
         assert torch.equal(loaded(fewer), net(fewer))
         with pytest.raises(UsageError, match="allowed: "):
             loaded(x[:3] if first == "time" else x[:, :3])
+
+
+#: Networks [T, N, F] -> [T, N, F] whose samples depend on each other, by what couples them.
+COUPLED: dict[str, Any] = {
+    "order": lambda s, x: s.lif(x.flip(1)),
+    "shift": lambda s, x: s.lif(x.roll(1, 1)),
+    "mean": lambda s, x: s.lif(x - x.mean(1, keepdim=True)),
+    "softmax": lambda s, x: s.lif(3 * x.softmax(1)),
+    "norm": lambda s, x: s.lif(s.norm(x.flatten(0, 1)).unflatten(0, (T, -1))),
+    "spikes": lambda s, x: s.lif2((y := s.lif(x)) - y.mean(1, keepdim=True)),
+}
+
+
+def coupled_net(run: Any) -> Net:
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    return Net(run, lif=LIFNode(), lif2=LIFNode(), norm=norm)
+
+
+def eighths(*shape: int) -> torch.Tensor:
+    return torch.randint(-8, 25, shape, generator=torch.Generator().manual_seed(0)) / 8
+
+
+def converted(net: Net, x: torch.Tensor, folder: Path, time: Any = "unrolled") -> Any:
+    program = deploy.convert(net.eval(), (x,), "reference", time=time)
+    return deploy.compile(program, folder / "a", cache=False)
+
+
+@pytest.mark.parametrize(
+    ("by", "time"),
+    # The norm's statistics are those of all steps.
+    [
+        (by, time)
+        for by in COUPLED
+        for time in ("unrolled", "stepped")
+        if (by, time) != ("norm", "stepped")
+    ],
+)
+def test_samples_that_are_computed_together_are_not_padded(
+    by: str, time: str, tmp_path: Path
+) -> None:
+    x = eighths(T, 3, 6)
+    net = coupled_net(COUPLED[by])
+    with converted(net, x, tmp_path, time).load() as loaded:
+        assert torch.equal(loaded(x), net(x))
+        refused = r"batch 2: the network computes samples together.*allowed: a batch of 3"
+        with pytest.raises(UsageError, match=refused):
+            loaded(x[:, :2])
+        if time == "stepped":
+            with pytest.raises(UsageError, match="computes samples together"):
+                loaded.step(x[0, :2])
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(T, 3, 6),
+        torch.ones(T, 3, 6) / 8,
+        torch.zeros(T, 3, 6, dtype=torch.uint8),
+        torch.zeros(T, 3, 6, dtype=torch.bool),
+    ],
+    ids=["zeros", "constant", "integers", "booleans"],
+)
+def test_an_example_on_which_nothing_shows_is_no_proof(x: torch.Tensor, tmp_path: Path) -> None:
+    net = coupled_net(lambda s, x: s.lif2(s.lif(3.0 * x).mean(1, keepdim=True) * 3 + x))
+    assert converted(net, x, tmp_path).manifest["coupled"]
+    apart = coupled_net(lambda s, x: s.lif2(s.lif(3.0 * x) * 3 + x))
+    assert not converted(apart, x, tmp_path / "apart").manifest["coupled"]
+
+
+def test_a_batch_of_one_has_nothing_to_pad(tmp_path: Path) -> None:
+    x = eighths(T, 1, 6)
+    net = coupled_net(COUPLED["softmax"])
+    made = converted(net, x, tmp_path)
+    assert not made.manifest["coupled"]
+    assert torch.equal(made.load()(x), net(x))
+
+
+def test_an_artifact_that_does_not_say_is_padded_as_before(tmp_path: Path) -> None:
+    made = converted(coupled_net(COUPLED["mean"]), eighths(T, 3, 6), tmp_path)
+    write_manifest(made.path, {k: v for k, v in made.manifest.items() if k != "coupled"})
+    assert deploy.load(made.path)(eighths(T, 2, 6)).shape == (T, 2, 6)

@@ -196,6 +196,8 @@ def test_smaller_batches_stream_too(model):
         ),
         (lambda s: {**s, "lif.v": s["lif.v"].float()}, r"lif.v is float32.*wanted float16"),
         (lambda s: {**s, "lif.v": None, "syn.v": 1.0}, "lif.v is missing.*syn.v is missing"),
+        (lambda s: None, "a state of type NoneType.*the states are lif.v, "),
+        (lambda s: [*s.values()], "a state of type list"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model, change, said):
@@ -203,6 +205,14 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model, change,
     with pytest.raises(deploy.UsageError, match=said):
         model.state = change(before)
     assert all(torch.equal(model.state[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("x", [events()[0].numpy(), events().tolist(), None], ids=type)
+@pytest.mark.parametrize("use", ["__call__", "step", "steps", "probe"])
+def test_inputs_that_are_no_tensors_are_refused(model, use, x):
+    said = rf"inputs of type {type(x).__name__}, not torch tensors; allowed: .* at each time step"
+    with pytest.raises(deploy.UsageError, match=said):
+        getattr(model, use)(x)
 
 
 def test_inputs_with_a_dimension_for_time_are_refused_by_step(model):
