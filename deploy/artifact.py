@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ..converters.errors import ArtifactCorruptError, ArtifactError
 from . import store
-from .manifest import read_manifest
+from .manifest import read_manifest, understood
 from .model import Model, classes
 
 #: Fraction of predictions that must agree where the samples were recorded off the device.
@@ -99,14 +99,16 @@ class Artifact:
         """
         path = Path(path)
         manifest = read_manifest(path)
+        with understood(path):
+            files = {n: (e["size"], e["sha256"]) for n, e in sorted(manifest["files"].items())}
         wrong = []
-        for name, entry in sorted(manifest["files"].items()):
+        for name, (size, sha256) in files.items():
             file = path / name
             if not file.is_file():
                 wrong.append(f"{name} is missing")
-            elif (size := file.stat().st_size) != entry["size"]:
-                wrong.append(f"{name} has {size} bytes of {entry['size']}")
-            elif store.file_sha256(file) != entry["sha256"]:
+            elif (found := file.stat().st_size) != size:
+                wrong.append(f"{name} has {found} bytes of {size}")
+            elif store.file_sha256(file) != sha256:
                 wrong.append(f"{name} was changed")
         if wrong:
             raise ArtifactCorruptError(

@@ -29,6 +29,7 @@ from ..targets import lynxi
 from ..targets.lynxi.simulator.onnx_ops import LOWERINGS
 from . import store
 from .artifact import Artifact
+from .manifest import MANIFEST
 from .model import STATES, Port
 
 _MODELS = ("model.onnx", "model.onnx.data")
@@ -43,12 +44,15 @@ def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
         path: Directory to write; it appears when it is whole.
 
     Raises:
-        UsageError: The artifact is of another target, or has no recorded inputs.
+        UsageError: The artifact is of another target, or has no recorded inputs; or ``path`` lies in it.
         UnsupportedError: The model breaks rules of the chip.
         ArtifactExistsError: ``path`` holds something.
         ArtifactError: The artifact is missing or damaged, or ``path`` cannot be written.
     """
-    source, path = Artifact.open(artifact), Path(path)
+    source = Artifact.open(artifact)
+    with store.writing(Path(path)):
+        path = store.named(path)
+        inside = source.path.resolve() in (path.resolve(), *path.resolve().parents)
     manifest = source.manifest
     if manifest["target"] != "onnx":
         raise UsageError(
@@ -57,7 +61,13 @@ def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
         )
     if not manifest["samples"]["calls"]:
         raise UsageError(f"{source.path} has no recorded inputs; convert from example inputs")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if inside:
+        raise UsageError(
+            f"{path} lies in the artifact {source.path}, which would be damaged; choose another directory"
+        )
+    with store.writing(path):
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if taken:
         raise ArtifactExistsError(f"{path} holds something already; choose another directory")
     findings = list(_violations(source.path / "device" / _MODELS[0]))
     if findings:
@@ -71,8 +81,8 @@ def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
         (stage / "run.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
         written = {p.name: store.file_sha256(p) for p in sorted(stage.iterdir())}
         text = json.dumps(_manifest(manifest, written), indent=2, sort_keys=True)
-        (stage / "manifest.json").write_text(f"{text}\n", encoding="utf-8")
-        store.publish(stage, path)
+        (stage / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+        store.publish(stage, path, MANIFEST)
     return path
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..converters.errors import ArtifactError, UsageError
 from . import store
 from .artifact import Artifact
+from .manifest import MANIFEST
 
 _LIMIT_GIB = 10
 #: Seconds after which a directory that is no entry is what a killed process left.
@@ -93,7 +94,7 @@ class Cache:
             with store.staged(entry) as stage:
                 shutil.copytree(path, stage, dirs_exist_ok=True)
                 os.utime(stage)
-                store.publish(stage, entry)
+                store.publish(stage, entry, MANIFEST)
             self._make_room(entry)
         except OSError as error:
             _logger.warning("the artifact is not cached: %s: %s", entry, error.strerror or error)

@@ -296,7 +296,7 @@ def _parts(
                 f"a batch of {' and '.join(map(str, counts))} inputs and {len(labels)} labels"
             )
         first = 0
-        for part in labels.split(model.batch):
+        for part in torch.split(labels, model.batch):
             now = (x if d is None else x.narrow(d, first, len(part)) for x, d in pairs)
             yield tuple(now), part
             first += len(part)

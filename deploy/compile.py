@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.utils import _pytree as pytree
 
 from .. import targets as registry
 from ..converters.builder import with_probes
@@ -30,7 +30,7 @@ from . import store
 from .artifact import Artifact
 from .cache import Cache
 from .manifest import MANIFEST, SCHEMA_VERSION, read_manifest, version, write_manifest
-from .model import STATES, Port, dtype_name, load_onto
+from .model import STATES, Port, dtype_name, load_onto, structure_data
 from .samples import batch_dims, by_size, coupled
 
 _MOST_SAMPLES = 4
@@ -67,16 +67,17 @@ def compile(
         ArtifactError: ``path`` cannot be written.
         TargetUnavailableError: The SDK is not on this machine.
         CompileError: The compiler refused or failed.
-        UsageError: An option is unknown, ``$SPIKEPORT_CACHE_GIB`` is no number, or the outputs' nesting
-            cannot be stored.
+        UsageError: An option is unknown, or ``$SPIKEPORT_CACHE_GIB`` is no number.
+        UnsupportedError: The outputs' nesting cannot be stored.
     """
-    path = Path(path)
-    path = path.resolve() if path.is_symlink() else path
+    with store.writing(Path(path)):
+        path = store.named(path)
     if not program.target:
         raise UsageError("the program is rewritten for no target yet; use convert(net, x, target)")
     user_cache = Cache.of_user() if cache else None
     target = registry.get(program.target)
     sdk = target.sdk()
+    options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
     wanted = {"options": options, "probe": sdk.simulated if probe is None else probe}
     manifest = _describe(program, sdk)  # first, for it may refuse
     manifest["key"] = key = _key(manifest, sdk, wanted)
@@ -92,7 +93,7 @@ def compile(
             elif program.evidence:  # which the program that filled the cache may have lacked
                 evidence = program.evidence.to_dict()
                 write_manifest(stage, {**found.manifest, "evidence": evidence})
-            store.publish(stage, path)
+            store.publish(stage, path, MANIFEST)
     if user_cache and found is None:
         user_cache.add(key, path)
     return Artifact(path, read_manifest(path), cached=found is not None)
@@ -194,7 +195,7 @@ def _describe(program: Program, sdk: SDK) -> dict[str, Any]:
         "keeps_rounding": program.keeps_rounding,
         "inputs": _ports(program, program.inputs, placeholders, inputs),
         "outputs": _ports(program, program.outputs, results, outputs),
-        "structure": _structure(program.structure),
+        "structure": structure_data(program.structure),
         "passes": [asdict(report) for report in program.history],
         "neurons": [
             {
@@ -240,16 +241,6 @@ def _ports(
     """Ports as plain data; their dimension of the batch is given, or follows from the sizes."""
     known = [*dims, *(by_size(program, spec) for spec in specs[len(dims) :])]
     return [Port.of(*port).to_dict() for port in zip(specs, nodes, known, strict=True)]
-
-
-def _structure(structure: pytree.TreeSpec) -> Any:
-    try:
-        return json.loads(pytree.treespec_dumps(structure))
-    except NotImplementedError as error:
-        raise UsageError(
-            f"the nesting of the network's outputs cannot be stored ({error}); allowed: a tensor, "
-            "or tuples, lists and dicts of tensors"
-        ) from error
 
 
 def _record(

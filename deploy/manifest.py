@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..converters.errors import ArtifactCorruptError, ArtifactError, ArtifactVersionError
+from ..converters.errors import (
+    ArtifactCorruptError,
+    ArtifactError,
+    ArtifactVersionError,
+)
 from . import store
 
 #: The newest format; what has all time steps in one call is still written in the first.
@@ -20,6 +25,7 @@ _REQUIRED = (
     *("T", "batch", "dtype", "inputs", "outputs", "structure", "neurons"),
     *("compile_options", "probe", "samples"),
 )
+_AGAIN = "compile again, or copy the artifact again"
 
 
 def version() -> str:
@@ -36,16 +42,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ArtifactCorruptError: It was changed or cut short.
     """
     file = path / MANIFEST
-    again = "compile again, or copy the artifact again"
     try:
         manifest = json.loads(file.read_bytes())
     except OSError as error:
         raise ArtifactError(f"{path} is no artifact: {MANIFEST}: {error.strerror}") from error
-    except ValueError as error:
-        raise ArtifactCorruptError(f"{file} is not JSON ({error}); {again}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactCorruptError(f"{file} is not JSON ({error}); {_AGAIN}") from error
     schema = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if not isinstance(schema, int):
-        raise ArtifactCorruptError(f"{file} has no schema_version; {again}")
+    if type(schema) is not int or schema < 1:  # True is an int too
+        raise ArtifactCorruptError(f"{file} has no schema_version; {_AGAIN}")
     if schema > SCHEMA_VERSION:
         raise ArtifactVersionError(
             f"{path} is written in format {schema}, this spikeport {version()} reads up to "
@@ -53,10 +58,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "again with this one"
         )
     if missing := [key for key in _REQUIRED if key not in manifest]:
-        raise ArtifactCorruptError(f"{file} lacks {', '.join(missing)}; {again}")
+        raise ArtifactCorruptError(f"{file} lacks {', '.join(missing)}; {_AGAIN}")
     if manifest["digest"] != _digest(manifest):
-        raise ArtifactCorruptError(f"{file} was changed; {again}")
+        raise ArtifactCorruptError(f"{file} was changed; {_AGAIN}")
     return dict(manifest)
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """What a manifest of another form raises where it is read becomes an ArtifactCorruptError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactCorruptError(
+            f"{path / MANIFEST} is malformed ({type(error).__name__}: {error}); {_AGAIN}"
+        ) from error
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:

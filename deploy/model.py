@@ -16,10 +16,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .. import targets as registry
-from ..converters.errors import UsageError
+from ..converters.errors import Finding, UnsupportedError, UsageError
 from ..converters.program import TensorSpec, Time, fold, unfold
 from ..converters.stepping import COUNTER, State, Stepping
 from ..targets import Loaded, Target
+from .manifest import understood
 
 #: The file that holds the states before the first step.
 STATES = "states.safetensors"
@@ -129,8 +130,13 @@ class Model:
         target: str | None = None,
     ) -> None:
         self.manifest, self._path, self._device = manifest, path, device
-        self.batch = int(manifest["batch"])
-        made = manifest["target"]
+        with understood(path):
+            self.batch = int(manifest["batch"])
+            self.inputs = tuple(map(Port.from_dict, manifest["inputs"]))
+            self.outputs = tuple(map(Port.from_dict, manifest["outputs"]))
+            self._structure = _structure(manifest["structure"])
+            self._stepping, self._states = _stepping(path, manifest)
+            made, built = manifest["target"], {k: manifest["sdk"][k] for k in ("name", "version")}
         self._backend = registry.get(target or made)
         loads = {self._backend.name, *self._backend.capabilities.loads}
         if made not in loads:
@@ -138,17 +144,13 @@ class Model:
                 f"{path} is compiled for {made}, and {target} loads artifacts for "
                 f"{', '.join(sorted(loads))}; convert and compile for {target}"
             )
-        found, built = self._backend.sdk(), manifest["sdk"]
+        found = self._backend.sdk()
         same = self._backend.name == made
         if same and (found.name, found.version) != (built["name"], built["version"]):
             _logger.warning(
                 "%s was compiled with %s %s, this machine has %s %s; if in doubt, compile again",
                 *(path, built["name"], built["version"], found.name, found.version),
             )
-        self.inputs = tuple(map(Port.from_dict, manifest["inputs"]))
-        self.outputs = tuple(map(Port.from_dict, manifest["outputs"]))
-        self._structure = _structure(manifest["structure"])
-        self._stepping, self._states = _stepping(path, manifest)
         self._main = self._load("device", self.outputs)
         self._probe: Loaded | None = None
         self._state: list[torch.Tensor] = self._initial()
@@ -477,6 +479,25 @@ class Model:
 def in_call(dim: int, time: int | None) -> int:
     """Which dimension of a call one of a step is, where ``time`` is the call's for time, if it has one."""
     return dim + (time is not None and time <= dim)
+
+
+def structure_data(structure: pytree.TreeSpec) -> Any:
+    """The nesting of the outputs as plain data.
+
+    Raises:
+        UnsupportedError: It has other containers than tuples, lists and dicts.
+    """
+    try:
+        return json.loads(pytree.treespec_dumps(structure))
+    except NotImplementedError as error:
+        finding = Finding(
+            rule="outputs",
+            where="",
+            found=f"the nesting of the outputs cannot be stored ({error})",
+            allowed="a tensor, or tuples, lists and dicts of tensors",
+            fix="return one of those from the network's forward",
+        )
+        raise UnsupportedError("the network cannot be compiled:", [finding]) from error
 
 
 def _structure(data: Any) -> pytree.TreeSpec:

@@ -105,6 +105,7 @@ def _bind(
 
 def _find(net: str) -> Callable[..., Any]:
     if net.endswith(".nir"):
+        _check_file(Path(net))
         return functools.partial(NirNetwork, Path(net))
     place, colon, name = (_example_file(net) if net in _EXAMPLES else net).rpartition(":")
     if not colon or not place or not name:
@@ -148,9 +149,13 @@ def _offers(module: types.ModuleType, name: str) -> str:
     return f"it has {', '.join(sorted(makers)) or 'no network class and no function'}{hint}"
 
 
-def _import_file(path: Path) -> types.ModuleType:
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    _check_file(path)
     path = path.resolve()
     name = path.stem
     taken = sys.modules.get(name)

@@ -19,6 +19,7 @@ from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
 from ..targets import Target
+from .model import structure_data
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -49,7 +50,7 @@ def check(
     chosen = [registry.get(name) for name in targets]
     try:
         net, args = _network(net, args, dt)
-        captured = capture(net, args)
+        captured = _captured(net, args)
     except FindingsError as error:
         return error.findings
     found: list[Finding] = []
@@ -92,13 +93,14 @@ def convert(
 
     Raises:
         CaptureError: The network cannot become a graph.
-        UnsupportedError: The rewritten graph breaks rules of the target.
+        UnsupportedError: The rewritten graph breaks rules of the target, or the outputs' nesting cannot be
+            stored.
         MismatchError: They differ, and rounding does not explain it.
         UsageError: The target has no such dtype or time, or the dtype cannot keep the rounding.
     """
     chosen = registry.get(target)
     net, args = _network(net, args, dt)
-    captured = capture(net, args)
+    captured = _captured(net, args)
     captured.examples = (tuple(x.detach().clone() for x in args),)
     program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time, keep_rounding)
     _check_delays(net, program)
@@ -116,6 +118,13 @@ def _network(net: Any, args: Any, dt: float | None) -> tuple[nn.Module, Any]:
     net = NirNetwork(net, dt) if nir else net
     fit = isinstance(args, (tuple, list)) and all(isinstance(x, torch.Tensor) for x in args)
     return on_host(net, args) if fit and isinstance(net, nn.Module) else (net, args)
+
+
+def _captured(net: nn.Module, args: Any) -> Program:
+    """The captured program, whose outputs an artifact can give back."""
+    captured = capture(net, args)
+    structure_data(captured.structure)
+    return captured
 
 
 def _check_delays(net: nn.Module, program: Program) -> None:

@@ -43,10 +43,27 @@ def staged(path: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def publish(stage: Path, path: Path) -> None:
-    """Rename ``stage`` to ``path``, in place of the directory there; all of it is on disk then."""
+def publish(stage: Path, path: Path, last: str) -> None:
+    """Rename ``stage`` to ``path``, in place of the directory there; all of it is on disk then.
+
+    An empty one that the process works in stays, since whoever works in it would see nothing of another:
+    the entries of ``stage`` are moved, that of the name ``last`` in the end.
+
+    Raises:
+        ArtifactError: The process works in ``path``, and something is there.
+    """
     for entry in (*stage.rglob("*"), stage):
         _sync(entry)
+    if path.exists() and path.samefile("."):
+        if any(path.iterdir()):
+            raise ArtifactError(
+                f"{path} is the current directory, which is not replaced while somebody works in it; go to "
+                "another directory, or choose one"
+            )
+        for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == last):
+            entry.rename(path / entry.name)
+        _sync(path)
+        return
     if path.exists() and any(path.iterdir()):
         old = _beside(path, "old")
         path.rename(old)
@@ -67,6 +84,12 @@ def discard(path: Path) -> None:
     with suppress(FileNotFoundError):
         path.rename(old)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def named(path: str | os.PathLike[str]) -> Path:
+    """A path whose last part is the directory's own name: neither ``.`` nor a link."""
+    path = Path(path)
+    return path.resolve() if path.name in ("", "..") or path.is_symlink() else path
 
 
 def _beside(path: Path, kind: str) -> Path:

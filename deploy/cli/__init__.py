@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from ...converters.errors import (
     ArtifactError,
@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as ``spikeport --help`` lists them.
     """
-    args = parser().parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else [*argv]
+    given = sys.argv[1:] if argv is None else [*argv]
+    try:
+        args = parser().parse_args(given)
+    except UsageError as error:
+        return _fail(error, argparse.Namespace(json="--json" in given, traceback=False))
+    args.argv = given
     with _diagnostics():
         try:
             code: int = args.run(args)
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What reads the arguments of every command."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="spikeport",
         description="Trained spiking networks onto accelerators, proved to compute the same.",
         epilog=EPILOG,
@@ -114,6 +118,15 @@ def _fail(error: SpikeportError, args: argparse.Namespace) -> int:
         (CheckpointError, FILES),
     )
     return next((code for kind, code in codes if isinstance(error, kind)), FOUND)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what it would leave the process with: :func:`main` says it as any other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and raise a UsageError."""
+        self.print_usage(sys.stderr)
+        raise UsageError(message)
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def build(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)  # compile and compare build the same network where there is no checkpoint
     net = build(args.net, args.arg)
     if args.checkpoint is None:
-        _logger.info("no --checkpoint: the weights are those of a fresh network, seeded with 0")
+        if not args.net.endswith(".nir"):  # which has its weights
+            _logger.info("no --checkpoint: the weights are those of a fresh network, seeded with 0")
     else:
         load_checkpoint(net, args.checkpoint, args.key, trust_pickle=args.trust_pickle)
     return net

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ...converters.errors import UsageError
 from .arguments import DATA, NET_EPILOG, artifact_arguments, build, net_arguments
 from .console import FOUND, OK, Command, answer
 
@@ -29,6 +30,10 @@ def _run(args: argparse.Namespace) -> int:
     from ..artifact import load
     from ..compare import compare
 
+    if not 0 <= args.min_agreement <= 1:
+        raise UsageError(
+            f"--min-agreement is {args.min_agreement:g}; allowed: a fraction from 0 to 1, such as 0.98"
+        )
     dataset = data.load(args.data, limit=args.limit)
     net = build(args)
     with load(args.artifact, args.device, args.target) as model:

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -480,6 +481,20 @@ def test_what_spikeport_did_not_write_is_never_overwritten(program, made, tmp_pa
     assert file.read_text() == "data"
 
 
+def test_the_current_directory_is_used_if_it_is_empty(program, tmp_path, monkeypatch):
+    (tmp_path / "here" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "inner")
+    made = deploy.compile(program, ".")
+    assert (made.path, deploy.Artifact.open(".").verify().ok) == (Path.cwd(), True)
+    assert deploy.compile(program, ".").cached
+    with pytest.raises(deploy.ArtifactError, match="is the current directory"):
+        deploy.compile(program, ".", probe=False, overwrite=True)
+    assert deploy.Artifact.open(".").verify().ok
+    with pytest.raises(deploy.ArtifactExistsError, match="inner/manifest.json"):
+        deploy.compile(program, "..")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["here"]
+
+
 def test_an_empty_directory_and_a_new_path_are_used(program, tmp_path):
     (tmp_path / "empty").mkdir()
     assert deploy.compile(program, tmp_path / "empty").verify().ok
@@ -488,7 +503,8 @@ def test_an_empty_directory_and_a_new_path_are_used(program, tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_an_error(program, tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "out", Path("/proc/out")):  # /proc refuses root too
+    # /proc refuses root too, and a name has up to 255 characters.
+    for path in (tmp_path / "file" / "out", Path("/proc/out"), tmp_path / ("x" * 300)):
         with pytest.raises(deploy.ArtifactError, match=r"cannot be written.*choose another"):
             deploy.compile(program, path)
 
@@ -568,10 +584,36 @@ def test_a_truncated_manifest_is_found(made):
         file.write_bytes(good[:size])
         with pytest.raises(deploy.ArtifactCorruptError, match="not JSON"):
             deploy.load(made.path)
-    for other in ("[]", "3", "{}", '{"schema_version": "1"}', '{"schema_version": 1}'):
-        file.write_text(other)
-        with pytest.raises(deploy.ArtifactCorruptError, match=r"schema_version|lacks digest"):
+    other = ["[]", "3", "{}", "[" * 200_000, '{"schema_version": 1}']
+    other += [f'{{"schema_version": {n}}}' for n in ('"1"', "true", "0", "-1")]
+    for text in other:
+        file.write_text(text)
+        with pytest.raises(
+            deploy.ArtifactCorruptError, match=r"schema_version|lacks digest|not JSON"
+        ):
             deploy.load(made.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []},
+        {"files": {"program.txt": {"sha256": ""}}},
+        {"batch": "x"},
+        {"inputs": [{}]},
+        {"inputs": 3},
+        {"structure": []},
+        {"sdk": {}},
+        "foo",
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_form_is_corrupt_though_its_digest_is_right(made, change):
+    if change == "foo":
+        change = {"outputs": [{**made.manifest["outputs"][0], "dtype": "foo"}]}
+    edit(made.path, **change)
+    with pytest.raises(deploy.ArtifactCorruptError, match="malformed.*compile again"):
+        deploy.load(made.path)
 
 
 def test_an_edited_manifest_is_found(made):
@@ -620,6 +662,39 @@ def test_another_sdk_version_is_a_warning(made, monkeypatch, caplog):
         pass
     assert "lyngor 1.1.0" in caplog.text
     assert "lyngor 1.17.0" in caplog.text
+
+
+def test_an_option_may_be_a_number_of_numpy(program, tmp_path):
+    made = [
+        deploy.compile(program, tmp_path / type(level).__name__, probe=False, opt_level=level)
+        for level in (2, np.int64(2))
+    ]
+    assert made[0].manifest["key"] == made[1].manifest["key"]
+
+
+class Pair(NamedTuple):
+    spikes: torch.Tensor
+    rate: torch.Tensor
+
+
+class Named(nn.Module):
+    """Spikes [T, N, 5] and their rates as a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = neurons.IFNode()
+
+    def forward(self, x: torch.Tensor) -> Pair:
+        spikes = self.out(x)
+        return Pair(spikes, spikes.mean(0))
+
+
+def test_outputs_whose_nesting_cannot_be_stored_are_a_finding():
+    x = (torch.rand(T, BATCH, 5),)
+    (finding,) = deploy.check(Named(), x, ["reference", "lynxi-sim"])
+    assert (finding.rule, finding.severity) == ("outputs", "error")
+    with pytest.raises(deploy.UnsupportedError, match="tuples, lists and dicts"):
+        deploy.convert(Named(), x, "reference")
 
 
 def test_what_cannot_be_compiled_is_refused(net, program, tmp_path):

@@ -139,6 +139,11 @@ def test_from_the_shell(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "run.py" in json.loads(capsys.readouterr().out)["files"]
     assert main(["bundle", str(artifact), "-o", str(tmp_path / "b")]) == 4
     assert "holds something already" in capsys.readouterr().err
+    for inside in (artifact, artifact / "device" / "b"):
+        assert main(["bundle", str(artifact), "-o", str(inside)]) == 2
+        assert "lies in the artifact" in capsys.readouterr().err
+    assert main(["bundle", str(artifact), "-o", str(tmp_path / ("x" * 300))]) == 4
+    assert "cannot be written: File name too long" in capsys.readouterr().err
 
 
 def test_other_artifacts_are_refused(tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def wrong(folder: Path) -> dict[str, tuple[tuple[object, ...], int, str]]:
     source = folder / "net_cli.py"
     build = ("compile", *net, *out)
     missing = folder / "missing"
+    agree = ("compare", folder / "made", *net, "--data", folder / "data.npz", "--min-agreement")
     return {
         "target": ((*build, *INPUT, "--target", "lynxi-sm"), 2, "did you mean lynxi-sim?"),
         "no target": ((*build, *INPUT), 2, "--target"),
@@ -307,6 +308,9 @@ def wrong(folder: Path) -> dict[str, tuple[tuple[object, ...], int, str]]:
             2,
             "no directory",
         ),
+        "agreement": ((*agree, "2"), 2, "--min-agreement is 2; allowed: a fraction"),
+        "no agreement": ((*agree, "nan"), 2, "--min-agreement is nan"),
+        "nir": (("check", f"{missing}.nir", *INPUT, *SIM), 2, "missing.nir: no such file"),
         "vendor": (("simulate", "graphcore", "x.py"), 2, "lynxi"),
         "command": (("complie",), 2, "compile"),
         "none": ((), 2, "COMMAND"),
@@ -334,6 +338,10 @@ def test_an_error_is_one_json_document_too(run, folder):
     assert found.json["error"] == "CaptureError"
     assert found.json["findings"][0]["fix"]
     assert found.json["message"] in found.err
+    for argv in (["complie"], ["check"], ["compile", "NET", *SIM, "-o", "x", "--dtype", "int8"]):
+        found = run(*argv, "--json")
+        assert (found.code, found.json["error"], found.json["findings"]) == (2, "UsageError", [])
+        assert found.json["message"] in found.err
 
 
 def test_traceback_shows_where_an_error_arose(run, folder):
@@ -377,7 +385,7 @@ def test_help_version_and_usage_import_no_torch():
     script = (
         "import sys; from spikeport.deploy import cli\n"
         "for argv in (['--help'], ['--version'], ['compile', '--help'], ['frobnicate']):\n"
-        "    try: cli.main(argv)\n"
+        "    try: print('left with', cli.main(argv))\n"
         "    except SystemExit as left: print('left with', left.code)\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)\n"
     )

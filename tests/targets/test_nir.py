@@ -766,6 +766,7 @@ def test_the_command_line_takes_and_gives_nir(
     arguments = [str(net), "--input", "4,2,5", "--target", "nir", "--arg"]
     out = ["-o", str(tmp_path / "out"), "--option", "dt=0.5"]
     assert main(["compile", *arguments, f"dt={DT}", *out]) == 0
+    assert "no --checkpoint" not in capsys.readouterr().err  # the file has the weights
     assert float(nir.read(file(tmp_path / "out")).metadata["dt"]) == 0.5
     assert main(["check", *arguments, "dt=-1"]) == 2
     assert "allowed: a time above 0" in capsys.readouterr().err
