@@ -13,8 +13,8 @@ from .model import in_call
 
 #: Inputs on which the order shows: the example's, and noise of these scales.
 _SCALES = (1.0, 4.0, 16.0, 64.0)
-#: Scales of the noise that is to reach layers which the example leaves silent.
-_LOUD = (4.0, 64.0)
+#: Scale of the noise that is to reach layers which the example leaves silent.
+_LOUD = 16.0
 #: Share of the values of an output that rounding may change where samples change places.
 _ROUNDED = 0.01
 
@@ -81,7 +81,7 @@ def coupled(program: Program, inputs: Dims, outputs: Dims) -> bool:
             [None if d is None else in_call(d, t) for d, t in zip(dims, of, strict=True)]
             for dims, of in zip((inputs, outputs), times, strict=True)
         )
-    for example in _inputs(program.examples[0], _LOUD):
+    for example in _inputs(program.examples[0], (_LOUD,)):
         moved = [x if d is None else x.roll(1, d) for x, d in zip(example, inputs, strict=True)]
         before = _values(captured, example)
         last, others = (
