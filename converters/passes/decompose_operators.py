@@ -48,7 +48,7 @@ from . import volumes
 from .formulas import FORMULAS, Term
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class decompose_operators:  # noqa: N801, the name of the pass
     """The pass for a target that has ``available``, such as ``"aten.conv2d"``."""
 
