@@ -249,9 +249,6 @@ CASES: dict[str, Case] = {
     "norm_3": lambda x, w: torch.linalg.vector_norm(x, 3, (1, 2)),
     "norm_0": lambda x, w: torch.linalg.vector_norm(x.round(), 0, 3),
     "prod_all": lambda x, w: x[0, 0, 0].prod(),
-    "instance_norm_fixed": lambda x, w: F.instance_norm(
-        x, w["mean"], w["var"], use_input_stats=False
-    ),
     "batch_norm_own": lambda x, w: F.batch_norm(x, None, None, w["scale"], None, training=True),
     "nearest_uneven": lambda x, w: (
         F.interpolate(x, (4, 17)) + F.interpolate(x, (4, 17), mode="nearest-exact")
