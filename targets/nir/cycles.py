@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from ...converters.passes import step_time
 from ...converters.program import NEURON_STEP, PassReport, Program, where
 from ...converters.sources.nir import Graph, Unit
 from ...converters.sources.nir.graph import NEURONS
-from ...converters.sources.nir.network import parts
+from ...converters.sources.nir.network import distances, parts
 from ...converters.sources.nir.neurons import KEY
 from .export import Exported, Exporter, NotInNir, Signal
 from .operators import divides
@@ -174,18 +175,30 @@ class CycleExporter(Exporter):
                 ]
             edges += [(end, b, k) for end, k in ends]
         edges, passed = self._moved_back(edges)
-        for n, state in zip(self.states, self.stepping.states, strict=True):
-            if n not in self.signals:
-                continue
-            if not torch.equal(self._at_first(n, passed), state.initial):
-                self.tell(
-                    "recurrence",
-                    "what comes back starts from something else than neurons give that have not fired",
-                    "spikes that come back, 0 before the first step",
-                    "start from zeros",
-                    place=state.name,
-                )
-        self._place(edges)
+        edges = self._further(edges)
+        neurons = {name for name, unit in self.done.units.items() if unit.kind in NEURONS}
+        found, plain = self._placed(edges, {a for a, _, _ in edges})
+        # Before the first step, NIR has such a node give what it gives without spikes; a Delay gives 0.
+        if others := self._starting_otherwise(passed | {a for a, _ in plain} - neurons):
+            found, plain = self._placed(edges, neurons)
+            others = self._starting_otherwise(passed)
+        for name in others:
+            self.tell(
+                "recurrence",
+                "what comes back starts from something else than neurons give that have not fired",
+                "spikes that come back, 0 before the first step",
+                "start from zeros",
+                place=name,
+            )
+        self._place(found, plain)
+
+    def _starting_otherwise(self, passed: set[str]) -> list[str]:
+        """The states that NIR starts from other values."""
+        return [
+            state.name
+            for n, state in zip(self.states, self.stepping.states, strict=True)
+            if n in self.signals and not torch.equal(self._at_first(n, passed), state.initial)
+        ]
 
     def _endless(self, later: Mapping[str, tuple[str, ...]]) -> bool:
         """Whether states come back to themselves without any node, each of which is a finding."""
@@ -243,17 +256,57 @@ class CycleExporter(Exporter):
         value: torch.Tensor = n.target(*args, **kwargs)
         return value
 
-    def _place(self, edges: list[tuple[str, str, int]]) -> None:
-        """Edges as they are where NIR takes them a step later itself, or else through a Delay."""
+    def _further(self, edges: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+        """The same with neurons that hear others of their cycle at once put behind these.
+
+        NIR takes what a neuron hears of one that is no nearer to an input for a step later, so that the
+        ways to it that are too short go through nodes that change nothing.
+        """
+        units = self.done.units
+        instant = {n for n, u in units.items() if not u.holds_back}
+        at_once = self._graph(units, [(a, b) for a, b, k in edges if k == 0])
+        order: TopologicalSorter[str] = TopologicalSorter({n: at_once.into(n) for n in units})
+        heard = {
+            n: at_once.reached_from([n], instant) for n, u in units.items() if u.kind in NEURONS
+        }
+        for name in [n for n in order.static_order() if n in heard]:
+            whole = self._graph(units, _pairs(edges))
+            cycle = {a for a in whole.reached_from([name]) if name in heard.get(a, ())}
+            far = distances(self._graph(units, [(a, b) for a, b in whole.edges if a != name]))
+            least = max((far.get(a, 0) for a in cycle), default=0)
+            for at, (a, b, k) in enumerate(edges):
+                source = a
+                for _ in range(least - far.get(a, least) if b == name else 0):
+                    waits = self.unique(f"{name}.behind")
+                    units[waits] = Unit("Scale", {"scale": np.ones(self._shapes[a], np.float32)})
+                    self._shapes[waits] = self._shapes[a]
+                    edges = [*edges, (source, waits, k)]
+                    source, k = waits, 0
+                edges[at] = (source, b, k)
+        return edges
+
+    def _placed(
+        self, edges: Sequence[tuple[str, str, int]], known: Collection[str]
+    ) -> tuple[Graph, set[tuple[str, str]]]:
+        """The graph, and its edges that NIR takes a step later itself; others go through a Delay.
+
+        Only those from ``known`` are left to NIR, and of a node that fires not, all or none.
+        """
         twice = {pair for pair, count in Counter((a, b) for a, b, _ in edges).items() if count > 1}
         neurons = {name for name, unit in self.done.units.items() if unit.kind in NEURONS}
-        plain = {(a, b) for a, b, k in edges if k == 1 and a in neurons} - twice
+        plain = {(a, b) for a, b, k in edges if k == 1 and a in known} - twice
         while True:
+            split = {a for a, b, k in edges if k and (a, b) not in plain} - neurons
+            plain = {(a, b) for a, b in plain if a not in split}
             found = self._with_delays(edges, plain)
-            late = {edge for part in parts(found) for edge in part.late}
-            if plain <= late:
-                break
-            plain &= late
+            kept = {edge for part in parts(found) for edge in part.late - part.mixed}
+            if plain <= kept:
+                return found, plain
+            plain &= kept
+
+    def _place(self, found: Graph, plain: set[tuple[str, str]]) -> None:
+        """Take over a graph, if NIR computes it in the order of the program."""
+        late = {edge for part in parts(found) for edge in part.late}
         for a, b in sorted(late - plain):
             self.tell(
                 "recurrence",
@@ -287,11 +340,14 @@ class CycleExporter(Exporter):
             name = self.unique(f"{a}.later" if k == 1 else f"{a}.later_{k}")
             units[name] = Unit("Delay", {"delay": np.full(self._shapes[a], k * self.dt)})
             placed[a, name] = placed[name, b] = None
+        return self._graph(units, placed)
+
+    def _graph(self, units: Mapping[str, Unit], edges: Iterable[tuple[str, str]]) -> Graph:
         kinds = {
             kind: [n for n, u in units.items() if u.kind == kind] for kind in ("Input", "Output")
         }
         ports = (tuple(sorted(kinds["Input"])), tuple(sorted(kinds["Output"])))
-        return Graph(units, tuple(placed), *ports)
+        return Graph(units, tuple(edges), *ports)
 
 
 def _later(n: Node) -> str:

@@ -197,6 +197,60 @@ def test_cycles_hold_what_the_neuron_gave_before(make: Any, tmp_path: Path) -> N
         equals(net, g, [part.flip(0) for part in x])
 
 
+def leading_on(**nodes: Any) -> nir.NIRGraph:
+    """What s gives of lif is an output, and goes back through w; s adds a bias."""
+    return graph(
+        [tuple(e.split("-")) for e in ["input-lif", "lif-s", "s-output", "s-w", "w-lif"]],
+        input=nir.Input(np.array([3])),
+        lif=lif(3),
+        s=nir.Affine(eighths(3, 3), eighths(3)),
+        w=nir.Linear(eighths(3, 3)),
+        output=nir.Output(np.array([3])),
+        **nodes,
+    )
+
+
+def test_what_goes_back_leads_on_at_once(tmp_path: Path) -> None:
+    for _ in range(4):
+        g = leading_on()
+        x = [part * 2 for part in drive(g, steps=8)]
+        equals(NirNetwork(g, DT), g, x)
+    net = NirNetwork(g, DT)
+    stepped = deploy.convert(g, x, "reference", time="stepped", dt=DT)
+    assert torch.equal(stepped(*x), net(*x))
+    written = deploy.convert(g, x, "nir", dt=DT)
+    artifact = deploy.compile(written, tmp_path / "nir", cache=False, dt=DT)
+    assert torch.equal(deploy.load(artifact.path)(*x), net(*x))
+    outer = leading_on()
+    inner = graph(
+        "input lif output", lif=lif(3), **{n: outer.nodes[n] for n in ("input", "output")}
+    )
+    nodes = {**outer.nodes, "lif": inner}
+    equals(NirNetwork(saved(graph(outer.edges, **nodes), tmp_path), DT), outer, x)
+
+
+def test_what_leads_on_and_back_with_other_signals_is_refused() -> None:
+    g = leading_on(p=lif(3))
+    (wrong,) = findings(graph([*g.edges, ("input", "p"), ("p", "s")], **g.nodes))
+    assert (wrong.rule, wrong.where) == ("nir-cycle", "s -> w")
+
+
+def test_neurons_equally_near_to_the_input_hear_each_other_later() -> None:
+    def against(order: list[int]) -> Any:
+        inhibit = nir.Linear(np.eye(2, dtype=np.float32) - 1)
+        ports = {"input": nir.Input(np.array([2])), "a_": nir.Output(np.array([2]))}
+        ports["b_"] = nir.Output(np.array([2]))
+        edges = ["input-a", "input-b", "a-ab", "ab-b", "b-ba", "ba-a", "a-a_", "b-b_"]
+        pairs = [tuple(edges[i].split("-")) for i in order]
+        g = graph(pairs, a=lif(2), b=lif(2), ab=inhibit, ba=inhibit, **ports)
+        return NirNetwork(g, DT)(2 * torch.ones(4, 1, 2))
+
+    for order in (list(range(8)), list(reversed(range(8))), [1, 0, 2, 4, 3, 5, 7, 6]):
+        a, b = against(order)
+        assert torch.equal(a, b)
+        assert 0 < a.mean() < 1
+
+
 @pytest.mark.parametrize(("target", "steps"), [("reference", 1), ("lynxi-sim", 3), ("onnx", 5)])
 def test_cycles_convert(target: str, steps: int) -> None:
     g = two_neurons()

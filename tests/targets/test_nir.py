@@ -495,13 +495,20 @@ def crossed(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any
     return self.a(2 * x + 0.5 * b), self.b(x - 0.5 * a)
 
 
+def far(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+    """Through a Scale, a is further from the input than b, which hears it at once all the same."""
+    a = self.a(3 * x + 0.5 * b)
+    return a, self.b(x + a)
+
+
 @pytest.mark.parametrize(
     ("step", "end"),
     [
         (ahead, torch.stack),
         (crossed, lambda steps: torch.stack(steps).mean(0)),
+        (far, torch.stack),
     ],
-    ids=["steps", "mean"],
+    ids=["steps", "mean", "far"],
 )
 def test_values_that_are_used_a_step_later(step: Any, end: Any, tmp_path: Path) -> None:
     net, x = Looped(step, end=end), 3 * GRID
@@ -511,13 +518,13 @@ def test_values_that_are_used_a_step_later(step: Any, end: Any, tmp_path: Path) 
 
 
 def test_the_order_that_nir_computes_a_cycle_in() -> None:
-    """Through a Scale, a is further from the input than b, so that b would be held back for a."""
+    """No Input leads to a but through b, so that b is nearer whatever lies between."""
 
-    def far(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
-        a = self.a(3 * x + 0.5 * b)
+    def behind(self: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+        a = self.a(3 * b)
         return a, self.b(x + a)
 
-    (found,) = deploy.check(Looped(far), (GRID,), ["nir"]).errors
+    (found,) = deploy.check(Looped(behind), (GRID,), ["nir"]).errors
     assert (found.rule, found.where) == ("recurrence", "a")
 
 

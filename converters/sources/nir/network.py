@@ -1,9 +1,11 @@
 """A NIR graph as a torch network: time-major, each call from the initial state.
 
 A node takes the sum of the edges into it, in the order of the file. Nodes outside cycles compute all
-steps at once. Around a cycle, a neuron's output arrives one step later: the edge that goes back, from a
-neuron to one that is as near to an Input or nearer, holds what it had a step before, 0 at first. A Delay
-in a cycle delays by its own time and by nothing more.
+steps at once. Around a cycle, a neuron's output arrives one step later: the way that goes back, from a
+neuron to one that is as near to an Input or nearer, counted in nodes, holds what it had a step before,
+that of a neuron which gave 0 at first. What leads on from a node on that way hears it at once: the edge
+that is late is the first behind which all goes back. A Delay in a cycle delays by its own time and by
+nothing more.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import functools
 import keyword
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
@@ -44,11 +46,13 @@ class Part:
         nodes: In the order in which a step computes them.
         late: Edges inside it that hold what they had a step before.
         cyclic: Whether it is a cycle.
+        mixed: Those of the late edges that hold back, too, what should arrive at once.
     """
 
     nodes: tuple[str, ...]
     late: frozenset[tuple[str, str]] = frozenset()
     cyclic: bool = False
+    mixed: frozenset[tuple[str, str]] = frozenset()
 
 
 class NirNetwork(nn.Module):
@@ -76,16 +80,18 @@ class NirNetwork(nn.Module):
         self.graph = graph
         self.dt = time_step(graph, dt)
         self._parts = tuple(parts(graph))
+        findings += [_mixed(*edge) for part in self._parts for edge in sorted(part.mixed)]
         cyclic = {name for part in self._parts if part.cyclic for name in part.nodes}
-        self._paths = {}
+        self._paths, broken = {}, set[str]()
         for name, unit in graph.units.items():
             try:
                 module = build(unit, self.dt, name in cyclic)
             except (UsageError, RuntimeError, ValueError) as error:
                 findings.append(_refused(name, unit, error))
                 module = nn.Identity()
+                broken.add(name)
             self._paths[name] = _attach(self, name, module)
-        findings = findings or list(self._infer_shapes())
+        findings += self._infer_shapes(broken)
         if findings:
             raise CaptureError(HEADLINE, findings)
         delays = (m.longest for m in self.modules() if isinstance(m, Delay))
@@ -145,17 +151,27 @@ class NirNetwork(nn.Module):
             if isinstance(module := self._module(name), Neurons):
                 module.reset()
 
+        def silent(name: str) -> torch.Tensor:
+            """What a node gives where its neurons give 0, as before the first step."""
+            module = self._module(name)
+            if isinstance(module, Neurons):
+                return like.new_zeros(batch, *self._shapes[name])
+            x = _sum([silent(a) for a in self.graph.into(name)])
+            quiet: torch.Tensor = module.at([x], 0) if isinstance(module, Delay) else module(x)
+            return quiet
+
         def output(a: str, b: str, t: int) -> torch.Tensor:
             """What the edge from a to b holds at step t."""
             if a not in inside:
                 return values[a][t]
-            zeros = like.new_zeros(batch, *self._shapes[a])
+            if (a, b) in part.late:
+                if t == 0:
+                    return silent(a)
+                t -= 1
             if isinstance(delay := self._module(a), Delay):
-                late: torch.Tensor = delay.at(taken[a], t, zeros)
+                late: torch.Tensor = delay.at(taken[a], t, like.new_zeros(batch, *self._shapes[a]))
                 return late
-            if (a, b) not in part.late:
-                return inside[a][t]
-            return inside[a][t - 1] if t else zeros
+            return inside[a][t]
 
         for t in range(steps):
             for name in part.nodes:
@@ -168,37 +184,29 @@ class NirNetwork(nn.Module):
                 inside[name] = [delay.at(taken[name], t) for t in range(steps)]
             values[name] = torch.stack(inside[name])
 
-    def _infer_shapes(self) -> Iterator[Finding]:
+    def _infer_shapes(self, broken: Collection[str]) -> Iterator[Finding]:
         """Set the shape of every signal at one step; what does not fit is found."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         units = self.graph.units
-        for name in (n for part in self._parts for n in part.nodes):
+        # Nearest to the inputs first: each has a node before it by then.
+        for name in distances(self.graph):
             unit = units[name]
-            # Around a cycle a neuron's output is taken before it was computed; its parameters say it.
-            sources = ((a, units[a].shape) for a in self.graph.into(name))
-            given = [shape for a, own in sources if (shape := self._shapes.get(a, own))]
-            said = unit.shape
-            if name in self.graph.inputs:
-                assert said is not None
-                self._shapes[name] = said
+            given = [self._shapes[a] for a in self.graph.into(name) if a in self._shapes]
+            taken = unit.shape if name in self.graph.inputs else next(iter(given), None)
+            if taken is None or name in broken:
                 continue
-            taken = given[0] if given else said
-            if taken is None:
-                yield _misfit(name, "a cycle whose signal has no shape", "parameters of its shape")
-                return
             try:
                 self._shapes[name] = self._shape_after(name, unit, taken)
             except (RuntimeError, UsageError, ValueError, IndexError) as error:
                 yield _misfit(
                     name, f"{unit.kind} on a signal {list(taken)}: {error}", "signals that it takes"
                 )
-                return
         for a, b in self.graph.edges:
-            first = self.graph.into(b)[0]
-            if self._shapes[a] != self._shapes[first]:
+            known = [self._shapes[n] for n in self.graph.into(b) if n in self._shapes]
+            if a in self._shapes and self._shapes[a] != known[0]:
                 yield _misfit(
                     f"{a} -> {b}",
-                    f"a signal {list(self._shapes[a])} added to one {list(self._shapes[first])}",
+                    f"a signal {list(self._shapes[a])} added to one {list(known[0])}",
                     "signals of one shape",
                 )
 
@@ -253,6 +261,17 @@ def _refused(name: str, unit: Unit, error: Exception) -> Finding:
     return finding("node", name, f"{unit.kind}: {found}", *rest)
 
 
+def _mixed(a: str, b: str) -> Finding:
+    return finding(
+        "cycle",
+        f"{a} -> {b}",
+        f"what {a} gives leads on at once and goes back to {b} a step later, and not all that {a} takes "
+        "may be held back",
+        "nodes that lead on and back only with what neurons of their cycle give",
+        f"give {b} a node like {a} of its own, or put a Delay node between them",
+    )
+
+
 def _misfit(name: str, found: str, allowed: str) -> Finding:
     return finding("shape", name, found, allowed, "mend the shapes of the nodes before it")
 
@@ -276,31 +295,77 @@ def parts(graph: Graph) -> Iterator[Part]:
             yield _cycle(graph, nodes)
 
 
-def _distances(graph: Graph) -> dict[str, int]:
-    """How soon each node is met from the inputs, all numbers different."""
-    found: dict[str, int] = {}
+def distances(graph: Graph) -> dict[str, int]:
+    """How many edges each node is from the nearest Input."""
+    found = dict.fromkeys(graph.inputs, 0)
     queue = [*graph.inputs]
     for name in queue:
-        if name not in found:
-            found[name] = len(found)
-            queue += graph.after(name)
+        for follower in graph.after(name):
+            if follower not in found:
+                found[follower] = found[name] + 1
+                queue.append(follower)
     return found
 
 
 def _cycle(graph: Graph, nodes: frozenset[str]) -> Part:
-    inner = [(a, b) for a, b in graph.edges if a in nodes and b in nodes]
     neurons = {name for name in nodes if graph.units[name].kind in NEURONS}
     delays = {name for name in nodes if graph.units[name].holds_back} - neurons
     instant = nodes - neurons - delays
-    distance = _distances(graph)
-    late = set()
-    for a, b in inner:
-        if a in neurons:
-            fed = {b, *graph.reached_from([b], instant)} if b in instant else {b}
-            if any(distance[n] <= distance[a] for n in fed & neurons):
-                late.add((a, b))
+    distance = distances(graph)
+    leads = {name: graph.reached_from([name], instant) & neurons for name in instant}
+    back = dict[str, frozenset[tuple[str, str]]]()
+    for a in neurons:
+        near = {n for n in neurons if distance[n] <= distance[a]}
+        returning = near | {n for n in instant if leads[n] & near}
+        further = {n for n in returning if distance[n] > distance[a]}
+        back[a] = frozenset(_edges_back(graph, a, returning, further))
+    late = frozenset[tuple[str, str]]().union(*back.values())
     order: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(nodes), ()))
-    for a, b in inner:
-        if (a, b) not in late and a not in delays:
+    for a, b in graph.edges:
+        if {a, b} <= nodes and (a, b) not in late and a not in delays:
             order.add(b, a)
-    return Part(tuple(order.static_order()), frozenset(late), cyclic=True)
+    mixed = frozenset(e for e in late if e[0] in instant and _is_mixed(graph, e, back, instant))
+    return Part(tuple(order.static_order()), late, True, mixed)
+
+
+def _edges_back(
+    graph: Graph, neuron: str, returning: set[str], further: set[str]
+) -> Iterator[tuple[str, str]]:
+    """The edges on which what a neuron gives turns back, to nodes that it is ``returning`` by.
+
+    Those ``further`` from the inputs than it may lead on as well, and are passed at once then.
+    """
+    onward, more = set[str](), True
+    while more:
+        found = {n for n in further if {*graph.after(n)} - (returning - onward)}
+        onward, more = found, found != onward
+    stack, seen = [neuron], {neuron}
+    while stack:
+        name = stack.pop()
+        for follower in graph.after(name):
+            if follower in returning - onward:
+                yield name, follower
+            elif follower in onward and follower not in seen:
+                seen.add(follower)
+                stack.append(follower)
+
+
+def _is_mixed(
+    graph: Graph,
+    edge: tuple[str, str],
+    back: Mapping[str, frozenset[tuple[str, str]]],
+    instant: frozenset[str] | set[str],
+) -> bool:
+    """Whether a late edge holds back more than neurons' outputs, each of which turns back on it."""
+    stack, seen = [edge[0]], {edge[0]}
+    while stack:
+        name = stack.pop()
+        for source in graph.into(name):
+            if any((source, name) in edges for edges in back.values()):
+                return True
+            if source in instant:
+                stack += {source} - seen
+                seen.add(source)
+            elif edge not in back.get(source, ()):
+                return True
+    return False
