@@ -112,6 +112,8 @@ class CycleExporter(Exporter):
 
     def input(self, n: Node, name: str, position: int) -> Signal:
         """An Input, of one step."""
+        if not n.users:
+            raise NotInNir("an input that nothing is computed from", "leave it out of the forward")
         axis = self.stepping.inputs[position]
         if axis not in (0, 1, None):
             raise NotInNir(f"an input whose dimension {axis} is time", "give [T, N, ...]")

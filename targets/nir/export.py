@@ -113,7 +113,15 @@ class Exporter:
         ):
             if (signal := self.signals.get(n)) is not None:
                 self._guarded(n, functools.partial(self.output, signal, spec.name, i))
+            elif n.op == "get_attr":
+                self._guarded(n, functools.partial(self._constant, spec.name))
         return self.done
+
+    def _constant(self, name: str) -> None:
+        raise NotInNir(
+            f"the output {name} is a constant, which no input leads to",
+            "leave it out of what the forward returns",
+        )
 
     def emit(self, n: Node) -> Signal | None:
         """The signal of a call; None for what no other node takes."""
@@ -228,6 +236,8 @@ class Exporter:
 
     def input(self, n: Node, name: str, position: int) -> Signal:
         """An Input."""
+        if not n.users:
+            raise NotInNir("an input that nothing is computed from", "leave it out of the forward")
         layout, spec = self._layout_of_input(n), self._spec(n)
         size = spec.shape[len(self.lead(layout)) :]
         if layout == "stepped" and spec.folded:

@@ -24,7 +24,9 @@ def _same(export: Exporter, n: Node) -> Signal:
     return export.signal(n.args[0])
 
 
-def _neuron(export: Exporter, n: Node) -> Signal:
+def _neuron(export: Exporter, n: Node) -> Signal | None:
+    if not n.users:  # a layer by its states alone, each of which is a node of its own
+        return None
     x = export.signal(n.args[0])
     signal = export.population(x, _declaration(export, n), fires=True)
     return replace(signal, layout=_after(n), binary=True)
@@ -431,7 +433,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 #: What makes the nodes of NIR for an operator.
-OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal]] = {
+OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal | None]] = {
     NEURON: _neuron,
     STATE: _readout,
     RESHAPE: _reshape,

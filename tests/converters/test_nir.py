@@ -417,6 +417,53 @@ def test_what_the_time_step_cannot_give_and_shapes_that_do_not_meet() -> None:
         net(torch.zeros(2, 1, 5))
 
 
+def test_inputs_have_one_number_of_steps_and_samples() -> None:
+    ports = {n: nir.Input(np.array([3])) for n in "xy"} | {"output": nir.Output(np.array([3]))}
+    net = NirNetwork(graph([("x", "a"), ("y", "a"), ("a", "output")], a=lif(3), **ports), DT)
+    for size in ((5, 2), (4, 1)):
+        with pytest.raises(UsageError, match=r"y \[.*allowed: one T and one N for all inputs"):
+            net(torch.zeros(4, 2, 3), torch.zeros(*size, 3))
+
+
+def test_parameters_that_overflow() -> None:
+    (wrong,) = findings(chain((1,), (1,), lif(1, r=1e300)))
+    assert wrong.found == "LIF whose r overflows float32, in which it is computed"
+
+
+def test_many_ways_without_a_cycle_are_searched_once() -> None:
+    ways = [(f"j{k}", f"{way}{k}") for k in range(40) for way in "lr"]
+    joins = [(f"{way}{k}", f"j{k + 1}") for k in range(40) for way in "lr"]
+    nodes = {b: nir.Scale(full(0.5, 1)) for _, b in [*ways, *joins]}
+    ports = {"j0": nir.Input(np.array([1])), "output": nir.Output(np.array([1]))}
+    NirNetwork(graph([*ways, *joins, ("j40", "output")], **nodes, **ports), DT)
+
+
+def test_scalar_parameters_in_a_cycle() -> None:
+    g = self_loop()
+    scalar = nir.LIF(*(np.array(v) for v in (2 * DT, 1.0, 0.0, 0.5, -0.25)))
+    (x,) = drive(g)
+    nodes = {**g.nodes, "a": scalar}
+    assert torch.equal(NirNetwork(graph(g.edges, **nodes), DT)(x), NirNetwork(g, DT)(x))
+
+
+def test_shapes_that_do_not_fit_are_found_beside_other_findings() -> None:
+    g = chain((4,), (3,), lif(4, tau=DT / 2), nir.Linear(eighths(3, 5)), nir.Scale(full(1, 2)))
+    ports = {"second": nir.Input(np.array([4])), "end": nir.Output(np.array([3]))}
+    wrong = {"affine": nir.Linear(eighths(3, 5)), "scale": nir.Scale(full(1, 2))}
+    edges = [
+        *g.edges,
+        ("second", "affine"),
+        ("affine", "end"),
+        ("second", "scale"),
+        ("scale", "end"),
+    ]
+    assert {(f.rule, f.where) for f in findings(graph(edges, **g.nodes, **ports, **wrong))} == {
+        ("nir-node", "n0"),
+        ("nir-shape", "affine"),
+        ("nir-shape", "scale"),
+    }
+
+
 def test_cycles_of_delays_of_no_time_and_islands() -> None:
     g = self_loop()
     nodes = {**g.nodes, "a": nir.Delay(full(0.0, 3))}

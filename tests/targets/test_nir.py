@@ -664,6 +664,42 @@ def test_a_readout_after_a_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.snntorch
+@pytest.mark.parametrize("end", [torch.stack, _mean, lambda steps: steps[-1]])
+def test_a_readout_by_its_membrane_alone(end: Any, tmp_path: Path) -> None:
+    snn = pytest.importorskip("snntorch")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l1, self.l2 = snn.Leaky(beta=0.5), snn.Leaky(beta=0.75, reset_mechanism="none")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            m1, m2, steps = self.l1.init_leaky(), self.l2.init_leaky(), []
+            for x_t in x:
+                spk, m1 = self.l1(x_t, m1)
+                _, m2 = self.l2(spk, m2)
+                steps.append(m2)
+            out: torch.Tensor = end(steps)
+            return out
+
+    net = Net()
+    path = compiled(net, (GRID,), tmp_path, dt=DT)
+    assert net(GRID).std() > 0.1
+    assert torch.equal(deploy.load(path)(GRID), net(GRID))
+
+
+def test_inputs_and_outputs_that_have_nothing_to_do_with_each_other() -> None:
+    def run(s: Any, x: torch.Tensor, unused: torch.Tensor) -> Any:
+        return s.spike(x), s.constant
+
+    net = Net(run, spike=IFNode())
+    net.constant = nn.Parameter(torch.ones(3))
+    found = deploy.check(net, (GRID, GRID), ["nir"]).errors
+    assert ["nothing is computed from" in f.found for f in found] == [True, False]
+    assert "is a constant" in found[1].found
+
+
+@pytest.mark.snntorch
 def test_what_no_neuron_of_nir_computes_is_written_as_its_arithmetic(tmp_path: Path) -> None:
     """Neurons that hear all spikes of their layer, added last: Scale, Affine, Threshold and Delay."""
     snn = pytest.importorskip("snntorch")

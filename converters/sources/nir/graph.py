@@ -436,23 +436,23 @@ def _connections(graph: Graph) -> Iterator[Finding]:
 
 
 def _instant_cycles(graph: Graph) -> Iterator[list[str]]:
-    """Cycles of nodes that hold nothing back, each once."""
+    """Cycles of nodes that hold nothing back: one for each edge that closes some."""
     through = {n for n, u in graph.units.items() if not u.holds_back}
-    after = {n: [b for b in graph.after(n) if b in through] for n in through}
     done: set[str] = set()
     for start in sorted(through):
         trail: list[str] = []
-        stack = [(start, 0)]
-        while stack:
-            name, depth = stack.pop()
-            del trail[depth:]
-            if name in trail:
+        ways = [iter([start])]
+        while ways:
+            name = next(ways[-1], None)
+            if name is None:
+                ways.pop()
+                done.update(trail[-1:])
+                del trail[-1:]
+            elif name in trail:
                 yield trail[trail.index(name) :]
-            elif name not in done:
+            elif name in through - done:
                 trail.append(name)
-                stack += [(follower, depth + 1) for follower in after[name]]
-            if not stack or stack[-1][1] <= depth:
-                done.add(name)
+                ways.append(iter(graph.after(name)))
 
 
 def _values(name: str, unit: Unit) -> Iterator[Finding]:
@@ -468,6 +468,8 @@ def _values(name: str, unit: Unit) -> Iterator[Finding]:
         elif not np.isfinite(array).all():
             count = int((~np.isfinite(array)).sum())
             wrong, allowed = f"{key} has {count} values that are NaN or infinite", "finite numbers"
+        elif (abs(array.astype(np.float64)) > np.finfo(np.float32).max).any():
+            wrong, allowed = f"{key} overflows float32, in which it is computed", "up to 3.4e38"
         elif key.startswith("tau") and (array <= 0).any():
             wrong, allowed = f"{key} is {array.min():.6g}", "time constants above 0"
         elif key == "delay" and (array < 0).any():

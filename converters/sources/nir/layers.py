@@ -115,8 +115,7 @@ class Neurons(nn.Module):
         tensor = isinstance(kind.gain, torch.Tensor)
         self._gain = None if tensor else float(kind.gain)
         self.register_buffer("gain", kind.gain if tensor else None)
-        self._fires = kind.fires
-        neuron = kind.neuron
+        self.neuron = neuron = kind.neuron
         self.layer: Cell | Node | Readout
         if stepwise:
             self.layer = Cell(neuron, kind.fires)

@@ -115,7 +115,7 @@ class NirNetwork(nn.Module):
         """Its neurons, as they are declared in discrete time."""
         for name in self._paths:
             if isinstance(module := self._module(name), Neurons):
-                yield module.layer.neuron
+                yield module.neuron
 
     def _check(self, inputs: Sequence[torch.Tensor]) -> None:
         names = self.graph.inputs
@@ -129,6 +129,11 @@ class NirNetwork(nn.Module):
             if tuple(x.shape[2:]) != shape:
                 raise UsageError(
                     f"{name} is given {list(x.shape)}; it takes [T, N, {', '.join(map(str, shape))}]"
+                )
+            if x.shape[:2] != inputs[0].shape[:2]:
+                raise UsageError(
+                    f"{names[0]} is given {list(inputs[0].shape[:2])} time steps and samples, {name} "
+                    f"{list(x.shape[:2])}; allowed: one T and one N for all inputs"
                 )
 
     def _module(self, name: str) -> nn.Module:
