@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ class Nir:
         dt, strict = _options(options)
         nir = _nir()
         done = export(program, dt)
-        wrong = [f for f in done.findings if strict or f.severity == "error"]
+        wrong = [
+            replace(f, severity="error") for f in done.findings if strict or f.severity == "error"
+        ]
         if wrong:
             raise UnsupportedError("NIR cannot say this network:", wrong)
         for finding in done.findings:

@@ -297,6 +297,10 @@ class CycleExporter(Exporter):
         twice = {pair for pair, count in Counter((a, b) for a, b, _ in edges).items() if count > 1}
         neurons = {name for name, unit in self.done.units.items() if unit.kind in NEURONS}
         plain = {(a, b) for a, b, k in edges if k == 1 and a in known} - twice
+        instant = self.done.units.keys() - neurons
+        whole = self._graph(self.done.units, _pairs(edges))
+        closed = {n for n in instant if n in whole.reached_from([n], instant)}  # needs a Delay
+        plain = {(a, b) for a, b in plain if a not in closed}
         while True:
             split = {a for a, b, k in edges if k and (a, b) not in plain} - neurons
             plain = {(a, b) for a, b in plain if a not in split}

@@ -498,6 +498,72 @@ def test_graphs_that_are_malformed(tmp_path: Path) -> None:
     assert [(f.rule, f.where) for f in findings(back)] == [("nir-edge", "input")]
 
 
+def _put(place: str, value: Any) -> Callable[[h5py.File], None]:
+    def edit(content: h5py.File) -> None:
+        if place in content:
+            del content[place]
+        if value is not None:
+            content[place] = value
+        else:
+            content.create_group(place)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("rule", "edit"),
+    [
+        ("nir-file", _put("node/nodes/n0/weight", h5py.SoftLink("/nowhere"))),
+        ("nir-version", _put("version", None)),
+        ("nir-graph", _put("node", 1.0)),
+        ("nir-graph", _put("node/edges", 1.0)),
+        ("nir-graph", _put("node/edges", h5py.Empty("f"))),
+        ("nir-metadata", _put("node/metadata", "text")),
+        ("nir-metadata", _put("node/nodes/n0/metadata", 1.0)),
+        ("nir-node", _put("node/nodes/n1/metadata/spikeport", "text")),
+        ("nir-node", _put("node/nodes/n1/metadata/spikeport", 1.0)),
+        ("nir-value", _put("node/nodes/input/shape", np.ones((2, 2)))),
+        ("nir-value", _put("node/nodes/input/shape", np.array([4.5]))),
+    ],
+)
+def test_files_of_other_contents(rule: str, edit: Any, tmp_path: Path) -> None:
+    file = saved(CHAINS["affine"](), tmp_path)
+    with h5py.File(file, "r+") as content:
+        edit(content)
+    assert findings(file)[0].rule == rule
+
+
+@pytest.mark.parametrize("value", ["text", [DT], None])
+def test_time_steps_in_the_metadata_that_are_none(value: Any, tmp_path: Path) -> None:
+    file = saved(CHAINS["affine"](), tmp_path)
+    with h5py.File(file, "r+") as content:
+        _put("node/metadata/dt", value)(content)
+    with pytest.raises(UsageError, match="allowed: a time above 0"):
+        NirNetwork(file)
+
+
+@pytest.mark.parametrize("dt", ["1e-4", [DT], np.array([DT]), 1j, True])
+def test_time_steps_that_are_no_numbers(dt: Any) -> None:
+    with pytest.raises(UsageError, match="allowed: a time above 0"):
+        NirNetwork(CHAINS["affine"](), dt)
+
+
+def test_graphs_of_tensors_and_of_other_containers() -> None:
+    g = CHAINS["affine"]()
+    (x,) = drive(g)
+    expected = NirNetwork(g, DT)(x)
+    affine = g.nodes["n0"]
+    affine.weight = torch.nn.Parameter(torch.from_numpy(affine.weight))
+    affine.bias = torch.from_numpy(affine.bias).to(torch.bfloat16)
+    assert torch.equal(NirNetwork(g, torch.tensor(DT))(x), expected)
+    for edges in ({*g.edges}, np.array(g.edges), [tuple(map(np.str_, e)) for e in g.edges]):
+        g.edges = edges
+        g.metadata = g.nodes["n0"].metadata = None
+        assert torch.equal(NirNetwork(g, DT)(x), expected)
+    affine.weight = [[1.0, 2.0], [3.0]]
+    assert ("nir-value", "n0") in {(f.rule, f.where) for f in findings(g)}
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     file = saved(CHAINS["conv2d"](), tmp_path)
     whole = file.read_bytes()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import torch
 
 from ...errors import CaptureError, Finding, UsageError
 
@@ -160,7 +161,7 @@ def read(source: Any) -> Graph:
     inputs, outputs = (
         tuple(sorted(_named(content["nodes"], kind))) for kind in ("Input", "Output")
     )
-    metadata = _plain(content.get("metadata", {}))
+    metadata = content.get("metadata") or {}
     graph = Graph(units, tuple(edges), inputs, outputs, metadata)
     findings += _connections(graph)
     findings += [f for name, unit in units.items() for f in _values(name, unit)]
@@ -186,9 +187,9 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with h5py.File(path, "r") as file:
-            version = _plain(file["version"][()]) if "version" in file else "none"
+            version = _tree(file["version"], h5py) if "version" in file else "none"
             content = _tree(file["node"], h5py) if "node" in file else None
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CaptureError(
             HEADLINE,
             [
@@ -217,30 +218,34 @@ def _from_file(path: Path) -> dict[str, Any]:
             finding(
                 "graph",
                 "",
-                f"{path} holds {'no node' if content is None else content.get('type')!r}",
+                f"{path} holds {content.get('type') if isinstance(content, dict) else 'no node'!r}",
                 "an NIRGraph",
                 "wrap the node into a graph: nir.NIRGraph.from_list(node)",
             )
         )
     if wrong:
         raise CaptureError(HEADLINE, wrong)
-    assert content is not None
+    assert isinstance(content, dict)
     return content
 
 
-def _tree(group: Any, h5py: Any) -> dict[str, Any]:
-    return {
-        name: _tree(item, h5py) if isinstance(item, h5py.Group) else _plain(item[()])
-        for name, item in group.items()
-    }
+def _tree(item: Any, h5py: Any) -> Any:
+    if isinstance(item, h5py.Group):
+        return {name: _tree(inner, h5py) for name, inner in item.items()}
+    if item is None:
+        raise ValueError("a link in it leads nowhere")
+    return _plain(item[()])
 
 
 def _plain(value: Any) -> Any:
-    """Texts as str, also inside arrays of them."""
+    """Texts as str, also inside arrays of them; tensors as arrays."""
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "OS":
-        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OSU":
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
@@ -255,6 +260,7 @@ def _flatten(
 ) -> None:
     """Add a graph's nodes and edges, those of its subgraphs under their names."""
     nodes, pairs = content.get("nodes"), _pairs(content.get("edges"))
+    findings += _metadata(prefix.rstrip("."), content)
     if not _groups(nodes) or pairs is None:
         findings.append(
             finding(
@@ -274,12 +280,14 @@ def _flatten(
             continue
         findings += _named_twice(path, units)
         findings += _fields(path, kind, node)
+        findings += _metadata(path, node)
         given = {
-            n: node[n]
+            n: _plain(node[n])
             for n in (n for part in _FIELDS.get(kind, ()) for n in part)
             if node.get(n) is not None
         }
-        units[path] = Unit(kind, given, node.get("metadata", {}))
+        metadata = node.get("metadata")
+        units[path] = Unit(kind, given, metadata if isinstance(metadata, Mapping) else {})
     for a, b in pairs:
         findings += _edge(prefix, a, b, nodes, edges)
 
@@ -319,11 +327,26 @@ def _groups(nodes: Any) -> TypeGuard[Mapping[str, Any]]:
 
 def _pairs(edges: Any) -> list[list[str]] | None:
     """Edges as pairs of names, or None if they are something else."""
-    given = [] if edges is None or len(edges) == 0 else _plain(edges)
+    given = sorted(edges) if isinstance(edges, (set, frozenset)) else _plain(edges)
+    if given is None or (isinstance(given, np.ndarray) and given.ndim and not given.size):
+        return []
     pairs = isinstance(given, list) and all(
-        isinstance(pair, list) and [type(end) for end in pair] == [str, str] for pair in given
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, str) for n in pair)
+        for pair in given
     )
-    return given if pairs else None
+    return [[str(a), str(b)] for a, b in given] if pairs else None
+
+
+def _metadata(path: str, node: Mapping[str, Any]) -> Iterator[Finding]:
+    said = node.get("metadata")
+    if said is not None and not isinstance(said, Mapping):
+        yield finding(
+            "metadata",
+            path,
+            f"metadata of type {type(said).__name__}",
+            "values by name",
+            "write the metadata as a dictionary, or leave them out",
+        )
 
 
 def _named(nodes: Mapping[str, Any], kind: str) -> list[str]:
@@ -461,10 +484,12 @@ def _values(name: str, unit: Unit) -> Iterator[Finding]:
         text = key == "padding" and isinstance(value, str) and value in ("same", "valid")
         if key == "input_type" or text:
             continue
-        array = np.asarray(value)
+        array = _array(value)
         wrong = ""
         if array.dtype.kind not in "fiub":
             wrong, allowed = f"{key} is {value!r}", "numbers"
+        elif key == "shape" and (array.ndim > 1 or (array != np.floor(array)).any()):
+            wrong, allowed = f"shape is {array.tolist()}", "one whole number for each dimension"
         elif not np.isfinite(array).all():
             count = int((~np.isfinite(array)).sum())
             wrong, allowed = f"{key} has {count} values that are NaN or infinite", "finite numbers"
@@ -481,7 +506,7 @@ def _values(name: str, unit: Unit) -> Iterator[Finding]:
                 "value", name, f"{unit.kind} whose {wrong}", allowed, "mend the parameter"
             )
     if unit.kind in NEURONS:
-        shapes = {key: np.shape(value) for key, value in unit.fields.items()}
+        shapes = {key: _array(value).shape for key, value in unit.fields.items()}
         sized = {key: s for key, s in shapes.items() if s}
         if len({*sized.values()}) > 1:
             yield finding(
@@ -492,6 +517,13 @@ def _values(name: str, unit: Unit) -> Iterator[Finding]:
                 "parameters of one shape, that of the signal at one step",
                 "broadcast them",
             )
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(value)
+    except ValueError:  # rows of several lengths
+        return np.asarray(None)
 
 
 def numbers(value: Any) -> list[int]:
@@ -520,10 +552,10 @@ def time_step(graph: Graph, dt: float | None) -> float:
             "NIR describes networks in continuous time and this graph does not say its time step; "
             "give it: dt=1e-4 (--arg dt=1e-4), in the unit of its time constants"
         )
-    step = float(np.asarray(own)) if dt is None else dt
-    if not (math.isfinite(step) and step > 0):
-        raise UsageError(f"dt is {step!r}; allowed: a time above 0")
-    return step
+    given = _array(_plain(own if dt is None else dt))
+    if given.ndim or given.dtype.kind not in "fiu" or not (math.isfinite(given) and given > 0):
+        raise UsageError(f"dt is {own if dt is None else dt!r}; allowed: a time above 0")
+    return float(given)
 
 
 def sequence(value: Any) -> Sequence[int]:

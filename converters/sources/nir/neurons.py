@@ -162,10 +162,11 @@ def without_own_loops(graph: Graph) -> tuple[Graph, list[Finding]]:
     """The graph without the loops that their neurons' metadata have already; and what is wrong."""
     findings, dropped = list[Finding](), set[str]()
     for name, unit in graph.units.items():
-        if (loop := unit.metadata.get(KEY, {}).get("hears")) is None:
+        entry = unit.metadata.get(KEY)
+        if not isinstance(entry, Mapping) or (loop := entry.get("hears")) is None:
             continue
         own = graph.units.get(loop)
-        scale = heard(_declared(unit.metadata[KEY]))
+        scale = heard(_declared(entry))
         if (
             own is None
             or own.kind != "Scale"
@@ -225,7 +226,7 @@ def _declared(entry: Mapping[str, Any]) -> Neuron:
         arrays = [np.asarray(entry["tensors"][name], dtype=np.float32) for name in names]
         tensors = [torch.from_numpy(array.copy()) for array in arrays]
         return Neuron.from_json(spec, tensors)
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError) as error:
         raise UnbuildableError(
             f"its metadata are no declaration: {error!r}",
             "what this package writes",
