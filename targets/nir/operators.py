@@ -72,6 +72,8 @@ def _convolution(
     groups: int,
 ) -> Signal:
     dims = weight.dim() - 2
+    if groups > 1:
+        weight = _dense(weight, groups)
     sizes = {"stride": stride, "padding": padding, "dilation": dilation}
     spread = {name: _sizes(value, dims) for name, value in sizes.items()}
     return export.add(
@@ -81,9 +83,19 @@ def _convolution(
         input_shape=x.shape[1] if dims == 1 else tuple(x.shape[1:]),
         weight=_numpy(weight),
         bias=_numpy(bias),
-        groups=int(groups),
+        groups=1,
         **{name: value[0] if dims == 1 else value for name, value in spread.items()},
     )
+
+
+def _dense(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """A grouped weight among zeros: the nir package itself reads no grouped convolution back."""
+    out, inputs = weight.shape[0] // groups, weight.shape[1]
+    full = weight.new_zeros(weight.shape[0], inputs * groups, *weight.shape[2:])
+    for g in range(groups):
+        rows, columns = (slice(g * size, (g + 1) * size) for size in (out, inputs))
+        full[rows, columns] = weight[rows]
+    return full
 
 
 def _linear(export: Exporter, n: Node) -> Signal:

@@ -264,7 +264,7 @@ EVENTS = torch.rand(4, 3, 2, 8, 8, generator=GENERATOR).round()
 def test_a_network_of_all_that_nir_can_say(batch: int, tmp_path: Path) -> None:
     net, x = Events().eval(), EVENTS[:, :batch]
     path = compiled(net, (x,), tmp_path)
-    graph = nir.read(file(path), type_check=False)  # nir infers no shapes through groups
+    graph = nir.read(file(path), type_check=False)  # nir knows square kernels alone
     kinds = {type(node).__name__ for node in graph.nodes.values()}
     assert {"SumPool2d", "AvgPool2d", "Threshold", "Scale", "Flatten", "Affine"} <= kinds
     with torch.no_grad():
@@ -276,6 +276,37 @@ def test_a_network_of_all_that_nir_can_say(batch: int, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], y) for name, y in expected.items())
     assert report.ok
     assert report.equal
+
+
+def test_convolutions_in_groups_are_read_with_nirs_own_checks(tmp_path: Path) -> None:
+    """A norm of spikes, and what a residual makes of them, are convolutions of one channel each."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        Flat(nn.Conv2d(2, 4, 3, padding=1, groups=2)),
+        IFNode(v_threshold=0.25),
+        Flat(nn.BatchNorm2d(4)),
+        Flat(nn.Conv2d(4, 8, 1, groups=4)),
+        IFNode(v_threshold=0.5),
+    ).eval()
+    path = compiled(net, (EVENTS,), tmp_path)
+    graph = nir.read(file(path))
+    assert {node.groups for node in graph.nodes.values() if isinstance(node, nir.Conv2d)} == {1}
+    again = NirNetwork(graph)
+    assert {m.groups for m in again.modules() if isinstance(m, nn.Conv2d)} == {2, 4}
+    with torch.no_grad():
+        assert torch.equal(again(EVENTS), net(EVENTS))
+
+
+class Flat(nn.Module):
+    """A layer over time and batch together."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat: torch.Tensor = self.layer(x.flatten(0, 1))
+        return flat.unflatten(0, x.shape[:2])
 
 
 def norm(layer: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -204,13 +205,29 @@ def _conv(f: Any, dimensions: int) -> nn.Module:
         raise _misshapen("weight", weight, f"[out, in / groups, {', '.join(sizes)}]")
     kernel = np.shape(weight)[2:]
     stride, dilation = (_sizes(f[n], dimensions) for n in ("stride", "dilation"))
-    groups = numbers(f["groups"])[0]
+    weight, groups = _in_groups(np.asarray(weight), numbers(f["groups"])[0])
     pads, even = _padding(f["padding"], kernel, stride, dilation)
     kind: Callable[..., nn.Module] = nn.Conv1d if dimensions == 1 else nn.Conv2d
     channels = np.shape(weight)[1] * groups, np.shape(weight)[0]
     shape = (kernel, stride, even, dilation, groups)
     conv = _filled(kind(*channels, *shape, bias=False, device="meta"), weight, f["bias"])
     return conv if pads is None else nn.Sequential(nn.ConstantPad2d(pads, 0.0), conv)
+
+
+def _in_groups(weight: Any, groups: int) -> tuple[Any, int]:
+    """A dense weight that is 0 outside of blocks along its diagonal, as that of so many groups."""
+    rows, columns = weight.shape[:2]
+    if groups != 1 or not weight.size or weight[0, -1].any():
+        return weight, groups
+    for g in range(math.gcd(rows, columns), 1, -1):
+        if rows % g or columns % g:
+            continue
+        owner = np.arange(rows)[:, None] * g // rows == np.arange(columns) * g // columns
+        if not weight[~owner].any():
+            inner = columns // g
+            parts = [weight[r, (r * g // rows) * inner :][:inner] for r in range(rows)]
+            return np.stack(parts), g
+    return weight, 1
 
 
 def _sizes(value: Any, dimensions: int) -> list[int]:
