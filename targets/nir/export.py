@@ -49,6 +49,7 @@ class Signal:
             ``"reduced"`` [N, ...] or all of it in one dimension.
         binary: Whether it is 0 and 1 only.
         over_time: What is done with its steps.
+        part: The time steps that are held, if not all: a first one, and the one after the last.
     """
 
     sources: tuple[str, ...]
@@ -56,6 +57,7 @@ class Signal:
     layout: str
     binary: bool = False
     over_time: str = "steps"
+    part: tuple[int, int] | None = None
 
 
 @dataclass
@@ -111,11 +113,14 @@ class Exporter:
         for i, (spec, n) in enumerate(
             zip(self.program.outputs, self.program.results, strict=False)
         ):
-            if (signal := self.signals.get(n)) is not None:
-                self._guarded(n, functools.partial(self.output, signal, spec.name, i))
+            if n in self.signals:
+                self._guarded(n, functools.partial(self._output, n, spec.name, i))
             elif n.op == "get_attr":
                 self._guarded(n, functools.partial(self._constant, spec.name))
         return self.done
+
+    def _output(self, n: Node, name: str, position: int) -> None:
+        self.output(self.given(n), name, position)
 
     def _constant(self, name: str) -> None:
         raise NotInNir(
@@ -163,7 +168,15 @@ class Exporter:
         """The signal of an argument, whether or not time is gone from it."""
         if not isinstance(n, fx.Node) or n not in self.signals:
             raise NotInNir("a constant where a signal is wanted")
-        return self.signals[n]
+        signal = self.signals[n]
+        if signal.part is not None:
+            first, end = signal.part
+            which = f"step {first}" if end == first + 1 else f"steps {first} to {end - 1}"
+            raise NotInNir(
+                f"time {which} alone",
+                "let it take all time steps; zeros and then the first steps of a signal are a delay",
+            )
+        return signal
 
     def signal(self, n: Any) -> Signal:
         """The signal of an argument, over time."""

@@ -166,7 +166,13 @@ def _above(export: Exporter, x: Signal, threshold: float) -> Signal:
 
 
 def _reshape(export: Exporter, n: Node) -> Signal:
-    x, size = export.given(n.args[0]), shape(n)
+    held, size = export.signals.get(n.args[0]), shape(n)
+    if held is not None and held.part is not None:
+        count, N = held.part[1] - held.part[0], export.batch
+        for way, rows in (("stepped", [count, N]), ("flat", [count * N])):
+            if size == (*rows, *held.shape):
+                return replace(held, layout=way)
+    x = export.given(n.args[0])
     if x.layout == "reduced":  # what runs the graph puts its outputs into shape
         return x
     if x.layout == "samples":
@@ -261,7 +267,9 @@ def _pointwise(
 
 
 def _cat(export: Exporter, n: Node) -> Signal:
-    """Channels as a sum, each part put into its place among zeros; or one value at every step."""
+    """Channels as a sum, each part put into its place among zeros; one value at every step; or a delay."""
+    if (delayed := _delayed(export, n)) is not None:
+        return delayed
     parts = [export.signal(a) for a in n.args[0]]
     along, size = dim(n, (*n.args, 0)[1]), shape(n)
     if along == 0 and n.args[0] == [n.args[0][0]] * export.steps and parts[0].layout == "static":
@@ -284,6 +292,39 @@ def _cat(export: Exporter, n: Node) -> Signal:
         sources += placed.sources
     binary = all(x.binary for x in parts)
     return replace(parts[0], sources=tuple(sources), shape=size[along:], binary=binary)
+
+
+def _stack(export: Exporter, n: Node) -> Signal:
+    if (delayed := _delayed(export, n)) is None:
+        raise NotInNir("values put together that are no delay of a signal")
+    return delayed
+
+
+def _delayed(export: Exporter, n: Node) -> Signal | None:
+    """Zeros for the first time steps, then the first steps of a signal."""
+    if dim(n, (*n.args, 0)[1]) != 0:
+        return None
+    held = [export.tensor(part) for part in n.args[0]]
+    k = next((i for i, value in enumerate(held) if value is None), len(held))
+    zeros = [value for value in held[:k] if value is not None]
+    steps = [export.signals.get(part) for part in n.args[0][k:]]
+    if not zeros or not steps or steps[0] is None or any(value.any() for value in zeros):
+        return None
+    x, done = replace(steps[0], part=None), 0
+    for step in steps:
+        if step is None or step.part is None or replace(step, part=None) != x:
+            return None
+        if step.part[0] != done:
+            return None
+        done = step.part[1]
+    late = export.steps - done
+    layout = "stepped" if len(shape(n)) == len(x.shape) + 2 else "flat"
+    rows = len(zeros) if n.target is aten.stack.default else sum(map(len, zeros))
+    if rows != late * (1 if layout == "stepped" else export.batch):
+        return None
+    delay = np.full(x.shape, late * export.dt)
+    signal = export.add("Delay", x, x.shape, delay=delay)
+    return replace(signal, binary=x.binary, layout=layout)
 
 
 def _add(export: Exporter, n: Node) -> Signal:
@@ -414,20 +455,34 @@ def _over_time(how: str) -> Callable[[Exporter, Node], Signal]:
 
 
 def _select(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    last = n.args[2] in (-1, export.steps - 1)
-    if x.layout != "stepped" or n.args[1] != 0 or not last:
+    x, first, end = _held(export, n.args[0])
+    if x.layout != "stepped" or n.args[1] != 0:
         raise NotInNir(f"element {n.args[2]} of dimension {n.args[1]}")
-    return replace(x, layout="reduced", over_time="last")
+    t = first + n.args[2] % (end - first)
+    if t == export.steps - 1:
+        return replace(x, layout="reduced", over_time="last")
+    return replace(x, part=(t, t + 1))
+
+
+def _held(export: Exporter, n: Node) -> tuple[Signal, int, int]:
+    """The signal of an argument, and which time steps are held: the first, and that after the last."""
+    held = export.signals.get(n)
+    if held is None or held.part is None:
+        return export.signal(n), 0, export.steps
+    return replace(held, part=None), *held.part
 
 
 def _slice(export: Exporter, n: Node) -> Signal:
-    x = export.signal(n.args[0])
-    along, start, end, step = slice_args(n, 1)
+    x, first, end = _held(export, n.args[0])
+    along, start, stop, step = slice_args(n, 1)
     length = shape(n.args[0])[along]
-    rows = range(length)[start:end:step]
-    if along == 0 and x.layout == "flat" and rows == range(length - export.batch, length):
+    rows = range(length)[start:stop:step]
+    whole = end == export.steps
+    if whole and along == 0 and x.layout == "flat" and rows == range(length - export.batch, length):
         return replace(x, layout="reduced", over_time="last")
+    each = {"stepped": 1, "flat": export.batch}.get(x.layout, 0)
+    if along == 0 and each and step == 1 and not (rows.start % each or rows.stop % each):
+        return replace(x, part=(first + rows.start // each, first + rows.stop // each))
     raise NotInNir(f"elements {rows.start} to {rows.stop} of dimension {along}")
 
 
@@ -473,6 +528,7 @@ OPERATORS: Mapping[Any, Callable[[Exporter, Node], Signal | None]] = {
     aten.sum.dim_IntList: _over_time("sum"),
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
+    aten.stack.default: _stack,
     aten.clone.default: _same,
     aten._to_copy.default: _same,
     aten.alias.default: _same,

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,56 @@ def test_convolutions_in_groups_are_read_with_nirs_own_checks(tmp_path: Path) ->
         assert torch.equal(again(EVENTS), net(EVENTS))
 
 
+class Late(nn.Module):
+    """Neurons that hear others some steps later."""
+
+    def __init__(self, delay: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.a, self.b = nn.Linear(6, 8), IFNode(v_threshold=0.5), IFNode()
+        self.delay = delay
+
+    def forward(self, x: torch.Tensor) -> Any:
+        late = self.delay(self.a(self.fc(x)))
+        return self.b(late) if isinstance(late, torch.Tensor) else late
+
+
+SILENT = torch.zeros(2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("delay", "steps"),
+    [
+        (lambda z: torch.cat([SILENT, z[:-2]]), 2),
+        (lambda z: torch.stack([SILENT[0], *z[:-1]]), 1),
+        (lambda z: torch.cat([SILENT[0], SILENT[1], *z[:-2]]).unflatten(0, (5, 3)), 2),
+    ],
+)
+def test_a_delay_between_layers(delay: Any, steps: int, tmp_path: Path) -> None:
+    net, x = Late(delay), torch.rand(5, 3, 6, generator=GENERATOR)
+    path = compiled(net, (x,), tmp_path, dt=0.25)
+    (found,) = (n for n in nir.read(file(path)).nodes.values() if isinstance(n, nir.Delay))
+    assert (found.delay == steps * 0.25).all()
+    again = compiled(NirNetwork(file(path)), (x,), tmp_path / "again", dt=0.25)
+    with torch.no_grad(), deploy.load(again) as model:
+        assert net(x).any()
+        assert torch.equal(model(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("delay", "found"),
+    [
+        (lambda z: torch.cat([SILENT + 1, z[:-2]]), "a constant where a signal"),
+        (lambda z: torch.cat([SILENT[:1], z[:-2], SILENT[:1]]), "a constant where a signal"),
+        (lambda z: torch.cat([SILENT, z[:-2] * 2]), "time steps 0 to 2 alone"),
+        (lambda z: (z, z[:-2]), "time steps 0 to 2 alone"),
+    ],
+)
+def test_what_only_looks_like_a_delay(delay: Any, found: str) -> None:
+    findings = deploy.check(Late(delay), (torch.rand(5, 3, 6),), targets=["nir"])
+    assert any(found in f.found for f in findings)
+
+
 class Flat(nn.Module):
     """A layer over time and batch together."""
 
@@ -416,7 +467,7 @@ def test_all_that_nir_cannot_say_is_found_at_once() -> None:
         "max pooling of values other than spikes of 0 and 1",
         "a division by 3",
         "a product of two signals that are not both spikes",
-        "elements 6 to 9 of dimension 0",
+        "time step 2 alone",
         "aten.relu",
     ):
         assert part in text, text
