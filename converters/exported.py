@@ -81,7 +81,7 @@ _COMPOSED = (
     "cosine_similarity count_nonzero count_nonzero.dim_IntList cross diff dstack einsum frac ger "
     "gru_cell hstack inner isclose isfinite kron linalg_cross linalg_multi_dot lstm_cell "
     "masked_fill.Scalar masked_fill.Tensor meshgrid meshgrid.indexing msort norm.ScalarOpt_dim "
-    "one_hot outer pad pairwise_distance pixel_shuffle pixel_unshuffle prelu quantile quantile.scalar "
+    "one_hot outer pad pairwise_distance pixel_shuffle pixel_unshuffle prelu "
     "repeat_interleave.self_int rnn_relu_cell rnn_tanh_cell rot90 take_along_dim tensordot tile tril "
     "triu type_as vstack"
 )

@@ -175,14 +175,15 @@ class StandIn(nn.Module):
     ) -> None:
         """Its last spikes follow from the rest of its state: others cannot be handed to it."""
         states = self._reading.neuron.dynamics.states
-        at = 1 + [*states].index(SPIKES) if SPIKES in states else 0
-        for name, i in self._reading.states.items():
-            # Of a traced tensor nothing can be asked; the run before the trace has asked.
-            if i == at and name in handed and type(handed[name]) is torch.Tensor:
-                given, expected = handed[name], parts[i]
-                if given.shape == expected.shape and not torch.equal(given, expected):
-                    did = f"the {name} that is handed to it is not what its last call returned"
-                    raise OtherSpikesError(self._path, did)
+        places = {i: name for name, i in self._reading.states.items()}
+        at = 1 + [*states].index(SPIKES) if SPIKES in states else -1
+        name = places.get(at, "")
+        # Of a traced tensor nothing can be asked; the run before the trace has asked.
+        if type(handed.get(name)) is torch.Tensor:
+            given, expected = handed[name], parts[at]
+            if given.shape == expected.shape and not torch.equal(given, expected):
+                did = f"the {name} that is handed to it is not what its last call returned"
+                raise OtherSpikesError(self._path, did)
 
     def _refuse_another_start(self, neuron: Neuron) -> None:
         """Between inputs of two shapes frameworks start anew from v_reset, whatever v_0 is."""

@@ -277,32 +277,6 @@ class _Unstack:
         )
         return replace(like, node=node)
 
-    def _numbered(self) -> Steps:
-        """Entries along one dimension, written by numbers that no step changes."""
-        source, dim, index, *rest = self.n.args
-        if isinstance(self.operands[index], Steps):
-            raise self._mixes("with numbers of its own at each time step")
-        given = [a for a in (source, *rest) if isinstance(a, fx.Node)]
-        like, nodes = self._aligned(given, self.rank)
-        d = ops.dim(source, dim)
-        if d == like.axis:
-            raise self._mixes()
-        new = dict(zip(given, nodes, strict=True))
-        args: Any = fx.map_arg(rest, new.__getitem__)
-        place = self._dim(like, d), self.operands[index]
-        node = self.build.call(
-            self.n.target, new[source], *place, *args, path=self.path, **self.n.kwargs
-        )
-        return replace(like, node=node)
-
-    def _diagonal(self) -> Steps:
-        x, source, given = self.x, self.n.args[0], ops.arguments(self.n)
-        dims = [ops.dim(source, given["dim1"]), ops.dim(source, given["dim2"])]
-        if x.axis in dims:
-            raise self._mixes()
-        moved = [self._dim(x, d) for d in dims]
-        return self._call(x, given["offset"], *moved, axis=x.axis - sum(d < x.axis for d in dims))
-
     def _slice(self) -> Steps:
         x = self.x
         at, start, end, step = ops.slice_args(self.n, 1)
@@ -484,10 +458,6 @@ _RULES: dict[Any, Callable[[_Unstack], Steps]] = {
     aten.scatter.src: _Unstack._entries,
     aten.scatter.value: _Unstack._entries,
     aten.scatter_add.default: _Unstack._entries,
-    aten.index_add.default: _Unstack._numbered,
-    aten.index_copy.default: _Unstack._numbered,
-    aten.index_fill.int_Scalar: _Unstack._numbered,
-    aten.diagonal.default: _Unstack._diagonal,
     operator.getitem: _Unstack._result,
     aten.index_select.default: _Unstack._index_select,
     aten.slice.Tensor: _Unstack._slice,

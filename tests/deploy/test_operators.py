@@ -137,10 +137,10 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "roll over time": (ROWS, lambda s, x: s.lif(x.roll(1, 0))),
     "deviation over time": (ROWS, lambda s, x: s.lif(x).std(0)),
 }
-#: What takes a logarithm, a product of many, a remainder, or numbers of 64 bits.
+#: What takes a logarithm, a remainder, or numbers of 64 bits.
 NOT_ON_LYNXI = (
     *("embedding", "count of truth values", "argmax", "one_hot", "remainders"),
-    *("activations", "log1p", "logsumexp", "prod"),
+    *("activations", "log1p", "logsumexp"),
 )
 UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
 

@@ -156,6 +156,7 @@ class NirNetwork(nn.Module):
             if isinstance(module := self._module(name), Neurons):
                 module.reset()
 
+        @functools.cache
         def silent(name: str) -> torch.Tensor:
             """What a node gives where its neurons give 0, as before the first step."""
             module = self._module(name)

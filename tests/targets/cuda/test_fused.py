@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import re
@@ -395,6 +396,7 @@ class TestState:
 
 class TestTorch:
     def test_opcheck(self, device: str) -> None:
+        importlib.import_module("spikeport.targets.cuda.ops")  # where they are registered
         for T, states in ((3, False), (20, True)):
             neuron = Neuron(AdaptiveLIF, {**KINDS["Adaptive"][1], "tau": torch.tensor(2.0)})
             tau = torch.tensor(2.0, device=device, requires_grad=True)

@@ -337,17 +337,6 @@ def test_the_cases_cover_the_table(everything: Program) -> None:
     assert set(OPERATORS) - covered == SPELLINGS | LATER
 
 
-def test_quantiles(tmp_path: Path) -> None:
-    class Net(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.quantile(torch.tensor([0.1, 0.5]), 1)
-
-    x = torch.randn(4, 7)
-    program = decompose_operators({*map(short, OPERATORS)})(capture(Net(), (x,)))
-    (file,) = export(program, tmp_path / "model.onnx", 17)
-    torch.testing.assert_close(run(file, x)[0], Net()(x))
-
-
 def test_sums_of_what_is_written_to_one_place_need_opset_16(tmp_path: Path) -> None:
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
