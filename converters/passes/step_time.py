@@ -388,7 +388,10 @@ class _StepTime(Loops):
         if key not in self.calls:
             drive = self._drive(n, x, value, layout)
             sites = (s for m, s in self.single.items() if _identity(m) == key)
-            self.calls[key] = self.layer(next(sites, None) or self._silent(n), drive, n)
+            made = next(sites, None) or self._silent(n)
+            self.calls[key] = self.layer(made, drive, n)
+            # A layer that takes the same input twice gives the same.
+            self.sites |= {s.name: replace(self.sites[made.name], name=s.name) for s in sites}
         call = self.calls[key]
         if n.target is NEURON:
             node = self.call(operator.getitem, call, 0, path=path)

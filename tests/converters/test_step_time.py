@@ -328,6 +328,11 @@ def test_the_same_operators_along_time_are_refused(act, node):
     assert findings(net, rand(T, N, 6)) == [("mixes-time", node)]
 
 
+def test_a_layer_that_hears_the_same_twice_is_one():
+    net = Net(lambda n, x: n.lif(x) + n.lif(x).flip(-1), lif=LIFNode())
+    assert names(assert_steps_equal_the_call(net, rand(T, N, 5))) == ["lif.v"]
+
+
 # Over time
 
 
