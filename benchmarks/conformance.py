@@ -617,7 +617,7 @@ def explained(work: Work, target: str, mode: Time) -> bool:
         deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
         with deploy.load(f"{folder}/artifact") as model:
             spikes = SpikesCompared(net, model)
-            spikes.compare(work.x, 0)
+            spikes.compare((work.x,), 0)
     layers = spikes.report()
     return any(layer.first for layer in layers) and not any(layer.unexplained for layer in layers)
 
