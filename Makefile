@@ -72,7 +72,7 @@ conformance: $(VENV)/.tested  ## every source's neurons on every target, spike f
 # The frameworks are needed by tests and benchmarks alone, and bring CUDA builds unless kept from it.
 # Release 2.0.0 needs Python 3.11: on 3.10 its tests are left out, those of 0.0.0.0.14 run.
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) -e ".[test,dev]" loguru scipy matplotlib
+	$(PIP) -e ".[test,dev]" loguru scipy matplotlib requests
 	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.12 spikingjelly==0.0.0.0.12
 	$(PIP) --no-deps --target $(FRAMEWORKS)/spikingjelly-0.0.0.0.14 spikingjelly==0.0.0.0.14
 	$(PIP) --no-deps --target $(FRAMEWORKS)/snntorch-1.0 "snntorch==1.0.*"

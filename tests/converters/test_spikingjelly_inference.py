@@ -12,7 +12,7 @@ from networks import equal, grid, rand, refused
 from torch import nn
 
 pytest.importorskip("spikingjelly.activation_based.neuron.dsr", reason="needs SpikingJelly 2.0.0")
-from spikingjelly.activation_based import ann2snn, functional, neuron
+from spikingjelly.activation_based import functional, neuron
 
 from spikeport import deploy
 from spikeport.converters import verify
@@ -161,6 +161,7 @@ class Rated(nn.Module):
 def test_networks_that_ann2snn_made(
     mode: str, pool: type[nn.Module], target: str, time: Time, tmp_path: Path
 ) -> None:
+    ann2snn = pytest.importorskip("spikingjelly.activation_based.ann2snn", reason="needs requests")
     torch.manual_seed(0)
     ann = nn.Sequential(
         *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), pool(2)),
