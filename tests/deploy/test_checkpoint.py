@@ -188,6 +188,7 @@ def test_what_is_no_checkpoint_is_an_error(net, tmp_path, trust):
         load_checkpoint(net, tmp_path, trust_pickle=trust)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_process_loads(net, tmp_path):
     """As written by a script whose classes are not importable here."""
     script = (

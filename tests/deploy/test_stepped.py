@@ -279,6 +279,7 @@ def test_a_running_mean_in_float16_ends_before_it_is_wrong(tmp_path):
 # Around it
 
 
+@pytest.mark.slow
 def test_compare_shell_and_bundle_take_stepped_artifacts(tmp_path, capsys):
     file = tmp_path / "rate.py"
     file.write_text(

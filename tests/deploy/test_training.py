@@ -236,6 +236,7 @@ def together(size: int, *argv: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(make, folder, tmp_path):
     """A batch whose shares differ in size, a last test batch of one image, and a resume."""
     few = {"limit": 301, "batch_size": 75, "lr": 1.0}

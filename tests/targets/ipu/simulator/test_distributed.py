@@ -80,6 +80,7 @@ def spawn(script: Path, *args: str) -> None:
         assert said.startswith("simulation of the Poplar SDK 3.4.0")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_of_twice_the_batch(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(48, 5, generator=generator)

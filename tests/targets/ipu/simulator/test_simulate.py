@@ -123,6 +123,7 @@ def installed(name: str) -> str:
 
 
 @pytest.mark.snntorch_ipu
+@pytest.mark.slow
 def test_snntorch_ipu_learns(tmp_path: Path) -> None:
     found = installed("snntorch-ipu")
     if not found:
