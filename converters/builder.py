@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -49,8 +50,12 @@ class Builder:
         return node
 
     def constant(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A weight or constant; the same name gives the same node."""
-        if name not in self._attrs:
+        """A weight or constant; the same name and value give the same node."""
+        tries = itertools.count(2)
+        given = name
+        while (known := self.tensors.get(name)) is not None and not _same_bits(known, value):
+            name = f"{given}_{next(tries)}"
+        if known is None:
             self.tensors[name] = value
             with self.graph.inserting_before(self._body):
                 node = self.graph.get_attr(name)
@@ -79,7 +84,7 @@ class Builder:
         if tuple(node.meta["val"].shape) == tuple(size):
             return node
         if node.op == "get_attr":
-            name = f"{node.target}.{'x'.join(map(str, size))}"
+            name = f"{node.target}_{'x'.join(map(str, size))}"
             return self.constant(name, self.tensors[str(node.target)].reshape(*size))
         if node.target is RESHAPE:
             return self.reshaped(node.args[0], size, path)
@@ -104,6 +109,15 @@ class Builder:
         return seal(
             self.program, self.graph, self.tensors, report, sites, terms=self.terms, **changes
         )
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    raw = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*raw)
 
 
 def _unknown(node: fx.Node, path: str) -> Finding:

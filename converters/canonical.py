@@ -14,7 +14,7 @@ from . import ops, sources
 from .builder import Builder, seal
 from .equations import SPIKES, named
 from .errors import CaptureError, Finding, UsageError
-from .exported import HEADLINE, idle, needed, path_of
+from .exported import HEADLINE, idle, live, path_of
 from .moves import moved, pieces
 from .neuron_ops import path_and_spec
 from .neurons import Neuron
@@ -51,7 +51,7 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
     specs = []
     empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
     build = _Canonical(empty, net)
-    user, used = iter(args), needed(exported.graph)
+    user, used = iter(args), live(exported.graph)
     for n in exported.graph.nodes:
         if n.op == "placeholder":
             if (name := attributes.get(n.name)) is not None:

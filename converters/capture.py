@@ -75,8 +75,7 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     if not equal(first, _outputs(work, args, state)):
         raise CaptureError(HEADLINE, [_surviving()])
     _compare(net, args, watched, watched.outputs, first, program)
-    for lively in _lively(net, args, watched):
-        given, expected = lively
+    for given, expected in _lively(net, args, watched):
         _compare(net, given, watched, expected, _outputs(work, given, state), program)
     return program
 

@@ -157,7 +157,7 @@ def _written(name: str) -> Finding:
     )
 
 
-def needed(graph: fx.Graph) -> set[Node]:
+def live(graph: fx.Graph) -> set[Node]:
     """What the outputs follow from, and the further steps of the neurons in it."""
     found = ops.needed([graph.output_node()])
     steps = {n: _step_before(n) for n in graph.nodes if n.target is NEURON_STEP}
@@ -186,7 +186,7 @@ def _step_before(step: Node) -> Node | None:
 def _undetermined(graph: fx.Graph) -> Iterator[Finding]:
     """Nodes whose value or shape does not follow from the inputs' shapes and values."""
     told = set[tuple[str, str]]()
-    used = needed(graph)
+    used = live(graph)
     for n in graph.nodes:
         path, line = path_of(n), _line(n)
         # Several nodes come of one line, and those without one follow from another.

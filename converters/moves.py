@@ -62,8 +62,7 @@ def _taken(build: Builder, x: Node, dim: int, index: Sequence[int], path: str) -
         else:
             runs.append([i, i + 1])
     if not 0 < len(runs) <= _MOST_RUNS:
-        name = f"moved.index_{len(build.tensors)}"
-        constant = build.constant(name, torch.tensor(list(index), dtype=torch.int64))
+        constant = build.constant("moved_index", torch.tensor(list(index), dtype=torch.int64))
         return build.call(aten.index_select.default, x, dim, constant, path=path)
     parts = [build.call(aten.slice.Tensor, x, dim, *run, path=path) for run in runs]
     return parts[0] if len(parts) == 1 else build.call(aten.cat.default, parts, dim, path=path)
@@ -164,42 +163,42 @@ def _diagonal(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Nod
     return _taken(build, x, rank - 2, index, path)
 
 
-def _places(build: Builder, x: Node, dim: int, index: Node) -> list[int] | None:
-    """A constant index along a dimension."""
-    if index.op != "get_attr":
-        return None
-    return [int(i) % shape(x)[dim] for i in build.tensors[str(index.target)].flatten()]
+def _numbered(
+    write: Callable[[Builder, fx.Node, Node, int, list[int], Any, str], Node],
+) -> Callable[..., Node | None]:
+    """What writes to the places of a constant index along a dimension."""
+
+    def rule(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+        x, dim, index, new = args
+        if index.op != "get_attr":
+            return None
+        dim = ops.dim(x, dim)
+        places = [int(i) % shape(x)[dim] for i in build.tensors[str(index.target)].flatten()]
+        return write(build, n, x, dim, places, new, path)
+
+    return rule
 
 
-def _put(build: Builder, base: Node, new: Node, dim: int, rows: dict[int, int], path: str) -> Node:
-    """A value with some of its rows along a dimension, by place, from another."""
-    size = shape(base)[dim]
-    both = build.call(aten.cat.default, [base, new], dim, path=path)
-    return _taken(build, both, dim, [size + rows[i] if i in rows else i for i in range(size)], path)
+@_numbered
+def _index_copy(
+    build: Builder, n: fx.Node, x: Node, dim: int, places: list[int], source: Any, path: str
+) -> Node:
+    size = shape(x)[dim]
+    rows = {place: size + j for j, place in enumerate(places)}
+    both = build.call(aten.cat.default, [x, source], dim, path=path)
+    return _taken(build, both, dim, [rows.get(i, i) for i in range(size)], path)
 
 
-def _index_copy(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
-    x, dim, index, source = args
-    dim = ops.dim(x, dim)
-    places = _places(build, x, dim, index)
-    if places is None:
-        return None
-    return _put(build, x, source, dim, {place: j for j, place in enumerate(places)}, path)
-
-
-def _index_add(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+@_numbered
+def _index_add(
+    build: Builder, n: fx.Node, x: Node, dim: int, places: list[int], source: Any, path: str
+) -> Node:
     """One sum for each time that a place comes in the index, in whose order torch adds too."""
-    x, dim, index, source = args
-    alpha = n.kwargs.get("alpha", 1)
-    dim = ops.dim(x, dim)
-    places = _places(build, x, dim, index)
-    if places is None:
-        return None
-    if alpha != 1:
+    if (alpha := n.kwargs.get("alpha", 1)) != 1:
         source = build.call(aten.mul.Tensor, source, alpha, path=path)
     size = [*shape(x)[:dim], 1, *shape(x)[dim + 1 :]]
     nothing = torch.zeros(size, dtype=x.meta["val"].dtype)
-    zeros = build.constant(f"moved.zeros_{len(build.tensors)}", nothing)
+    zeros = build.constant("moved_zeros", nothing)
     both = build.call(aten.cat.default, [source, zeros], dim, path=path)
     turns: list[dict[int, int]] = []
     for j, place in enumerate(places):
@@ -213,17 +212,16 @@ def _index_add(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> No
     return x
 
 
-def _index_fill(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
-    x, dim, index, value = args
-    dim = ops.dim(x, dim)
-    places = _places(build, x, dim, index)
-    if places is None:
-        return None
+@_numbered
+def _index_fill(
+    build: Builder, n: fx.Node, x: Node, dim: int, places: list[int], value: Any, path: str
+) -> Node:
     chosen = torch.zeros(shape(x)[dim], dtype=torch.bool)
     chosen[places] = True
     mask = chosen.reshape(-1, *[1] * (len(shape(x)) - dim - 1))
-    where = build.constant(f"moved.mask_{len(build.tensors)}", mask)
-    return build.call(aten.where.ScalarSelf, where, value, x, path=path)
+    where = build.constant("moved_mask", mask)
+    made: Node = build.call(aten.where.ScalarSelf, where, value, x, path=path)
+    return made
 
 
 _circular = _padded(lambda i, size: i % size)

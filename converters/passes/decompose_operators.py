@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,8 +147,18 @@ class _Decompose(Builder):
 
     def filled(self, size: Sequence[int], value: float, dtype: torch.dtype) -> Node:
         """A constant of equal elements."""
-        name = f"{value}_{'_'.join(map(str, size))}_{_name(dtype)}".replace(".", "_")
-        return self.constant(f"filled_{name}", torch.full(size, value, dtype=dtype))
+        return self.constant("filled", torch.full(size, value, dtype=dtype))
+
+    def single_places(self, kernel: Sequence[int], dtype: torch.dtype) -> Node:
+        """A convolution's weight [K, 1, ...], of whose K kernels each is 1 in a place of its own."""
+        count = math.prod(kernel)
+        ones = torch.eye(count, dtype=dtype).reshape(count, 1, *kernel)
+        return self.constant("single_places", ones)
+
+    def of_channels(self, x: Node, *weights: Node | None) -> Iterator[Node | None]:
+        """One number for each channel of x [N, C, ...], as it broadcasts."""
+        sizes = (shape(x)[1], *[1] * (len(shape(x)) - 2))
+        yield from (None if w is None else self.reshape(w, *sizes) for w in weights)
 
     def normalised(self, x: Node, dims: list[int], eps: float) -> Node:
         mean = self.emit(aten.mean.dim, x, dims, True)
@@ -269,8 +279,7 @@ class _Decompose(Builder):
         x, groups, weight, bias, eps, _ = self.given(n)
         N, C, *image = shape(x)
         y = self.normalised(self.reshape(x, N, groups, -1), [-1], eps)
-        sizes = (C, *[1] * len(image))
-        weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
+        weight, bias = self.of_channels(x, weight, bias)
         return self.affine(self.reshape(y, N, C, *image), weight, bias)
 
     def instance_norm(self, n: Node) -> Node:
@@ -278,15 +287,13 @@ class _Decompose(Builder):
         if not own:
             fixed = weight, bias, mean, variance, False, momentum, eps, False
             return self.emit(aten.batch_norm.default, x, *fixed)
-        sizes = (shape(x)[1], *[1] * (len(shape(x)) - 2))
-        weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
+        weight, bias = self.of_channels(x, weight, bias)
         return self.affine(self.normalised(x, [*range(2, len(shape(x)))], eps), weight, bias)
 
     def norm_by_batch(self, n: Node) -> list[Node]:
         """A batch norm without statistics of its own; of its results the first."""
         x, weight, bias, _, _, eps = self.given(n)
-        sizes = (shape(x)[1], *[1] * (len(shape(x)) - 2))
-        weight, bias = (None if w is None else self.reshape(w, *sizes) for w in (weight, bias))
+        weight, bias = self.of_channels(x, weight, bias)
         dims = [d for d in range(len(shape(x))) if d != 1]
         return [self.affine(self.normalised(x, dims, eps), weight, bias)]
 
@@ -320,7 +327,7 @@ class _Decompose(Builder):
         scores = self.scaled(self.emit(aten.matmul.default, q, turned), scale)
         if causal:
             seen = torch.ones(shape(scores)[-2:], dtype=torch.bool).tril()
-            mask = self.constant(f"causal_{shape(q)[-2]}_{shape(k)[-2]}", seen)
+            mask = self.constant("causal", seen)
         if mask is not None and mask.meta["val"].dtype == torch.bool:
             # What exp gives 0 for all the same, unless a row sees nothing.
             known = self.tensors[str(mask.target)] if mask.op == "get_attr" else None
@@ -336,10 +343,7 @@ class _Decompose(Builder):
         if len(shape(x)) != 4:
             return None
         N, C, H, W = shape(x)
-        count = math.prod(kernel)
-        dtype = x.meta["val"].dtype
-        ones = torch.eye(count, dtype=dtype).reshape(count, 1, *kernel)
-        kernels = self.constant(f"im2col_{'_'.join(map(str, kernel))}_{_name(dtype)}", ones)
+        kernels = self.single_places(kernel, x.meta["val"].dtype)
         rows = self.reshape(x, N * C, 1, H, W)
         taken = self.emit(aten.conv2d.default, rows, kernels, None, stride, padding, dilation)
         return self.reshape(taken, *shape(n))
@@ -352,9 +356,8 @@ class _Decompose(Builder):
         rest = [h + 2 * p - d * (k - 1) - 1 for h, k, d, p, _ in spans]
         counts = [r // s + 1 for r, (*_, s) in zip(rest, spans, strict=True)]
         left = [r % s for r, (*_, s) in zip(rest, spans, strict=True)]
-        count, dtype = math.prod(kernel), x.meta["val"].dtype
-        ones = torch.eye(count, dtype=dtype).reshape(count, 1, *kernel)
-        kernels = self.constant(f"col2im_{'_'.join(map(str, kernel))}_{_name(dtype)}", ones)
+        count = math.prod(kernel)
+        kernels = self.single_places(kernel, x.meta["val"].dtype)
         rows = self.reshape(x, -1, count, *counts)
         whole = stride, padding, left, 1, dilation
         made = self.emit(aten.conv_transpose2d.input, rows, kernels, None, *whole)
@@ -367,7 +370,7 @@ class _Decompose(Builder):
             return None
         dim, size = dim % rank, shape(x)[dim]
         above = torch.ones(size, size, dtype=dtype).triu()
-        ones = self.constant(f"running_sum_{size}_{_name(dtype)}", above)
+        ones = self.constant("running_sum", above)
         row = x if dim == rank - 1 else self.emit(aten.transpose.int, x, dim, rank - 1)
         total = self.emit(aten.matmul.default, row, ones)
         return total if row is x else self.emit(aten.transpose.int, total, dim, rank - 1)
@@ -435,9 +438,9 @@ class _Decompose(Builder):
         if not any(have % want for have, want in zip(sizes, wanted, strict=True)):
             return None
         for have, want in zip(reversed(sizes), reversed(wanted), strict=True):
-            name = f"adaptive_average_{have}_{want}"
-            windows = self.constant(name, _windows(have, want).to(x.meta["val"].dtype))
-            x = self.emit(aten.matmul.default, x, windows)
+            windows = _windows(have, want).to(x.meta["val"].dtype)
+            averages = self.constant("adaptive_average", windows)
+            x = self.emit(aten.matmul.default, x, averages)
             x = self.emit(aten.transpose.int, x, -2, -1)
         return x
 
@@ -522,7 +525,7 @@ class _Decompose(Builder):
         ends = value.flip(*range(2, value.dim()))
         turned = ends.reshape(groups, C // groups, K, *kernel).transpose(1, 2)
         return self.constant(
-            f"{weight.name}.turned", turned.reshape(groups * K, C // groups, *kernel).contiguous()
+            f"{weight.name}_turned", turned.reshape(groups * K, C // groups, *kernel).contiguous()
         )
 
     def constant_value(self, weight: Node) -> torch.Tensor:
@@ -541,10 +544,6 @@ class _Decompose(Builder):
         zeros = self.filled((*shape(rows)[:2], (s - 1) * after), 0.0, x.meta["val"].dtype)
         wide = self.emit(aten.cat.default, [rows, zeros], 2)
         return self.reshape(wide, *size[:at], size[at] * s, *size[at + 1 :])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _windows(have: int, want: int) -> torch.Tensor:

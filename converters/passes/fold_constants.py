@@ -37,7 +37,7 @@ def fold_constants(program: Program) -> Program:
             if key not in known:
                 with torch.no_grad():
                     folded: torch.Tensor = n.target(*args, **kwargs)
-                known[key] = build.constant(f"folded.{n.name}", folded.contiguous())
+                known[key] = build.constant(f"folded_{n.name}", folded.contiguous())
                 done[where(n) or "the network's own forward"] = None
             env[n] = known[key]
             values[n] = build.tensors[str(known[key].target)]
@@ -65,7 +65,7 @@ def _promoted(
         return {}
     name = str(floating).removeprefix("torch.")
     return {
-        a: build.constant(f"{env[a].target}.{name}", values[a].to(floating))
+        a: build.constant(f"{env[a].target}_{name}", values[a].to(floating))
         for a, dtype in dtypes.items()
         if a in values and not dtype.is_floating_point and dtype != torch.bool
     }

@@ -88,7 +88,6 @@ class _Emitter:
     def __init__(self, build: Builder, path: str, site: str, dtype: torch.dtype) -> None:
         self.build, self.path, self.dtype = build, path, dtype
         self.stem = f"{site.replace('#', '_')}.constant"
-        self.constants: list[torch.Tensor] = []
         self.emitted: dict[Any, Node] = {}
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> _Value:
@@ -107,12 +106,7 @@ class _Emitter:
         return value
 
     def _tensor(self, value: torch.Tensor) -> Node:
-        value = value.detach().to(self.dtype)
-        for i, known in enumerate(self.constants):
-            if torch.equal(known, value):
-                return self.build.constant(f"{self.stem}_{i}", known)
-        self.constants.append(value)
-        return self.build.constant(f"{self.stem}_{len(self.constants) - 1}", value)
+        return self.build.constant(self.stem, value.detach().to(self.dtype))
 
     def constant(self, value: Any) -> _Value:
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))

@@ -234,7 +234,7 @@ class _Merge(Builder):
         last = self.most - 2
         if math.prod(value.shape[last:]) > 1:
             value = value.expand(*value.shape[:last], *sample[last:])
-        return self.constant(f"{p.target}.merged", value.flatten(last))
+        return self.constant(f"{p.target}_merged", value.flatten(last))
 
     def elementwise(self, n: Node) -> Node:
         size = shape(n)

@@ -373,7 +373,7 @@ class _StepTime(Loops):
             if torch.equal(rows, first.expand_as(rows)):
                 step = first.squeeze(at)
                 step = step.squeeze(at) if like.bare else step
-                return self.constant(f"{a.name}.step", step.contiguous())
+                return self.constant(f"{a.name}_step", step.contiguous())
         raise MixesTimeError(
             f"{a.name} {list(shape(a))} has a value of its own for each of {like.count} time steps",
             "time-varying",

@@ -444,22 +444,16 @@ def _gather(e: Emitter, n: Node) -> str:
 
 def _scatter(e: Emitter, n: Node) -> str:
     x, at, index, source = n.args
-    if not isinstance(source, fx.Node):
-        source = e.constant(torch.full(shape(index), source, dtype=dtype_of(n)))
     adds = n.target is aten.scatter_add.default
     if adds and e.opset < 16:
         raise NotInOnnx("scatter_add before opset 16")
-    if shape(index) != (shape(index) if isinstance(source, str) else shape(source)):
-        rows = [e.ints(v) for v in ([0] * len(shape(index)), shape(index))]
-        source = e("Slice", source, *rows)
-    return e(
-        "ScatterElements",
-        x,
-        index,
-        source,
-        axis=ops.dim(x, at),
-        reduction="add" if adds else None,
-    )
+    size = shape(index)
+    if not isinstance(source, fx.Node):
+        source = e.constant(torch.full(size, source, dtype=dtype_of(n)))
+    elif shape(source) != size:  # torch passes over the rest
+        source = e("Slice", source, e.ints([0] * len(size)), e.ints(size))
+    reduction = "add" if adds else None
+    return e("ScatterElements", x, index, source, axis=ops.dim(x, at), reduction=reduction)
 
 
 def _kth(e: Emitter, n: Node) -> list[str]:

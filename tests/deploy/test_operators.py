@@ -40,6 +40,14 @@ def masked(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.lif((scores.softmax(-1) @ x.unsqueeze(-1)).squeeze(-1) * 4)
 
 
+def one_weight_in_many_roles(s: Any, x: torch.Tensor) -> torch.Tensor:
+    code = s.lif(F.conv2d(x.flatten(0, 1), s.tied).unflatten(0, x.shape[:2])).flatten(0, 1)
+    image = F.conv_transpose2d(code, s.tied)
+    image = image + F.conv_transpose2d(code, s.tied, groups=3).unflatten(1, (3, 4)).sum(1)
+    image = image + s.tied.reshape(-1)[:5] * s.tied[0, 0, 0, 0]
+    return s.lif2(image.unflatten(0, x.shape[:2]))
+
+
 #: Of each the shape of the input and the forward; those of STEPPED have steps.
 CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "fancy index": (ROWS, lambda s, x: s.lif(x)[:, :, [2, 0, 1]]),
@@ -132,6 +140,7 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     ),
     "upsampled": (IMAGE, each(nn.Upsample(scale_factor=(2, 3)))),
     "cropped": (IMAGE, each(lambda x: F.pad(x, (-1, 2, 0, -1)))),
+    "one weight in many roles": (IMAGE, one_weight_in_many_roles),
     "instance norm": (IMAGE, each(nn.InstanceNorm2d(4))),
     "cumsum over time": (ROWS, lambda s, x: s.lif(x).cumsum(0)),
     "roll over time": (ROWS, lambda s, x: s.lif(x.roll(1, 0))),
@@ -150,11 +159,16 @@ UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
 def test_it_converts(name: str, target: str) -> None:
     shape, run = CASES[name]
     torch.manual_seed(0)
-    layers = {"fc": nn.Linear(6, 6), "prelu": nn.PReLU(), "table": nn.Embedding(7, 5)}
+    layers: dict[str, Any] = {
+        "fc": nn.Linear(6, 6),
+        "prelu": nn.PReLU(),
+        "table": nn.Embedding(7, 5),
+    }
     layers |= {"same": nn.Conv2d(4, 3, (3, 4), padding="same"), "norm": nn.BatchNorm2d(3)}
     layers |= {"gru": nn.GRU(1, 6, 2), "lstm": nn.LSTM(6, 5)}
     heads = nn.MultiheadAttention(6, 2, batch_first=True)
     net = Net(run, lif=LIFNode(), lif2=LIFNode(), mha=heads, **layers).eval()
+    net.tied = nn.Parameter(torch.randn(3, 4, 3, 3))
     times: tuple[Time, ...] = ("unrolled",) if name in UNROLLED else ("unrolled", "stepped")
     for time in times:
         if target == "lynxi-sim" and name in NOT_ON_LYNXI:
