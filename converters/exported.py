@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ _COMPOSED = (
 )
 
 
+@cache
 def _simpler() -> dict[Any, Any]:
     """Decompositions of :data:`_COMPOSED`, those that this torch has."""
     known = torch.export.default_decompositions()
