@@ -234,6 +234,11 @@ class StandIn(nn.Module):
             return self._states(x, places[name])[-1]
         return None if kept is None else kept[0][places[name]]
 
+    @property
+    def v(self) -> Any:
+        """The membrane potential after the last call, also where the original's is a property."""
+        return self.__getattr__("v")
+
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("_original")
         if original is None or name in self._buffers:

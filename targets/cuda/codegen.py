@@ -76,13 +76,13 @@ class Forward:
     Attributes:
         initial: Whether it starts from a state that is given.
         final: Whether it gives the last state.
-        v_seq: Whether it gives v after each step.
+        sequence: The part of the state that it gives after each step, by name; none if empty.
         checkpoints: Whether it keeps the state at the start of each chunk but the first.
     """
 
     initial: bool = False
     final: bool = False
-    v_seq: bool = False
+    sequence: str = ""
     checkpoints: bool = False
 
 
@@ -327,7 +327,7 @@ class _Kernel:
 def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
     """The forward kernel.
 
-    Arguments: x, spikes; then, as asked for, v_seq, initial, final, checkpoints; the parameters; N and
+    Arguments: x, spikes; then, as asked for, sequence, initial, final, checkpoints; the parameters; N and
     what the tile needs; the number of whole chunks and the tile's blocks.
     """
     k = _Kernel(spec, name)
@@ -335,7 +335,7 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
     k.pointer("x_ptr")
     k.pointer("spikes_ptr")
     for wanted, pointer in (
-        (asked.v_seq, "v_seq_ptr"),
+        (bool(asked.sequence), "sequence_ptr"),
         (asked.initial, "initial_ptr"),
         (asked.final, "final_ptr"),
         (asked.checkpoints, "checkpoints_ptr"),
@@ -365,8 +365,8 @@ def forward_source(spec: Spec, asked: Forward, name: str = "forward") -> str:
                 fired.append(spikes)
                 for part, value in zip(step.names, after, strict=True):
                     p(f"q_{part}{w}_{i} = {k.block(value)}")
-                if asked.v_seq:
-                    k.store("v_seq_ptr", f"(t + {i}) * M64", f"q_v{w}_{i}", w)
+                if asked.sequence:
+                    k.store("sequence_ptr", f"(t + {i}) * M64", f"q_{asked.sequence}{w}_{i}", w)
                 for part in step.names:
                     p(f"q_{part}{w} = q_{part}{w}_{i}")
             largest = fired[0]

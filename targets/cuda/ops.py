@@ -84,17 +84,24 @@ def fused_neuron(
     """
     height, width = window
     call = Call.of(x, _scaled(norm), params, neuron, surrogate, detach_reset, (height, width))
-    lay, states = call.lay, _states(neuron)
+    return forward(call, initial, final, "v" if v_seq else "", checkpoints)
+
+
+def forward(
+    call: Call, initial: torch.Tensor | None, final: bool, sequence: str, checkpoints: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`fused_neuron` returns, with any part of the state in the place of v, by its name."""
+    x, lay, states = call.x, call.lay, _states(call.spec.neuron)
     spikes = call.out.empty(x)
-    v = lay.empty(x) if v_seq else _nothing(x)
+    values = lay.empty(x) if sequence else _nothing(x)
     last = lay.state(x, states) if final else _nothing(x)
     keep = checkpoints and call.spec.loop
     shape = _kept(lay, states, checkpoints)
     with memory_for(shape, torch.float32, x.device):
         kept = x.new_empty(shape, dtype=torch.float32)
-    asked = Forward(initial is not None, final, v_seq, keep)
+    asked = Forward(initial is not None, final, sequence, keep)
     tensors = [spikes]
-    tensors += [v] if v_seq else []
+    tensors += [values] if sequence else []
     tensors += [lay.align_state(initial)] if initial is not None else []
     tensors += [last] if final else []
     tensors += [kept] if keep else []
@@ -102,7 +109,7 @@ def fused_neuron(
         run_forward(call, asked, tensors)
     elif final and initial is not None:
         last.copy_(initial)
-    return spikes, last, v, kept
+    return spikes, last, values, kept
 
 
 _forward_op = torch.library.custom_op("spikeport::fused_neuron", mutates_args=())(fused_neuron)

@@ -16,18 +16,20 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from ...converters.equations import named
 from ...converters.errors import DeviceError, Finding, TargetUnavailableError, UsageError
 from ...converters.neurons import Neuron
-from ...converters.ops import aten, steps
+from ...converters.ops import RESHAPE, aten, steps
 from ...converters.passes import Pass
 from ...converters.precompute import precomputed
-from ...converters.program import NEURON, NEURON_STEP, Program
+from ...converters.program import NEURON, NEURON_STEP, STATE, Program
 from ...converters.surrogates import ATan
 from .. import graphs
 from ..base import SDK, Capabilities, Compiled, Loaded, chosen, memory, rewrites
 from . import kernels, ops
 from .capture import captured
 from .codegen import Forward, Spec, forward_source
+from .kernels import Call
 
 _SETTINGS = "settings.json"
 #: Options that a user may set, with their defaults.
@@ -185,16 +187,24 @@ class _Executor(graphs.ChannelsInnermost):
                 n.kwargs = {**n.kwargs, "device": device}
 
         neurons = module.graph.find_nodes(op="call_function", target=NEURON)
+        #: Layers of which a state is read as well, by the node of that, each the other's: one kernel.
+        self._twins: dict[fx.Node, fx.Node] = {}
+        layers = {_layer(n): n for n in neurons}
+        for n in module.graph.find_nodes(op="call_function", target=STATE):
+            if (twin := layers.pop(_layer(n), None)) is not None:
+                self._twins |= {n: twin, twin: n}
         #: Neurons that only a max pooling reads, which their kernels may do as well, with its node.
         self._pooled = {
             n: next(iter(n.users))
             for n in neurons
-            if len(n.users) == 1 and _window(next(iter(n.users))) is not None
+            if n not in self._twins
+            and len(n.users) == 1
+            and _window(next(iter(n.users))) is not None
         }
         #: As a norm that the kernel applies, the bias of the convolution before a neuron: cuDNN would
         #: leave it to a pass of its own.
         self._norms = {n: norm for n in neurons if (norm := self._take_bias(n)) is not None}
-        self._done: set[fx.Node] = set()
+        self._done: dict[fx.Node, Any] = {}
 
     def _take_bias(self, neuron: fx.Node) -> list[torch.Tensor] | None:
         """Mean, 1 / deviation, weight and bias that add, from now on, what its convolution added."""
@@ -211,17 +221,27 @@ class _Executor(graphs.ChannelsInnermost):
     def run_node(self, n: fx.Node) -> Any:
         """The node's value; a neuron's kernel does what it can of the nodes around it."""
         if n in self._done:
-            return self.env[n.args[0]]  # type: ignore[index]
-        if n.target is not NEURON:
+            return self._done.pop(n)
+        if n.target not in (NEURON, STATE):
             return super().run_node(n)
-        x, params, spec, layout, T = self.fetch_args_kwargs_from_env(n)[0]
-        x, pooling, whole = steps(x, layout, T), self._pooled.get(n), (1, 1)
+        x, params, spec, layout, T = self.fetch_args_kwargs_from_env(n)[0][:5]
+        x, twin = steps(x, layout, T), self._twins.get(n)
+        if (state := n if n.target is STATE else twin) is not None:
+            index: Any = state.args[5]
+            both = _with_state(x, params, spec, index)
+            spikes, values = both if layout == "stepped" else (y.flatten(0, 1) for y in both)
+            if twin is not None:
+                self._done[twin] = spikes if state is n else values
+            return values if state is n else spikes
+        pooling, whole = self._pooled.get(n), (1, 1)
         window = _window(pooling) if pooling is not None and layout != "stepped" else None
-        if pooling is not None and window is not None and kernels.pools(x, window, params):
-            self._done.add(pooling)
+        if window is not None and kernels.pools(x, window, params):
             whole = window
         spikes, _ = _neuron(x, params, None, spec, window=whole, norm=self._norms.get(n, ()))
-        return spikes if layout == "stepped" else spikes.flatten(0, 1)
+        spikes = spikes if layout == "stepped" else spikes.flatten(0, 1)
+        if pooling is not None and whole != (1, 1):
+            self._done[pooling] = spikes
+        return spikes
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The operator's value, that of a neuron's step from its kernel."""
@@ -234,10 +254,15 @@ class _Executor(graphs.ChannelsInnermost):
 
 def _precompute(module: fx.GraphModule) -> None:
     """Give the neurons what they would compute of their parameters alone."""
+    computed: dict[tuple[Any, ...], tuple[list[fx.Node], str]] = {}
     for n in module.graph.nodes:
-        if n.target not in (NEURON, NEURON_STEP):
+        if n.target not in (NEURON, STATE, NEURON_STEP):
             continue
-        at = 2 if n.target is NEURON else 3
+        at = 3 if n.target is NEURON_STEP else 2
+        given = (*n.args[at - 1], n.args[at])
+        if given in computed:
+            n.args = (*n.args[: at - 1], *computed[given], *n.args[at + 1 :])
+            continue
         tensors = (attrgetter(p.target)(module) for p in n.args[at - 1])
         neuron = Neuron.from_json(n.args[at], tensors)
         if (known := precomputed(neuron)) is neuron:
@@ -247,8 +272,17 @@ def _precompute(module: fx.GraphModule) -> None:
             module.register_buffer(f"{n.name}_{name}", value)
             with module.graph.inserting_before(n):
                 params.append(module.graph.get_attr(f"{n.name}_{name}"))
-        n.update_arg(at - 1, params)
-        n.update_arg(at, known.to_json())
+        computed[given] = params, known.to_json()
+        n.args = (*n.args[: at - 1], *computed[given], *n.args[at + 1 :])
+
+
+def _layer(n: fx.Node) -> tuple[Any, ...]:
+    """What tells the layer that a node computes from others."""
+    x, params, *rest = n.args[:5]
+    if isinstance(x, fx.Node) and x.target is RESHAPE:
+        x, size = x.args
+        return x, str(size), str(params), *rest
+    return x, str(params), *rest
 
 
 def _window(node: fx.Node) -> tuple[int, int] | None:
@@ -286,6 +320,16 @@ def _neuron(
         window=window,
     )
     return spikes, last
+
+
+def _with_state(
+    x: torch.Tensor, params: Sequence[torch.Tensor], spec: str, index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes [T, N, ...] of x [T, N, ...], and one of the states [T, N, ...] after each step."""
+    states = ("v", *named(json.loads(spec)["dynamics"]).states)
+    call = Call.of(x, [], params, spec, _SURROGATE, detach_reset=False)
+    spikes, _, values, _ = ops.forward(call, None, final=False, sequence=states[index])
+    return spikes, values
 
 
 class _Launched:

@@ -17,7 +17,7 @@ from spikeport.converters.errors import (
     UnsupportedError,
     UsageError,
 )
-from spikeport.converters.neurons import IFNode, LIFNode, Node, dynamics
+from spikeport.converters.neurons import IFNode, LIFNode, Neuron, Node, dynamics
 from spikeport.converters.ops import aten
 from spikeport.targets import cuda, get, graphs
 from spikeport.targets.cuda import kernels
@@ -268,6 +268,47 @@ def test_pooling_and_bias_are_part_of_the_neurons_kernel(artifact, monkeypatch) 
     assert aten.max_pool2d.default not in called
     assert called[aten.conv2d.default][2] is None
     assert _on_a_grid(Net()).conv.bias.abs().min() > 0
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("kind", ["LIF", "learned"])
+def test_potentials_come_from_the_kernel_that_gives_the_spikes(
+    kind, step_mode, tmp_path, monkeypatch
+) -> None:
+    """torch multiplies by 1 / tau on a GPU, by which spikes and potentials would be of two layers."""
+    made = {
+        "LIF": lambda: cuda.LIFNode(tau=2.5, **how),
+        "learned": lambda: cuda.ParametricLIFNode(init_tau=2.7, **how),
+    }
+    how = {"backend": "torch", "step_mode": step_mode, "store_v_seq": step_mode == "m"}
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spikes = made[kind]()
+
+        def forward(self, x_seq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if step_mode == "m":
+                return self.spikes(x_seq), self.spikes.v_seq
+            steps = [(self.spikes(x), self.spikes.v) for x in x_seq]
+            return torch.stack([spikes for spikes, _ in steps]), torch.stack([v for _, v in steps])
+
+    net = Both().eval()
+    x = 2 * torch.rand(T, N, 6, generator=torch.Generator().manual_seed(3))
+    artifact, launched = _compiled(net, x, tmp_path / "both", graph=False), list[str]()
+    launch = kernels.Call.launch
+
+    def spy(call: Any, source: str, name: str, tensors: Any) -> None:
+        launched.append(name)
+        launch(call, source, name, tensors)
+
+    monkeypatch.setattr(kernels.Call, "launch", spy)
+    monkeypatch.setattr(Neuron, "states", None)
+    with deploy.load(artifact) as model, torch.no_grad():
+        for found, expected in zip(model(x), net(x), strict=True):
+            assert torch.equal(found, expected)
+            assert expected.any()
+    assert launched == ["forward"]
 
 
 # On a GPU
