@@ -50,15 +50,15 @@ def check(
     chosen = [registry.get(name) for name in targets]
     try:
         net, args = _network(net, args, dt)
-        captured = _captured(net, args)
+        program = captured(net, args)
     except FindingsError as error:
         return error.findings
     found: list[Finding] = []
     for target in chosen:
         try:
-            program, _ = _rewrite(captured, target, _dtype(target, dtype), time, keep_rounding)
-            _check_delays(net, program)
-            found += registry.check(program, target)
+            rewritten, _ = _rewrite(program, target, _dtype(target, dtype), time, keep_rounding)
+            _check_delays(net, rewritten)
+            found += registry.check(rewritten, target)
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
     return Findings(found)
@@ -100,13 +100,25 @@ def convert(
     """
     chosen = registry.get(target)
     net, args = _network(net, args, dt)
-    captured = _captured(net, args)
-    captured.examples = (tuple(x.detach().clone() for x in args),)
-    program, uncast = _rewrite(captured, chosen, _dtype(chosen, dtype), time, keep_rounding)
+    program = captured(net, args)
+    return converted(program, net, chosen, _dtype(chosen, dtype), time, keep_rounding, verify)
+
+
+def converted(
+    program: Program,
+    net: nn.Module,
+    target: Target,
+    dtype: torch.dtype,
+    time: Time = "unrolled",
+    keep_rounding: bool = False,
+    verify: bool = True,
+) -> Program:
+    """What :func:`convert` makes of a network, of which :func:`captured` gave the program."""
+    program, uncast = _rewrite(program, target, dtype, time, keep_rounding)
     _check_delays(net, program)
-    errors = registry.check(program, chosen).errors
+    errors = registry.check(program, target).errors
     if errors:
-        raise UnsupportedError(f"{target} cannot run this network:", errors)
+        raise UnsupportedError(f"{target.name} cannot run this network:", errors)
     return verify_program(program, net, uncast) if verify else program
 
 
@@ -120,11 +132,12 @@ def _network(net: Any, args: Any, dt: float | None) -> tuple[nn.Module, Any]:
     return on_host(net, args) if fit and isinstance(net, nn.Module) else (net, args)
 
 
-def _captured(net: nn.Module, args: Any) -> Program:
+def captured(net: nn.Module, args: Any) -> Program:
     """The captured program, whose outputs an artifact can give back."""
-    captured = capture(net, args)
-    structure_data(captured.structure)
-    return captured
+    program = capture(net, args)
+    structure_data(program.structure)
+    program.examples = (tuple(x.detach().clone() for x in args),)
+    return program
 
 
 def _check_delays(net: nn.Module, program: Program) -> None:

@@ -316,7 +316,7 @@ OTHERS = {
     "TernaryLIFNode": [{**SOME, "decay_input": decay_input} for decay_input in (True, False)],
     "MPBNLIFNode": [{"out_features": 37, "learnable_vth": learned} for learned in (True, False)],
 }
-#: Their soft reset is their own, or fails inside SpikingJelly.
+#: Their reset is their own.
 ONE_RESET = ("ComplementaryLIFNode", "HalfThresholdIFNode")
 
 
@@ -329,32 +329,39 @@ class Stepwise(nn.Module):
         return torch.stack([self.spike(step) for step in x])
 
 
-@pytest.mark.parametrize("v_reset", [None, 0.0, -0.25])
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [(name, given) for name, all_given in OTHERS.items() for given in all_given],
-    ids=lambda v: (
-        v if isinstance(v, str) else "-".join(getattr(x, "__name__", str(x)) for x in v.values())
-    ),
-)
-def test_neurons_of_other_dynamics(name: str, given: dict, v_reset: float | None) -> None:
-    if name in ONE_RESET and v_reset != 0.0:
-        pytest.skip("its reset is its own")
+class SideBySide(nn.Module):
+    """Neurons side by side on one input, of all steps or of one after another."""
+
+    def __init__(self, nodes: list[nn.Module]) -> None:
+        super().__init__()
+        self.nodes = nn.ModuleList(nodes)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.nodes[0].step_mode == "m":
+            return tuple(node(x) for node in self.nodes)
+        steps = [[node(step) for node in self.nodes] for step in x]
+        return tuple(torch.stack(spikes) for spikes in zip(*steps, strict=True))
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_neurons_of_other_dynamics(name: str, step_mode: str) -> None:
     if not hasattr(neuron, name):
         pytest.skip("only in 2.0.0")
-    rest = {} if name in ONE_RESET else {"v_reset": v_reset}
-    fails = {"KLIFNode": OLD, "SimpleLIFNode": True}.get(name, False) and v_reset is None
-    if fails or (name == "LIAFNode" and OLD):
+    if name == "LIAFNode" and OLD:
         pytest.skip("fails inside SpikingJelly")
-    node = getattr(neuron, name)(**given, **rest)
-    if name == "KLIFNode":
-        nn.init.constant_(node.k, 1.3)
-    x = grid(T + 2, N, 37)
-    node.step_mode = "m"
-    converted(nn.Sequential(nn.Identity(), node), x)
-    node.step_mode = "s"
-    program = converted(Stepwise(node), x)
-    assert verify._probe_neurons(program, Stepwise(node), "unrolled")
+    no_soft_reset = {"KLIFNode": OLD, "SimpleLIFNode": True}.get(name, False)
+    resets = [0.0, -0.25] if no_soft_reset else [None, 0.0, -0.25]
+    starts: list[dict] = [{}] if name in ONE_RESET else [{"v_reset": reset} for reset in resets]
+    nodes = [getattr(neuron, name)(**given, **start) for given in OTHERS[name] for start in starts]
+    for node in nodes:
+        node.step_mode = step_mode
+        if name == "KLIFNode":
+            nn.init.constant_(node.k, 1.3)
+    net = SideBySide(nodes)
+    program = converted(net, grid(T + 2, N, 37))
+    assert len(program.sites) >= len(nodes)
+    assert verify._probe_neurons(program, net, "unrolled")
 
 
 @pytest.mark.parametrize(

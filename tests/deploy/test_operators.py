@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.utils import _pytree as pytree
 from spikeport import deploy
 from spikeport.converters.errors import UnsupportedError
 from spikeport.converters.neurons import LIFNode
-from spikeport.converters.program import Time
+from spikeport.converters.program import Program, Time
+from spikeport.deploy import pipeline
+from spikeport.targets import get
 
 T, N = 4, 2
 ROWS, IMAGE = (T, N, 6), (T, N, 4, 7, 5)
@@ -154,9 +157,9 @@ NOT_ON_LYNXI = (
 UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
 
 
-@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
-@pytest.mark.parametrize("name", CASES)
-def test_it_converts(name: str, target: str) -> None:
+@cache
+def captured(name: str) -> tuple[nn.Module, Program]:
+    """The network of a case, captured once for every target."""
     shape, run = CASES[name]
     torch.manual_seed(0)
     layers: dict[str, Any] = {
@@ -169,16 +172,23 @@ def test_it_converts(name: str, target: str) -> None:
     heads = nn.MultiheadAttention(6, 2, batch_first=True)
     net = Net(run, lif=LIFNode(), lif2=LIFNode(), mha=heads, **layers).eval()
     net.tied = nn.Parameter(torch.randn(3, 4, 3, 3))
+    return net, pipeline.captured(net, (rand(*shape),))
+
+
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_converts(name: str, target: str) -> None:
+    net, program = captured(name)
     times: tuple[Time, ...] = ("unrolled",) if name in UNROLLED else ("unrolled", "stepped")
     for time in times:
         if target == "lynxi-sim" and name in NOT_ON_LYNXI:
             with pytest.raises(UnsupportedError, match="fix: "):
-                deploy.convert(net, (rand(*shape),), target, time=time)
+                pipeline.converted(program, net, get(target), torch.float16, time)
             continue
-        program = deploy.convert(net, (rand(*shape),), target, dtype="float32", time=time)
-        x = rand(*shape, seed=1)
+        converted = pipeline.converted(program, net, get(target), torch.float32, time)
+        x = rand(*CASES[name][0], seed=1)
         with torch.no_grad():
-            expected, found = (pytree.tree_leaves(y) for y in (net(x), program(x)))
+            expected, found = (pytree.tree_leaves(y) for y in (net(x), converted(x)))
         for a, b in zip(expected, found, strict=True):
             assert a.dtype == b.dtype
             assert torch.allclose(a, b, atol=1e-5)

@@ -34,11 +34,18 @@ def apart(norm: nn.Module, node: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class TestBatchNorm:
-    @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "a slice of columns"])
     @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize(("C", "H", "T"), [(6, 5, 4), (20, 3, 18), (130, 1, 2)])
+    @pytest.mark.parametrize(
+        ("C", "H", "T", "layout"),
+        [
+            # One layout of each size every day; all of them take a minute and a half.
+            pytest.param(*size, layout, marks=[pytest.mark.slow] * (i != j))
+            for i, size in enumerate([(6, 5, 4), (130, 1, 2), (20, 3, 18)])
+            for j, layout in enumerate(["contiguous", "a slice of columns", "channels-last"])
+        ],
+    )
     def test_equal_to_both_apart(
-        self, layout: str, training: bool, C: int, H: int, T: int, device: str
+        self, C: int, H: int, T: int, layout: str, training: bool, device: str
     ) -> None:
         x = LAYOUTS[layout](drive(T, 3, C, H, H + 1, device=device))
         norms = [normalised(C, device).train(training) for _ in range(2)]
