@@ -14,11 +14,12 @@ from torch import nn
 pytest.importorskip("spikingjelly.activation_based.neuron.dsr", reason="needs SpikingJelly 2.0.0")
 from spikingjelly.activation_based import functional, neuron
 
-from spikeport import deploy
+from spikeport import deploy, targets
 from spikeport.converters import verify
 from spikeport.converters.capture import capture
 from spikeport.converters.passes import flatten_time, lower_neurons
 from spikeport.converters.program import Program, Time
+from spikeport.deploy import pipeline
 from spikeport.targets.ipu.model import training_module
 
 pytestmark = pytest.mark.spikingjelly
@@ -27,7 +28,7 @@ T, N = 4, 2
 
 def converted(net: nn.Module, x: torch.Tensor) -> Program:
     """The captured network, checked bit for bit with its lowered form."""
-    program = capture(net, (x,))
+    program = pipeline.captured(net, (x,))
     for form in (program, lower_neurons(flatten_time(program))):
         assert equal(form(x), reference(net, x))
     return program
@@ -63,20 +64,20 @@ class Copied(nn.Module):
         return x + 0.0
 
 
-@pytest.mark.parametrize("time", ["unrolled", "stepped"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_neurons_that_run_over_all_steps(name: str, time: Time, tmp_path: Path) -> None:
+def test_neurons_that_run_over_all_steps(name: str, tmp_path: Path) -> None:
     size, given = WHOLE[name]
     net = nn.Sequential(Copied(), getattr(neuron, name)(**given)).eval()
     program = converted(net, grid(T, N, *size))
-    assert verify._probe_neurons(program, net, time)
     x = grid(T, N, *size, seed=7)
-    low = deploy.convert(net, (x,), "reference", dtype="float32", time=time)
-    deploy.compile(low, tmp_path / "artifact", cache=False)
-    with deploy.load(tmp_path / "artifact") as model:
-        spikes = model(x)
-    assert torch.equal(spikes, reference(net, x))
-    assert spikes.any()
+    for time in ("unrolled", "stepped"):
+        assert verify._probe_neurons(program, net, time)
+        low = pipeline.converted(program, net, targets.get("reference"), torch.float32, time)
+        deploy.compile(low, tmp_path / time, cache=False)
+        with deploy.load(tmp_path / time) as model:
+            spikes = model(x)
+        assert torch.equal(spikes, reference(net, x))
+        assert spikes.any()
 
 
 def test_the_threshold_that_a_batch_norm_in_the_charge_becomes() -> None:
