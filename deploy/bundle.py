@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from .. import targets
 from ..converters.errors import ArtifactExistsError, Finding, UnsupportedError, UsageError
 from ..targets import lynxi
+from ..targets.lynxi.simulator.compiler import lacking, live
+from ..targets.lynxi.simulator.from_onnx import read_onnx
 from ..targets.lynxi.simulator.onnx_ops import LOWERINGS
 from . import store
 from .artifact import Artifact
@@ -111,16 +113,28 @@ def _violations(file: Path) -> Iterator[Finding]:
             continue
         computed.update(node.output)
         if node.op_type not in LOWERINGS:
-            yield Finding(
-                rule="operator",
-                where=node.doc_string,
-                node=node.output[0],
-                target="lynxi",
-                found=node.op_type,
-                allowed=", ".join(sorted(LOWERINGS)),
-                fix="leave it out of the network, and apply it to what the model returns, or write it in "
-                "operators that are allowed",
-            )
+            yield _operator(node.doc_string, node.output[0], node.op_type, sorted(LOWERINGS))
+    read = live(read_onnx(file, {}, None, ("float16", "float16")).graph)
+    for text in read.notes.refused:
+        name, _, place = text.partition(" in ")
+        path, _, reason = place.partition(": ")
+        if name in LOWERINGS:
+            yield _operator(path, name, name, [reason.removeprefix("allowed: ")])
+    for lacked in lacking(read):
+        yield _operator(lacked.scope, lacked.source, lacked.source, ["operators of the APU"])
+
+
+def _operator(where: str, node: str, found: str, allowed: Iterable[str]) -> Finding:
+    return Finding(
+        rule="operator",
+        where=where,
+        node=node,
+        target="lynxi",
+        found=found,
+        allowed=", ".join(allowed),
+        fix="leave it out of the network, and apply it to what the model returns, or write it in "
+        "operators that are allowed",
+    )
 
 
 def _ports(manifest: Any, side: str) -> list[Port]:

@@ -52,6 +52,10 @@ class Runs(Protocol):
         """The inputs, in order."""
 
     @property
+    def T(self) -> int | None:  # noqa: N802 -- the field's name
+        """Time steps of a call, if they are known."""
+
+    @property
     def batch_dims(self) -> Sequence[int | None]:
         """Which dimension of each input of a call is the batch."""
 
@@ -228,9 +232,9 @@ def compare(
                 if samples < layers and model.has_probes:
                     spikes.compare(part, samples)
                 start = time.perf_counter()
-                theirs = predictions(model(*part), model.output_dims[0]).cpu()
+                theirs = predictions(model(*part), model.output_dims[0], model.T).cpu()
                 middle = time.perf_counter()
-                ours = predictions(_source(net, part, model), model.output_dims[0]).cpu()
+                ours = predictions(_source(net, part, model), model.output_dims[0], model.T).cpu()
                 seconds[0] += time.perf_counter() - middle
                 seconds[1] += middle - start
                 if not len(ours) == len(theirs) == len(labels):
@@ -333,12 +337,15 @@ def _found(value: Any) -> str:
     return f"{type(value).__name__} {shape}".rstrip()
 
 
-def predictions(outputs: Any, batch_dim: int | None = None) -> torch.Tensor:
+def predictions(
+    outputs: Any, batch_dim: int | None = None, steps: int | None = None
+) -> torch.Tensor:
     """The class of each sample, of the largest of the first output's scores; of their means over time.
 
     Args:
-        outputs: The first is [N, C], [T, N, C] or [N, T, C].
+        outputs: The first is [N, C], [T, N, C], [N, T, C], or [N, C, T] with T == ``steps`` != C.
         batch_dim: Which of its dimensions is N; the one before the last unless given.
+        steps: T, if it is known.
 
     Raises:
         UsageError: The first output has another shape.
@@ -349,12 +356,13 @@ def predictions(outputs: Any, batch_dim: int | None = None) -> torch.Tensor:
     scores: torch.Tensor = found[0]
     at = scores.dim() - 2 if batch_dim is None else batch_dim
     if scores.dim() == 3 and at < 2:
-        scores, at = scores.float().mean(1 - at), 0
+        last = at == 0 and scores.shape[2] == steps != scores.shape[1]
+        scores, at = scores.float().mean(2 if last else 1 - at), 0
     if scores.dim() != 2 or at != 0:
         samples = "" if batch_dim is None else f" with the samples in dimension {batch_dim}"
         raise UsageError(
             f"the first output has shape {list(scores.shape)}{samples}; classes are read from [N, C], "
-            "[T, N, C] or [N, T, C]"
+            "[T, N, C], [N, T, C] or [N, C, T]"
         )
     return classes(scores)
 

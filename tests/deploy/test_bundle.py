@@ -169,6 +169,14 @@ def test_an_operator_that_the_chip_lacks_is_refused(tmp_path: Path) -> None:
         deploy.bundle(tmp_path / "a", tmp_path / "b")
 
 
+def test_what_its_compiler_would_refuse_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.ReLU()).eval()
+    program = deploy.convert(net, (torch.rand(2, 2, 4, 4),), target="onnx")
+    deploy.compile(program, tmp_path / "a", cache=False)
+    with pytest.raises(deploy.UnsupportedError, match=r" 0 .*ConvTranspose; allowed: .* APU"):
+        deploy.bundle(tmp_path / "a", tmp_path / "b")
+
+
 def test_a_rank_that_the_chip_lacks_is_refused(tmp_path: Path) -> None:
     class Deep(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

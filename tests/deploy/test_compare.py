@@ -105,6 +105,10 @@ class Tampered:
         return self.model.output_dims
 
     @property
+    def T(self) -> Any:  # noqa: N802 -- as in Runs
+        return self.model.T
+
+    @property
     def time(self) -> str:
         return str(self.model.time)
 
@@ -300,6 +304,8 @@ def test_predictions() -> None:
     assert predictions((scores, scores.flip(1))).tolist() == [1, 0]
     assert predictions({"a": [scores]}).tolist() == [1, 0]
     assert predictions(torch.stack([scores, scores.flip(1) * 3])).tolist() == [0, 1]
+    last = torch.stack([scores, scores.flip(1) * 3, scores * 0], 2)
+    assert predictions(last, 0, steps=3).tolist() == [0, 1]
     with pytest.raises(UsageError, match=r"shape \[2\]"):
         predictions(torch.zeros(2))
     with pytest.raises(UsageError, match="no tensor"):

@@ -27,6 +27,11 @@ def _lives_on_cpu(node: Node) -> bool:
     return node.op.startswith(FOREIGN) or (node.op in OPS and not OPS[node.op].apu)
 
 
+def lacking(graph: Graph) -> list[Node]:
+    """The nodes that the APU does not have."""
+    return [n for n in graph.nodes if _lives_on_cpu(n) and not n.op.startswith(REFUSED)]
+
+
 def rank_findings(graph: Graph, options: Options) -> list[str]:
     """Every node that reads or makes a tensor above the rank that the SDK version takes."""
     newer = options.version_tuple >= (1, 17)
@@ -62,9 +67,7 @@ def check(graph: Graph, options: Options, *, apu_only: bool, target: str) -> Non
         problems.append(
             _listed(f"tensors above {allowed} (lyngor {options.version}); reshape before:", high)
         )
-    missing = [
-        str(node) for node in graph.nodes if _lives_on_cpu(node) and not node.op.startswith(REFUSED)
-    ]
+    missing = [*map(str, lacking(graph))]
     if missing and apu_only:
         problems.append(
             _listed(
