@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -192,17 +193,24 @@ def _rewrite(
     """The program for the target, and the program before a cast, if there was one."""
     start = replace(captured, target=target.name, captured=captured, keeps_rounding=keep_rounding)
     chosen = passes(target, dtype, time, keep_rounding)
+    refused: UnsupportedError | None = None
+    rewritten = None
     try:
-        return _through(chosen, start)
-    except UnsupportedError:
-        if time == "unrolled" or reroll_time not in chosen:
-            raise
+        rewritten = _through(chosen, start)
+        if not registry.check(rewritten[0], target).errors:
+            return rewritten
+    except UnsupportedError as error:
+        refused = error
+    if reroll_time in chosen:
         # Steps that re-rolling has put together may go with those before them: a delay in a loop does.
-        try:
-            return _through(tuple(one for one in chosen if one is not reroll_time), start)
-        except UnsupportedError:
-            pass
-        raise
+        with suppress(UnsupportedError):
+            alone = _through(tuple(one for one in chosen if one is not reroll_time), start)
+            if not registry.check(alone[0], target).errors:
+                return alone
+    if rewritten is None:
+        assert refused is not None
+        raise refused
+    return rewritten
 
 
 def _through(chosen: Sequence[Pass], program: Program) -> tuple[Program, Program | None]:

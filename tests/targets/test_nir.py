@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -596,6 +597,24 @@ def test_values_that_are_used_a_step_later(step: Any, end: Any, tmp_path: Path) 
     net, x = Looped(step, end=end), 3 * GRID
     path = compiled(net, (x,), tmp_path, dt=DT)
     assert 0.05 < net(x).mean() < 1.5
+    assert torch.equal(deploy.load(path)(x), net(x))
+
+
+def test_a_delay_in_a_loop_in_which_nothing_comes_back(tmp_path: Path) -> None:
+    class Late(Looped):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.a.reset()
+            self.b.reset()
+            heard, steps = deque([torch.zeros_like(x[0])] * 2), []
+            for x_t in x:
+                heard.append(self.a(2 * x_t))
+                steps.append(self.b(3 * heard.popleft()))
+            return torch.stack(steps)
+
+    net, x = Late(None), 3 * GRID
+    path = compiled(net, (x,), tmp_path, dt=DT)
+    assert "Delay" in {type(n).__name__ for n in nir.read(file(path)).nodes.values()}
+    assert net(x).any()
     assert torch.equal(deploy.load(path)(x), net(x))
 
 
