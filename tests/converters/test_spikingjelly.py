@@ -455,54 +455,6 @@ def test_an_instance_with_another_charge() -> None:
 # Layers
 
 
-@pytest.mark.parametrize(
-    ("made", "shape"),
-    [
-        (lambda: layer.Conv1d(3, 4, 3, padding=1), (3, 8)),
-        (lambda: layer.Conv2d(3, 4, 3, stride=2, bias=False), (3, 8, 8)),
-        (lambda: layer.Conv3d(3, 4, 3), (3, 4, 4, 4)),
-        (lambda: layer.ConvTranspose1d(3, 4, 3), (3, 8)),
-        (lambda: layer.ConvTranspose2d(3, 4, 3, stride=2), (3, 4, 4)),
-        (lambda: layer.ConvTranspose3d(3, 2, 2), (3, 2, 2, 2)),
-        (lambda: layer.BatchNorm1d(3), (3, 8)),
-        (lambda: layer.BatchNorm2d(3), (3, 4, 4)),
-        (lambda: layer.BatchNorm3d(3), (3, 2, 4, 4)),
-        (lambda: layer.GroupNorm(3, 6), (6, 4, 4)),
-        (lambda: layer.Linear(5, 4), (5,)),
-        (layer.Flatten, (3, 4, 4)),
-        (lambda: layer.MaxPool1d(2), (3, 8)),
-        (lambda: layer.MaxPool2d(2, 2), (3, 8, 8)),
-        (lambda: layer.MaxPool3d(2), (3, 4, 4, 4)),
-        (lambda: layer.AvgPool1d(2), (3, 8)),
-        (lambda: layer.AvgPool2d(3, 2, padding=1), (3, 8, 8)),
-        (lambda: layer.AvgPool3d(2), (3, 4, 4, 4)),
-        (lambda: layer.AdaptiveAvgPool1d(2), (3, 8)),
-        (lambda: layer.AdaptiveAvgPool2d((2, 2)), (3, 8, 8)),
-        (lambda: layer.AdaptiveAvgPool3d(2), (3, 4, 4, 4)),
-        (lambda: layer.ThresholdDependentBatchNorm1d(1.0, 1.0, 3), (3, 8)),
-        (lambda: layer.ThresholdDependentBatchNorm2d(1.0, 1.0, 3), (3, 4, 4)),
-        (lambda: layer.Dropout(0.5), (5,)),
-        (lambda: layer.Dropout2d(0.5), (3, 4, 4)),
-        (lambda: layer.VotingLayer(2), (6,)),
-    ],
-    ids=lambda value: "" if callable(value) else "x".join(map(str, value)),
-)
-def test_every_stateless_layer(made: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(made(), make("LIFNode", 0.0, 2.0, True))
-    functional.set_step_mode(net, "m")
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.running_mean, -1, 1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    try:
-        reference(net, rand(T, N, *shape))
-    except NotImplementedError:
-        pytest.skip("this release of SpikingJelly cannot run it")
-    program = converted(net, rand(T, N, *shape))
-    assert [s.path for s in program.sites] == ["1"]
-
-
 @pytest.mark.parametrize("name", ["SeqToANNContainer", "MultiStepContainer"])
 def test_containers(name: str) -> None:
     torch.manual_seed(0)

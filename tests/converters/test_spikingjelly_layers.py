@@ -191,6 +191,8 @@ def test_layers_convert(names: list[str]) -> None:
     assert all(map(torch.equal, program(*inputs), expected))
     for rewrite in (fold_constants, reroll_time, hoist_time_invariant, flatten_time):
         program = rewrite(program)
+    for name, found, wanted in zip(names, program(*inputs), expected, strict=True):
+        assert torch.equal(found, wanted), name
     for rewrite in (
         decompose_operators(CAPABILITIES.ops or ()),
         merge_dimensions(4),
