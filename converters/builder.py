@@ -53,7 +53,7 @@ class Builder:
         """A weight or constant; the same name and value give the same node."""
         tries = itertools.count(2)
         given = name
-        while (known := self.tensors.get(name)) is not None and not _same_bits(known, value):
+        while (known := self.tensors.get(name)) is not None and not same_bits(known, value):
             name = f"{given}_{next(tries)}"
         if known is None:
             self.tensors[name] = value
@@ -111,7 +111,8 @@ class Builder:
         )
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same, the sign of a zero and the kind of a NaN included."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype:

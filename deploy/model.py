@@ -88,6 +88,10 @@ def classes(scores: torch.Tensor) -> torch.Tensor:
     return (scores.byte() if scores.dtype == torch.bool else scores).argmax(1)
 
 
+def _is_count(value: torch.Tensor) -> bool:
+    return bool((value.isfinite() & (value == value.abs().round())).all())
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for torch.float32."""
     return str(dtype).removeprefix("torch.")
@@ -327,6 +331,8 @@ class Model:
                 found = f"{dtype_name(value.dtype)}{list(value.shape)}"
             if found != wanted:
                 wrong.append(f"{name} is {found}, wanted {wanted}")
+            elif name == COUNTER and not _is_count(state[name]):
+                wrong.append(f"{name} is {state[name].tolist()}, wanted a number of time steps")
         if wrong:
             raise UsageError(
                 f"{'; '.join(wrong)}; the states are {', '.join(names)}; set what model.state gave"

@@ -20,6 +20,7 @@ from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
 from ..targets import Target
+from .longer import check_steps
 from .model import structure_data
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -120,7 +121,13 @@ def converted(
     errors = registry.check(program, target).errors
     if errors:
         raise UnsupportedError(f"{target.name} cannot run this network:", errors)
-    return verify_program(program, net, uncast) if verify else program
+    if not verify:
+        return program
+    program = verify_program(program, net, uncast)
+    if time == "stepped":
+        how = target, dtype, time, keep_rounding
+        check_steps(program, lambda example: _rewrite(captured(net, example), *how)[0])
+    return program
 
 
 def _network(net: Any, args: Any, dt: float | None) -> tuple[nn.Module, Any]:

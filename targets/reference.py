@@ -80,7 +80,7 @@ class _Model:
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return [y.clone() for y in self._executor.run(*(x.cpu() for x in inputs))]
 
     def close(self) -> None:

@@ -343,7 +343,7 @@ class _Launched:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs, where the first input lies."""
         device = self._device
-        with _device_errors(device, self._need), graphs.exact_sums(device), torch.inference_mode():
+        with _device_errors(device, self._need), graphs.exact_sums(device), torch.no_grad():
             outputs = self._executor.run(*(x.to(device) for x in inputs))
             return [y.to(inputs[0].device, copy=True) for y in outputs]
 
@@ -367,7 +367,7 @@ class _Captured:
         self._turn = threading.Lock()
         with _device_errors(device, need):
             self._executor = _Executor(module, device)
-        with _device_errors(device, need), graphs.exact_sums(device), torch.inference_mode():
+        with _device_errors(device, need), graphs.exact_sums(device), torch.no_grad():
             # A stream of its own: libraries keep a workspace for each, which a graph goes on using.
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -388,7 +388,7 @@ class _Captured:
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs, where the first input lies."""
         on = torch.cuda.device(self._device)
-        with self._turn, _device_errors(self._device, self._need), on, torch.inference_mode():
+        with self._turn, _device_errors(self._device, self._need), on, torch.no_grad():
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
             for mine, x in zip(self._inputs, inputs, strict=True):

@@ -107,7 +107,7 @@ class _Model:
         with poplar.errors(self._poptorch, DeviceError, "failed"):
             outputs = self._model(*(x.cpu() for x in inputs))
         flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        return [y.to(dtype) for y, dtype in zip(flat, self._dtypes, strict=True)]
+        return [y.to(dtype, copy=True) for y, dtype in zip(flat, self._dtypes, strict=True)]
 
     def close(self) -> None:
         """Free the device."""

@@ -167,7 +167,7 @@ class _Model:
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The graph's outputs."""
-        with torch.inference_mode():
+        with torch.no_grad():
             given = [self._over_time(u, inputs[int(u.metadata["position"])]) for u in self._inputs]
             found = self._network(*given)
         found = found if isinstance(found, tuple) else (found,)
@@ -176,7 +176,7 @@ class _Model:
             at = int(unit.metadata["position"])
             y = _reduced(y, str(unit.metadata["over_time"]))
             y = y.transpose(0, 1) if unit.metadata.get("batch_first", False) else y
-            results[at] = y.reshape(self._shapes[at])
+            results[at] = y.reshape(self._shapes[at]).clone()
         return results
 
     def _over_time(self, unit: Unit, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from spikeport import deploy
 from spikeport.converters.neurons import IFNode, Leaky, LIFNode, Node, Synaptic
 from spikeport.deploy import cli
+from spikeport.targets import cuda
 
 T, N = 4, 3
 TARGETS = [
@@ -196,6 +197,10 @@ def test_smaller_batches_stream_too(model):
         ),
         (lambda s: {**s, "lif.v": s["lif.v"].float()}, r"lif.v is float32.*wanted float16"),
         (lambda s: {**s, "lif.v": None, "syn.v": 1.0}, "lif.v is missing.*syn.v is missing"),
+        (lambda s: {**s, "steps": s["steps"] - 5}, r"steps is \[-5.0\], wanted a number of time"),
+        (lambda s: {**s, "steps": s["steps"] * torch.nan}, r"steps is \[nan\]"),
+        (lambda s: {**s, "steps": s["steps"] + torch.inf}, r"steps is \[inf\]"),
+        (lambda s: {**s, "steps": s["steps"] + 0.5}, r"steps is \[0.5\]"),
         (lambda s: None, "a state of type NoneType.*the states are lif.v, "),
         (lambda s: [*s.values()], "a state of type list"),
     ],
@@ -321,3 +326,79 @@ def test_what_rounding_flips_is_no_other_neuron_from_then_on(seed: int) -> None:
     program = deploy.convert(net, (torch.rand(2, 3, 8, 8),), "lynxi-sim", time="stepped")
     assert program.evidence is not None
     assert program.evidence.layers[0].flips > 0
+
+
+def counted(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.lif(x).sum(0)
+
+
+@pytest.mark.parametrize("target", ["reference", "onnx", "ipu-sim", "lynxi-sim"])
+def test_outputs_are_the_callers_own(target: str, tmp_path: Path) -> None:
+    net, x = Net(counted, lif=LIFNode()).eval(), 3 * torch.rand(T, N, 5)
+    for time in ("unrolled", "stepped"):
+        program = deploy.convert(net, (x,), target, dtype="float32", time=time)
+        deploy.compile(program, tmp_path / time, cache=False)
+    with deploy.load(tmp_path / "stepped") as model:
+        for t in range(T):
+            counts = model.step(x[t])
+            last = counts.clone()
+            counts /= t + 1
+    assert torch.equal(last, net(x))
+    assert last.any()
+    with deploy.load(tmp_path / "unrolled") as model:
+        nn.Linear(5, 2)(model(x)).sum().backward()
+
+
+class Loop(nn.Module):
+    """Spikes of a loop over time, which knows how many steps there are."""
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.fc, self.lif, self.use = nn.Linear(5, 5), cuda.LIFNode(step_mode="s"), use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.lif.reset()
+        return self.use(self, x, x.shape[0])
+
+
+def spikes(net: Loop, x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([net.lif(now) for now in x])
+
+
+def delayed(net: Loop, x: torch.Tensor, steps: int) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+    for t in range(steps):
+        found.append(net.lif(x[t] + net.fc(found[t - 2]) if t >= 2 else x[t]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("use", "steps", "said"),
+    [
+        (lambda net, x, T: sum(net.lif(now) / T for now in x), 5, "aten.div takes 5 .* and 8 in"),
+        (lambda net, x, T: (spikes(net, x) / T).sum(0), 2, "aten.div takes 2 .* and 5 in one of 5"),
+        (lambda net, x, T: spikes(net, x).sum(0) > T / 2, 5, r"aten.gt takes 2.5 .* and 4.0"),
+        (lambda net, x, T: spikes(net, net.fc(x) / T), 4, "aten.div takes 4 .* at the end"),
+        (delayed, 2, "in an example of 5 time steps: step 2 computes something else"),
+    ],
+    ids=["inside the loop", "before the sum", "vote", "drive", "delay"],
+)
+def test_what_follows_from_the_number_of_steps_is_refused(use: Any, steps: int, said: str) -> None:
+    x = 3 * torch.rand(steps, N, 5)
+    with pytest.raises(deploy.UnsupportedError, match=said):
+        deploy.convert(Loop(use).eval(), (x,), "reference", time="stepped")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda net, x, T: spikes(net, x).sum(0) / T,
+        lambda net, x, T: spikes(net, x).mean(0),
+        lambda net, x, T: spikes(net, net.fc(x) / 3),
+    ],
+)
+def test_what_does_not_is_the_same_for_any_number(use: Any) -> None:
+    net, x = Loop(use).eval(), 3 * torch.rand(7, N, 5)
+    program = deploy.convert(net, (x[:3],), "reference", time="stepped")
+    with torch.no_grad():
+        assert torch.allclose(program(x), net(x))
