@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,6 +32,15 @@ _PASS_THROUGH = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
+#: What writes its second argument into its first, whose type stays.
+_WRITES = frozenset(
+    {
+        aten.fill.Tensor,
+        aten.copy.default,
+        aten.select_scatter.default,
+        aten.slice_scatter.default,
+    }
+)
 #: Where the operators of neurons have their declaration.
 _NEURONS = {NEURON: 2, STATE: 2, NEURON_STEP: 3}
 _CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"})
@@ -51,16 +62,23 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
     specs = []
     empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
     build = _Canonical(empty, net)
-    user, used = iter(args), live(exported.graph)
+    used = live(exported.graph)
+    placeholders = exported.graph.find_nodes(op="placeholder")
+    held = [n for n in placeholders if n.name in attributes]
+    given = [n for n in placeholders if n.name not in attributes]
+    for n in held:
+        name = attributes[n.name]
+        build.env[n] = build.constant(name, values[name].detach())
+    floating = _floating(args, [values[attributes[n.name]] for n in held if n in used])
+    for n, x in zip(given, args, strict=True):
+        wide = x.to(floating) if x.is_floating_point() else x
+        build.env[n] = build.placeholder(n, wide)
+        specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
+    for n, x in zip(given, args, strict=True):
+        if x.is_floating_point() and x.dtype != floating:
+            build.env[n] = build.call(aten._to_copy.default, build.env[n], path="", dtype=x.dtype)
     for n in exported.graph.nodes:
-        if n.op == "placeholder":
-            if (name := attributes.get(n.name)) is not None:
-                build.env[n] = build.constant(name, values[name].detach())
-            else:
-                x = next(user)
-                build.env[n] = build.placeholder(n, x)
-                specs.append(TensorSpec(n.name, tuple(x.shape), x.dtype))
-        elif n.op == "call_function" and n in used:
+        if n.op == "call_function" and n in used:
             build.emit(n)
     if build.findings:
         raise CaptureError(HEADLINE, build.findings)
@@ -73,7 +91,6 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
         value = build.env[result].meta["val"]
         name = "output" if len(results) == 1 else f"output_{i}"
         outputs.append(TensorSpec(name, tuple(value.shape), value.dtype))
-    floating = [a.dtype for a in (*args, *net.parameters()) if a.is_floating_point()]
     kind = type(net)
     build.graph.output(tuple(build.env[r] for r in results))
     report = PassReport("capture", (f"{kind.__qualname__} through torch.export",))
@@ -84,12 +101,21 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
         report,
         inputs=tuple(specs),
         outputs=tuple(outputs),
-        dtype=floating[-1] if floating else torch.float32,
+        dtype=floating,
         source={
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "framework": sources.framework(net),
         },
     )
+
+
+def _floating(inputs: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> torch.dtype:
+    """The type in which all inputs come: every number of theirs has its place in it."""
+    kinds = [[x.dtype for x in some if x.is_floating_point()] for some in (inputs, held)]
+    widest = reduce(torch.promote_types, kinds[0]) if kinds[0] else None
+    if widest in (torch.float32, torch.float64):
+        return widest
+    return reduce(torch.promote_types, chain(*kinds)) if any(kinds) else torch.float32
 
 
 class _Canonical(Builder):
@@ -213,25 +239,36 @@ class _Canonical(Builder):
             return self.call(aten.matmul.default, *args, path=path)
         if target in _ANY:
             return self._any(n, args[0], path)
-        if target is aten.fill.Tensor:
-            return self.call(aten.expand.default, args[1], list(n.meta["val"].shape), path=path)
-        if target is aten.copy.default:
-            like = args[0].meta["val"]
-            if shape(args[1]) == like.shape and args[1].meta["val"].dtype == like.dtype:
-                return args[1]  # type: ignore[no-any-return]
-            return self.call(aten.expand.default, args[1], list(like.shape), path=path)
+        if target is aten.t.default:
+            if len(shape(args[0])) < 2:
+                return args[0]  # type: ignore[no-any-return]
+            return self.call(aten.transpose.int, args[0], 0, 1, path=path)
+        if target in _WRITES:
+            args = (args[0], self._written(args[1], args[0], path), *args[2:])
+        if target in (aten.fill.Tensor, aten.copy.default):
+            like, value = args[0].meta["val"], args[1]
+            if shape(value) == like.shape:
+                return value  # type: ignore[no-any-return]
+            return self.call(aten.expand.default, value, list(like.shape), path=path)
         if target is aten.select_scatter.default:
             base, source, dim, index = args
             row = self.call(aten.unsqueeze.default, source, dim, path=path)
             index %= base.meta["val"].shape[dim]
             return self._scatter(base, row, dim, index, index + 1, path)
         if target is aten.slice_scatter.default:
-            base, source = args[:2]
+            base, source, *_ = args
             dim, start, end, step = ops.slice_args(n, 2)
             size = base.meta["val"].shape[dim]
             if step == 1:
                 return self._scatter(base, source, dim, *slice(start, end).indices(size)[:2], path)
         return self.call(target, *args, path=path, **kwargs)
+
+    def _written(self, value: fx.Node, base: fx.Node, path: str) -> fx.Node:
+        """What is written into a tensor, which keeps its type."""
+        dtype = base.meta["val"].dtype
+        if value.meta["val"].dtype == dtype:
+            return value
+        return self.call(aten._to_copy.default, value, path=path, dtype=dtype)
 
     def _any(self, n: fx.Node, x: fx.Node, path: str) -> fx.Node:
         """Whether any is true, as the largest of them is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import keyword
 import logging
 import operator
 import re
@@ -41,6 +42,10 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
             program = exported.run_decompositions(_simpler())
     except StateAccessError:
         raise
+    except SyntaxError as error:
+        raise CaptureError(
+            HEADLINE, [*map(_keyword, _keywords(net))] or [_failed(error)]
+        ) from error
     except Exception as error:
         raise CaptureError(HEADLINE, [_failed(error)]) from error
     signature = program.graph_signature
@@ -119,6 +124,23 @@ def _failed(error: Exception) -> Finding:
         found=f"torch.export: {name}: {text} ({place(error)})",
         allowed="what torch.export can trace",
         fix="rewrite that line with tensor operations",
+    )
+
+
+def _keywords(net: nn.Module) -> list[str]:
+    """What is named as no Python name is: torch writes the graph as Python."""
+    named = (net.named_modules(), net.named_parameters(), net.named_buffers())
+    paths = dict.fromkeys(path for some in named for path, _ in some)
+    return [path for path in paths if keyword.iskeyword(path.rpartition(".")[2])]
+
+
+def _keyword(path: str) -> Finding:
+    return Finding(
+        rule="export",
+        where=path,
+        found=f"the name {path.rpartition('.')[2]!r}, a word of Python's",
+        allowed="names that torch.export can write as Python",
+        fix="rename it",
     )
 
 

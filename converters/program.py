@@ -104,8 +104,12 @@ def fold(
         wrong.append(f"{len(inputs)} inputs given, {len(specs)} wanted")
     if wrong:
         raise UsageError("; ".join(wrong) + "; shapes are static, convert again for others")
-    held = [spec.held(x) for spec, x in zip(specs, inputs, strict=True)]
-    return [x.to(dtype) if x.is_floating_point() else x for x in held]
+    return [
+        spec.held(x.to(spec.dtype)).to(dtype)
+        if x.is_floating_point() and spec.dtype.is_floating_point
+        else spec.held(x)
+        for spec, x in zip(specs, inputs, strict=True)
+    ]
 
 
 def unfold(specs: Sequence[TensorSpec], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -267,12 +267,19 @@ def _probe_neurons(captured: Program, net: nn.Module, time: Time) -> dict[str, i
     probed: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
     counts = {}
     for site in captured.sites:
-        shape = tuple(nodes[site.drives[0]].meta["val"].shape)
+        drive = nodes[site.drives[0]].meta["val"]
+        shape, dtype = tuple(drive.shape), drive.dtype
         features = shape[2:] if site.layout == "stepped" else shape[1:]
         tensors = [(t.dtype, t.shape, str(t.tolist())) for t in site.neuron.tensors().values()]
-        key = (site.neuron.to_json(), *tensors, site.T, features)  # most layers' neurons are alike
+        key = (
+            site.neuron.to_json(),
+            *tensors,
+            site.T,
+            features,
+            dtype,
+        )  # most layers' neurons are alike
         if key not in probed:
-            probed[key] = _probed(site, features, captured.dtype, time)
+            probed[key] = _probed(site, features, dtype, time)
         x, expected = probed[key]
         module = modules[site.path]
         reading = readings[id(module)]

@@ -40,8 +40,8 @@ def drop_unused_steps(program: Program) -> Program:
 
 
 def _kept(site: Site, used: set[Node], named: dict[str, Node]) -> list[Node]:
-    """A layer's spikes up to its last step that is used."""
+    """A layer's spikes up to its last step that is used; none where it is for nothing."""
     spikes = [named[name] for name in site.spikes]
-    while site.layout == "steps" and spikes[-1].args[0] not in used:
+    while site.layout == "steps" and spikes and spikes[-1].args[0] not in used:
         spikes.pop()
     return spikes

@@ -329,6 +329,8 @@ class _Flatten(Builder):
             return replace(left, node=self.call(n.target, left.node, right, path=where(n)))
         if (left.T, left.N, len(left.rest)) != (right.T, right.N, len(right.rest)):
             return None
+        if len(left.rest) < 2:  # it sums over the samples
+            return None
         left, right = self._varying(left, where(n)), self._varying(right, where(n))
         return replace(left, node=self.call(n.target, left.node, right.node, path=where(n)))
 

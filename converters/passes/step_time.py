@@ -97,7 +97,9 @@ def _readings(inputs: Sequence[TensorSpec], T: int) -> Iterator[tuple[int | None
 
 def _time_steps(program: Program) -> int:
     """How many steps the program has."""
-    counts = sorted({site.T for site in program.sites})
+    # Of some layers nothing but the potentials is read.
+    states = program.graph.find_nodes(op="call_function", target=STATE)
+    counts = sorted({site.T for site in program.sites} | {n.args[4] for n in states})
     if len(counts) == 1 and counts[0] > 1:
         return counts[0]
     paths = Counter(site.path for site in program.sites)
@@ -105,7 +107,7 @@ def _time_steps(program: Program) -> int:
     sites = [s.name for s in program.sites] if len(counts) > 1 else []
     found = " and ".join(map(str, counts)) + f" time step{'s' * (counts != [1])}"
     allowed = "neurons that all run over the same number of time steps, 2 or more"
-    if not program.sites:
+    if not counts:
         found, allowed = "no declared neuron", "a network whose neurons say what a time step is"
         fix = (
             "use neuron modules, or declare your own (spikeport.converters.neurons.dynamics): a threshold "

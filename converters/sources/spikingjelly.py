@@ -307,15 +307,19 @@ def _raf(module: Any) -> Reading:
 
 
 def _liaf(module: Any) -> Reading:
-    if _step_mode(module) == "m":
+    mode = _step_mode(module)
+    if mode == "m" and not (module.store_v_seq and hasattr(module, "materialize_states")):
         return _lif(module)  # whose forward over all steps it inherits
     below = module.v_threshold if module.threshold_related else 0.0
 
-    def analog(h_seq: torch.Tensor) -> Any:
-        return module.act(h_seq - below if below else h_seq)
+    def analog(h: torch.Tensor) -> Any:
+        return module.act(h - below if below else h)
+
+    def each(h_seq: torch.Tensor) -> torch.Tensor:
+        return torch.stack([analog(h) for h in h_seq.unbind()])
 
     neuron = _population(module, neurons.LIAF, {**_leak(module), "tau": module.tau})
-    return Reading(neuron, "s", readout=analog, state=1)
+    return Reading(neuron, mode, readout=analog if mode == "s" else each, state=1)
 
 
 def _psn(module: Any) -> Reading:

@@ -272,10 +272,6 @@ def _permute(e: Emitter, n: Node) -> str:
     return e("Transpose", n.args[0], perm=ops.permutation(n))
 
 
-def _turn(e: Emitter, n: Node) -> str:
-    return e("Transpose", n.args[0], perm=[1, 0])
-
-
 def _slice(e: Emitter, n: Node) -> str:
     at, start, end, step = ops.slice_args(n, 1)
     at = ops.dim(n, at)
@@ -518,7 +514,6 @@ OPERATORS: dict[Any, Exporter] = {
     aten.squeeze.dims: _reshape,
     aten.permute.default: _permute,
     aten.transpose.int: _permute,
-    aten.t.default: _turn,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,

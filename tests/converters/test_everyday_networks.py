@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from capturing import captured, findings
-from networks import rand
+from networks import Net, rand
 from torch import nn
 from torch.nn.utils import prune
 
@@ -189,3 +189,83 @@ def test_without_a_batch(make: Any, shape: tuple[int, ...], target: str, time: A
         expected = net(x)
     assert expected.any()
     assert torch.equal(program(x).float(), expected)
+
+
+# Numbers of several types
+
+
+def gain(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.lif(x * net.gain.float())
+
+
+def exact(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.lif((x >= 2).float())
+
+
+BELOW = torch.full((T, N, 5), 1.9999)  # 2 in half precision
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("target", ["reference", "onnx", "ipu-sim"])
+@pytest.mark.parametrize(
+    ("run", "inputs"),
+    [
+        (gain, (BELOW,)),
+        (lambda net, x, y: net.lif(x + y.float() * 0), (BELOW, BELOW.half())),
+        (lambda net, x, y: net.lif(x.float() + y * 0), (BELOW.half(), BELOW)),
+        (exact, (torch.full((T, N, 5), 2 - 1e-9, dtype=torch.float64),)),
+        (lambda net, x: net.lif(x), (BELOW,)),
+    ],
+    ids=["parameter", "last input", "first input", "doubles", "unused parameter"],
+)
+def test_numbers_keep_their_types(run: Any, inputs: Any, target: str, time: Any) -> None:
+    if run is exact and target == "ipu-sim":
+        pytest.skip("it has no doubles")
+    net = Net(run, lif=LIFNode(v_threshold=1.0)).eval()
+    net.gain = nn.Parameter(torch.ones(5, dtype=torch.float16))
+    example = tuple(rand(*x.shape).to(x.dtype) for x in inputs)
+    program = deploy.convert(net, example, target, dtype="float32", time=time)
+    assert program.dtype == (torch.float64 if run is exact else torch.float32)
+    with torch.no_grad():
+        assert torch.equal(program(*inputs), net(*inputs))
+
+
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
+@pytest.mark.parametrize(
+    ("dtype", "write"),
+    [
+        (torch.int32, lambda o, x: o.__setitem__((slice(None), 0), x[:, 0] * 3)),
+        (torch.int32, lambda o, x: o.fill_(torch.tensor(1.7))),
+        (torch.int32, lambda o, x: o.copy_(x[0] * 2)),
+        (torch.bool, lambda o, x: o.__setitem__(slice(1, 2), x[1:2])),
+        (torch.bool, lambda o, x: o.__setitem__(1, x[1])),
+        (torch.half, lambda o, x: o.__setitem__(slice(1, None), x[1:] / 3)),
+    ],
+)
+def test_what_is_written_takes_the_type_of_what_it_is_written_into(
+    dtype: torch.dtype, write: Any, target: str
+) -> None:
+    def run(net: Net, x: torch.Tensor) -> torch.Tensor:
+        written = torch.zeros(x.shape, dtype=dtype)
+        write(written, x)
+        return net.lif(x + written.float())
+
+    net, x = Net(run, lif=LIFNode()).eval(), 3 * rand(T, N, 5)
+    program = deploy.convert(net, (x,), target, dtype="float32")
+    assert torch.equal(program(x), net(x))
+
+
+def test_a_word_of_python_as_a_name() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"class": nn.Linear(5, 5), "if": LIFNode()})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers["if"](self.layers["class"](x))
+
+    found = findings(Words(), rand(T, N, 5))
+    assert [(f.where, f.fix) for f in found] == [
+        ("layers.class", "rename it"),
+        ("layers.if", "rename it"),
+    ]

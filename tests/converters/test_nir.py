@@ -383,6 +383,18 @@ def test_everything_wrong_with_a_graph_is_found_at_once() -> None:
     assert [*deploy.check(g, (torch.zeros(2, 1, 3),), ["onnx"], dt=DT)] == found
 
 
+def test_a_delay_in_a_cycle_is_one_for_all_or_refused() -> None:
+    def late(*steps: float) -> nir.NIRGraph:
+        ports = {"input": nir.Input(np.array([2])), "output": nir.Output(np.array([2]))}
+        g = graph("input a output", a=lif(2), **ports)
+        nodes = {**g.nodes, "d": nir.Delay(np.array(steps) * DT)}
+        return nir.NIRGraph(nodes, [*g.edges, ("a", "d"), ("d", "a")])
+
+    assert [(f.rule, f.where) for f in findings(late(0, 2))] == [("nir-delay", "d")]
+    for steps in ((1, 2), (0, 0)):
+        NirNetwork(late(*steps), DT)
+
+
 def test_what_the_time_step_cannot_give_and_shapes_that_do_not_meet() -> None:
     short = chain((3,), (3,), lif(3, tau=DT / 2), nir.Delay(full(DT / 3, 3)))
     assert [(f.where, f.found, f.fix) for f in findings(short)] == [

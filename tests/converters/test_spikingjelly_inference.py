@@ -93,6 +93,32 @@ def test_an_integrator_of_populations() -> None:
     converted(nn.Sequential(nn.Identity(), readout), grid(T, N, 5))
 
 
+class Potentials(nn.Module):
+    """Layers of which nothing but potentials is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = neuron.NonSpikingLIFNode(tau=2.5, decode="mean-mem")
+        self.analog = neuron.LIAFNode(
+            tau=2.5, act=torch.sigmoid, threshold_related=True, step_mode="m", store_v_seq=True
+        )
+        self.lif = neuron.LIFNode(step_mode="m", store_v_seq=True)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        analog = self.analog(x)
+        self.lif(x)
+        return self.mean(x), analog, self.analog.v_seq, self.lif.v_seq
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("target", ["reference", "onnx", "ipu-sim"])
+def test_layers_of_which_potentials_alone_are_read(target: str, time: Time) -> None:
+    net, x = Potentials().eval(), 3 * rand(T, N, 5)
+    program = deploy.convert(net, (x,), target, dtype="float32", time=time)
+    for found, expected in zip(program(x), reference(net, x), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["NoisyCUBALIFNode", "NoisyNonSpikingIFNode"])
 def test_noise_is_refused(name: str) -> None:
     net = nn.Sequential(nn.Identity(), getattr(neuron, name)(5, T=T))

@@ -587,6 +587,19 @@ def test_a_layer_whose_last_spikes_nothing_hears_has_all_steps(run, layers):
         assert torch.equal(unrolled(x), net(x))
 
 
+def test_a_layer_that_is_there_for_the_shape_of_its_spikes():
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([n.a(n.fc(x_t) + torch.zeros_like(n.b(n.fc(x_t)))) for x_t in x])
+
+    neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}, v_threshold=0.3)
+    net = Net(run, fc=layer(6, 5), a=Cell(neuron, True), b=Cell(neuron, True)).eval()
+    program = drop_unused_steps(capture(net, (rand(T, N, 6),)))
+    assert [site.name for site in program.sites] == ["a"]
+    with torch.no_grad():
+        x = rand(T, N, 6, seed=1)
+        assert torch.equal(program(x), net(x))
+
+
 @pytest.mark.parametrize(
     ("step", "end", "node"),
     [

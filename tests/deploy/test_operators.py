@@ -61,6 +61,10 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "roll": (ROWS, lambda s, x: s.lif(x.roll(2, -1))),
     "flip": (ROWS, lambda s, x: s.lif(x.flip(-1))),
     "einsum": (ROWS, lambda s, x: s.lif(torch.einsum("tni,oi->tno", x, s.fc.weight))),
+    "product over samples": (
+        (T, 4, 4),
+        lambda s, x: torch.stack([spikes.t() @ spikes for spikes in s.lif(x)]),
+    ),
     "tile": (ROWS, lambda s, x: s.lif(x.tile(1, 1, 2))),
     "repeat_interleave": (ROWS, lambda s, x: s.lif(x.repeat_interleave(2, dim=2))),
     "tril": (ROWS, lambda s, x: s.lif((x.unsqueeze(-1) @ x.unsqueeze(-2)).tril().sum(-1))),

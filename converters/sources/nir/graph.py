@@ -448,6 +448,17 @@ def _connections(graph: Graph) -> Iterator[Finding]:
             "nodes on a way from an Input to an Output",
             "add an edge or remove the node",
         )
+    for name, unit in sorted(graph.units.items()):
+        delays = np.asarray(unit.fields.get("delay", 0)) if unit.kind == "Delay" else np.zeros(1)
+        comes_back = name in graph.reached_from(graph.after(name))
+        if comes_back and (delays > 0).any() and not unit.holds_back:
+            yield finding(
+                "delay",
+                name,
+                "delays of 0 and above in a cycle",
+                "delays in a cycle that are all above 0",
+                "give those of 0 a Delay node, and a way, of their own",
+            )
     for cycle in _instant_cycles(graph):
         yield finding(
             "cycle",

@@ -251,6 +251,7 @@ def compile_graph(
     graph = ordered(graph)
     partition(graph, everything_on_cpu=target != "apu")
     used: Params = {}
+    storages = set[int]()
     for node in graph.nodes:
         if node.op != CONST:
             continue
@@ -258,5 +259,9 @@ def compile_graph(
         if value.is_floating_point():
             half = options.storage == "float16" and not node.on_cpu
             value = value.to(torch.float16 if half else torch.float32)
-        used[node.attrs["name"]] = value.contiguous()
+        value = value.contiguous()
+        # The file of them holds none that is a part of another.
+        storage = value.untyped_storage().data_ptr()
+        used[node.attrs["name"]] = value.clone() if storage in storages else value
+        storages.add(storage)
     return graph, used

@@ -105,6 +105,23 @@ def test_another_form_than_lyngor_is_given_is_refused(program, tmp_path) -> None
         targets.get("lynxi-sim").compile(program, tmp_path, {"model_type": "Keras"})
 
 
+def test_a_weight_and_a_part_of_it(tmp_path: Path) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.lif = nn.Parameter(torch.randn(6, 6)), LIFNode()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lif(nn.functional.linear(x, self.weight) * self.weight[0])
+
+    net, x = Parts().eval(), torch.randn(3, 2, 6)
+    with options(storage="float32"), torch.no_grad():
+        program = deploy.convert(net, (x,), "lynxi-sim", dtype="float32")
+        deploy.compile(program, tmp_path / "parts", cache=False)
+        with deploy.load(tmp_path / "parts") as model:
+            assert torch.equal(model(x), net(x))
+
+
 def test_results_survive_the_next_call(program, inputs, tmp_path) -> None:
     target = targets.get("lynxi-sim")
     target.compile(program, tmp_path, {})
