@@ -17,7 +17,7 @@ from torch import fx
 from ..converters import ops
 from ..converters.builder import same_bits
 from ..converters.errors import Finding, SpikeportError, UnsupportedError
-from ..converters.program import Program, short, where
+from ..converters.program import STATE, Program, short, where
 
 _HEADLINE = "the network cannot be run step by step:"
 #: Steps of the longer example besides those of the given one.
@@ -26,14 +26,19 @@ _MORE = 3
 _SCALES = (1.0, 16.0)
 
 
-def check_steps(program: Program, again: Callable[[tuple[torch.Tensor, ...]], Program]) -> None:
+def check_steps(
+    program: Program,
+    capture: Callable[[tuple[torch.Tensor, ...]], Program],
+    rewrite: Callable[[Program], Program],
+) -> None:
     """Make sure that a longer example would have given a program that computes the same.
 
-    Networks that take no other number of steps are left, as are those whose inputs have no time.
+    Networks that run a number of steps of their own are left, as are those whose inputs have no time.
 
     Args:
         program: A stepped program with ``examples``.
-        again: The same conversion of another example.
+        capture: Gives the network as it is on other inputs.
+        rewrite: What made the program of the captured one.
 
     Raises:
         UnsupportedError: It would not.
@@ -48,15 +53,19 @@ def check_steps(program: Program, again: Callable[[tuple[torch.Tensor, ...]], Pr
     )
     T = len(stepping.split(example))
     try:
-        other = again(longer)
+        captured = capture(longer)
+    except (SpikeportError, ValueError, IndexError, RuntimeError):
+        return
+    if _steps(captured) <= T:
+        return
+    try:
+        other = rewrite(captured)
     except UnsupportedError as error:
         findings = [
             replace(f, found=f"in an example of {T + _MORE} time steps: {f.found}")
             for f in error.findings
         ]
         raise UnsupportedError(_HEADLINE, findings) from error
-    except (SpikeportError, ValueError, IndexError, RuntimeError):
-        return
     different = _different(program, other)
     if different is None:
         return
@@ -65,6 +74,12 @@ def check_steps(program: Program, again: Callable[[tuple[torch.Tensor, ...]], Pr
     ):
         return
     raise UnsupportedError(_HEADLINE, [_finding(program, other, different, T)])
+
+
+def _steps(captured: Program) -> int:
+    """Time steps that the layers run, those too of which potentials alone are read."""
+    states = captured.graph.find_nodes(op="call_function", target=STATE)
+    return max([*(site.T for site in captured.sites), *(n.args[4] for n in states)], default=0)
 
 
 def _by_number(a: fx.Node, b: fx.Node) -> bool:

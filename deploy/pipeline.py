@@ -126,7 +126,7 @@ def converted(
     program = verify_program(program, net, uncast)
     if time == "stepped":
         how = target, dtype, time, keep_rounding
-        check_steps(program, lambda example: _rewrite(captured(net, example), *how)[0])
+        check_steps(program, lambda inputs: captured(net, inputs), lambda p: _rewrite(p, *how)[0])
     return program
 
 
