@@ -287,7 +287,6 @@ SPELLINGS = {
     aten.upsample_bilinear2d.default,
     aten.squeeze.default,
     aten.squeeze.dims,
-    aten.t.default,
 }
 #: Of later opsets than the oldest, at which all cases run.
 LATER = {aten.scatter_add.default}
@@ -374,7 +373,6 @@ def test_other_spellings(tmp_path: Path) -> None:
     row = build.call(
         aten.select.int, build.call(aten.select.int, start, 0, 0, path=""), 0, 0, path=""
     )
-    results.append(build.call(aten.t.default, row, path=""))
     results.append(build.call(aten.rsub.Tensor, start, row, path=""))
     assert {n.target for n in build.graph.nodes} >= SPELLINGS
     outputs = [
