@@ -84,9 +84,14 @@ def _steps(captured: Program) -> int:
 
 def _by_number(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes differ in a number that they compute with."""
-    if a is b or (a.op, a.target) != (b.op, b.target):
-        return a.op == b.op == "get_attr"
-    return a.op == "get_attr" or ops.is_pointwise(a.target)
+    if a.op == b.op == "get_attr":
+        return bool(a.meta["val"].shape == b.meta["val"].shape)
+    return (
+        a is not b
+        and a.op == "call_function"
+        and a.target == b.target
+        and ops.is_pointwise(a.target)
+    )
 
 
 def _different(program: Program, other: Program) -> tuple[fx.Node, fx.Node] | None:
@@ -133,8 +138,8 @@ def _agree(program: Program, other: Program, inputs: Sequence[torch.Tensor]) -> 
 
 def _finding(program: Program, other: Program, nodes: tuple[fx.Node, fx.Node], T: int) -> Finding:
     a, b = nodes
-    constant = a.op == "get_attr"
     if _by_number(a, b):
+        constant = a.op == "get_attr"
         took = [
             _value(p.tensor(str(n.target))) if constant else _numbers(n)
             for p, n in ((program, a), (other, b))
