@@ -7,7 +7,7 @@ captured on a longer example too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -17,13 +17,12 @@ from torch import fx
 from ..converters import ops
 from ..converters.builder import same_bits
 from ..converters.errors import Finding, SpikeportError, UnsupportedError
+from ..converters.passes.step_time import HEADLINE
 from ..converters.program import STATE, Program, short, where
+from .samples import inputs_like
 
-_HEADLINE = "the network cannot be run step by step:"
 #: Steps of the longer example besides those of the given one.
 _MORE = 3
-#: Scales of the noise on which two programs are compared.
-_SCALES = (1.0, 16.0)
 
 
 def check_steps(
@@ -65,15 +64,15 @@ def check_steps(
             replace(f, found=f"in an example of {T + _MORE} time steps: {f.found}")
             for f in error.findings
         ]
-        raise UnsupportedError(_HEADLINE, findings) from error
+        raise UnsupportedError(HEADLINE, findings) from error
     different = _different(program, other)
     if different is None:
         return
     if not _by_number(*different) and all(
-        _agree(program, other, given) for given in _inputs(longer)
+        _agree(program, other, given) for given in inputs_like(longer)
     ):
         return
-    raise UnsupportedError(_HEADLINE, [_finding(program, other, different, T)])
+    raise UnsupportedError(HEADLINE, [_finding(program, other, different, T)])
 
 
 def _steps(captured: Program) -> int:
@@ -111,19 +110,6 @@ def _different(program: Program, other: Program) -> tuple[fx.Node, fx.Node] | No
         if not same:
             return a, b
     return None
-
-
-def _inputs(example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The example, and noise that reaches the layers which it leaves silent."""
-    yield [*example]
-    generator = torch.Generator().manual_seed(0)
-    for scale in _SCALES:
-        yield [
-            (torch.randn(x.shape, generator=generator) * scale).to(x.dtype)
-            if x.is_floating_point()
-            else x
-            for x in example
-        ]
 
 
 def _agree(program: Program, other: Program, inputs: Sequence[torch.Tensor]) -> bool:

@@ -16,6 +16,7 @@ from ..converters.capture import capture
 from ..converters.errors import Finding, Findings, FindingsError, UnsupportedError, UsageError
 from ..converters.host import on_host
 from ..converters.passes import Pass, keeping_rounding, reroll_time, stepped
+from ..converters.passes.step_time import HEADLINE
 from ..converters.program import Program, Time
 from ..converters.sources.nir import NirNetwork
 from ..converters.verify import verify as verify_program
@@ -162,7 +163,7 @@ def _check_delays(net: nn.Module, program: Program) -> None:
             fix=f"give an example input of at least {delay + 2} time steps; the result does not depend "
             "on their number",
         )
-        raise UnsupportedError("the network cannot be run step by step:", [finding])
+        raise UnsupportedError(HEADLINE, [finding])
 
 
 def _dtype(target: Target, name: str | None) -> torch.dtype:

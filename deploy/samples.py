@@ -81,7 +81,7 @@ def coupled(program: Program, inputs: Dims, outputs: Dims) -> bool:
             [None if d is None else in_call(d, t) for d, t in zip(dims, of, strict=True)]
             for dims, of in zip((inputs, outputs), times, strict=True)
         )
-    for example in _inputs(program.examples[0], (_LOUD,)):
+    for example in inputs_like(program.examples[0], (_LOUD,)):
         moved = [x if d is None else x.roll(1, d) for x, d in zip(example, inputs, strict=True)]
         before = _values(captured, example)
         last, others = (
@@ -140,7 +140,7 @@ def _moved(program: Program, dims: Dims) -> list[set[int]]:
     if captured is None or not program.examples:
         return [set() for _ in program.outputs]
     found = [{0, 1} for _ in program.outputs]
-    for example in _inputs(program.examples[0]):
+    for example in inputs_like(program.examples[0]):
         rolled = [x if d is None else x.roll(1, d) for x, d in zip(example, dims, strict=True)]
         with torch.no_grad():
             pair = [pytree.tree_leaves(captured(*inputs)) for inputs in (example, rolled)]
@@ -151,7 +151,7 @@ def _moved(program: Program, dims: Dims) -> list[set[int]]:
     return found
 
 
-def _inputs(
+def inputs_like(
     example: Sequence[torch.Tensor], scales: Sequence[float] = _SCALES
 ) -> Iterator[list[torch.Tensor]]:
     """The example, and others like it."""

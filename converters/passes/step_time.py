@@ -51,7 +51,7 @@ from ..stepping import Stepping
 from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Value
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
 
-_HEADLINE = "the network cannot be run step by step:"
+HEADLINE = "the network cannot be run step by step:"
 #: Ways to read the inputs that are tried: which are sequences, and which of their dimensions is time.
 _MOST_READINGS = 81
 
@@ -64,7 +64,7 @@ def step_time(program: Program) -> Program:
     """
     T = _time_steps(program)
     if hidden := list(_hidden_delays(program, T)):
-        raise UnsupportedError(_HEADLINE, hidden)
+        raise UnsupportedError(HEADLINE, hidden)
     best: _StepTime | None = None
     for axes in itertools.islice(_readings(program.inputs, T), _MOST_READINGS):
         attempt = _StepTime(program, T, axes)
@@ -73,7 +73,7 @@ def step_time(program: Program) -> Program:
             return result
         if best is None or attempt.reach > best.reach:
             best = attempt
-    raise UnsupportedError(_HEADLINE, best.findings if best else ())
+    raise UnsupportedError(HEADLINE, best.findings if best else ())
 
 
 def _readings(inputs: Sequence[TensorSpec], T: int) -> Iterator[tuple[int | None, ...]]:
@@ -124,9 +124,7 @@ def _time_steps(program: Program) -> int:
         fix = "let every layer run over all time steps, or convert it unrolled"
     else:
         fix = "give an example input of 2 time steps or more; the result does not depend on their number"
-    raise UnsupportedError(
-        _HEADLINE, [Finding("time-steps", ", ".join(sites), found, allowed, fix)]
-    )
+    raise UnsupportedError(HEADLINE, [Finding("time-steps", ", ".join(sites), found, allowed, fix)])
 
 
 def _hidden_delays(program: Program, T: int) -> Iterator[Finding]:

@@ -218,6 +218,11 @@ class _Executor(graphs.ChannelsInnermost):
         taken: torch.Tensor = self.fetch_attr(str(bias.target)).float()
         return [torch.zeros_like(taken), *[torch.ones_like(taken)] * 2, taken]
 
+    def run(self, *inputs: Any, **options: Any) -> Any:
+        """The graph's outputs; what a run that failed has left is forgotten."""
+        self._done.clear()
+        return super().run(*inputs, **options)
+
     def run_node(self, n: fx.Node) -> Any:
         """The node's value; a neuron's kernel does what it can of the nodes around it."""
         if n in self._done:
