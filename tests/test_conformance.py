@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conformance import EXPLAINED, SOURCES, Variant, cells, table, variants
+from conformance import EXPLAINED, cells, table
+from conformance_sources import SOURCES, Variant, variants
 from torch import nn
 
 from spikeport.converters import neurons
