@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and what the wheel holds."""
+"""The rules of the house: who may import whom, what is public, and what the wheel holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from spikeport import deploy
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("converters", "targets", "deploy")  # each may import those before it
@@ -54,6 +56,16 @@ def test_the_script_for_other_machines_is_never_imported() -> None:
 def test_the_rule_sees_a_wrong_import(tmp_path: Path) -> None:
     wrong = ROOT / "converters" / "passes" / "cast_float16.py"
     assert any(name.startswith("converters.") for name in _imports(wrong))
+
+
+def test_the_public_names_are_there_and_compare_is_a_function() -> None:
+    import spikeport.deploy.compare  # noqa: F401 -- which must not take the name
+
+    assert all(hasattr(deploy, name) for name in deploy.__all__)
+    assert callable(deploy.compare)
+    tree = [value for value in vars(deploy).values() if isinstance(value, type)]
+    errors = {cls.__name__ for cls in tree if issubclass(cls, deploy.SpikeportError)}
+    assert errors <= set(deploy.__all__)
 
 
 @pytest.mark.slow
