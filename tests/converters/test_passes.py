@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,67 +11,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from networks import Net, equal, rand, reference
 from random_networks import RANDOM, sequence, settled, stacks
+from rewriting import each_pass_keeps, event_net, names, rank, report
 from torch import nn
 
 from spikeport.converters.capture import capture
-from spikeport.converters.errors import UnsupportedError
-from spikeport.converters.neurons import IFNode, LIFNode, Node, ParametricLIFNode
+from spikeport.converters.neurons import IFNode, LIFNode
 from spikeport.converters.passes import (
-    absorb_batch_norm,
-    cast_float16,
     flatten_time,
     fold_batch_norm,
-    fold_constants,
     hoist_time_invariant,
     lower_neurons,
 )
-from spikeport.converters.program import NEURON, NEURON_STEP, PassReport, Program, short
+from spikeport.converters.program import NEURON, NEURON_STEP, Program, short
 
-EXACT = (fold_constants, hoist_time_invariant, flatten_time, lower_neurons)
 T, N = 4, 2
-
-
-def report(program: Program, name: str) -> PassReport:
-    return next(r for r in program.history if r.name == name)
-
-
-def rank(program: Program) -> int:
-    return max(n.meta["val"].dim() for n in program.graph.nodes if "val" in n.meta)
-
-
-def names(program: Program) -> list[str]:
-    return [short(n.target) for n in program.nodes("call_function")]
-
-
-def shapes_are_true(program: Program, inputs: tuple[torch.Tensor, ...]) -> bool:
-    """Every node's value is of the shape and dtype that the node says."""
-    wrong: list[str] = []
-
-    def observe(n: Any, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            said = n.meta["val"]
-            if (said.shape, said.dtype) != (value.shape, value.dtype):
-                wrong.append(f"{n.name}: {said.shape} {said.dtype}, is {value.shape} {value.dtype}")
-
-    program.run(inputs, observe=observe)
-    assert not wrong
-    return True
-
-
-def each_pass_keeps(net: nn.Module, *inputs: torch.Tensor) -> Program:
-    """Flattening alone, and every exact pass after another; returns the last."""
-    program = capture(net, inputs)
-    expected = reference(net, *inputs)
-    chained = program
-    assert equal(flatten_time(program)(*inputs), expected)
-    for rewrite in EXACT:
-        chained = rewrite(chained)
-        assert equal(chained(*inputs), expected), rewrite.__name__
-        assert shapes_are_true(chained, inputs)
-        assert [s.name for s in chained.sites] == [s.name for s in program.sites]
-    again = tuple(x.flip(-1) for x in inputs)
-    assert equal(chained(*again), reference(net, *again))
-    return chained
 
 
 # Hoisting
@@ -193,25 +144,6 @@ def test_equal_and_single_sizes(steps: int, batch: int) -> None:
 
 
 # Flattening
-
-
-def event_net() -> nn.Module:
-    class Events(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
-            self.a, self.b, self.fc = IFNode(), ParametricLIFNode(v_reset=None), nn.Linear(64, 5)
-            self.c = LIFNode()
-
-        def each(self, f: Any, x: torch.Tensor) -> torch.Tensor:
-            return f(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.a(self.each(lambda y: self.norm(self.conv(y)), x))
-            x = self.b(x + self.each(self.conv, x[:, :, :2]))
-            return self.c(self.fc(self.each(lambda y: F.max_pool2d(y, 2), x).flatten(2)))
-
-    return settled(Events())
 
 
 def test_flatten_leaves_nothing_above_rank_four() -> None:
@@ -371,171 +303,6 @@ def test_source_networks_of_another_dtype(dtype: torch.dtype) -> None:
     }
 
 
-# Folding
-
-
-def test_constants_are_folded_once() -> None:
-    """A standardised weight, in each step of a loop over time."""
-
-    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        steps = []
-        for _ in range(3):
-            w = net.conv.weight
-            w = (w - w.mean((1, 2, 3), keepdim=True)) / w.var((1, 2, 3), keepdim=True).sqrt()
-            steps.append(net.spike(F.conv2d(x, w).unsqueeze(0)))
-        return torch.cat(steps)
-
-    net = Net(run, conv=nn.Conv2d(1, 4, 3), spike=IFNode()).eval()
-    x = rand(2, 1, 6, 6)
-    program = capture(net, (x,))
-    folded = fold_constants(program)
-    assert torch.equal(folded(x), reference(net, x))
-    assert names(folded).count("aten.conv2d") == 3
-    assert not {"aten.mean", "aten.var", "aten.sqrt", "aten.div"} & set(names(folded))
-    assert [tuple(t.shape) for t in folded.tensors.values()] == [(4, 1, 3, 3)]
-    assert len(report(folded, "fold_constants").done) == 1
-
-
-def test_whole_numbers_among_others_are_as_torch_makes_them() -> None:
-    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.arange(3) + (x > torch.tensor([0, 1, 2])) + F.embedding(s.long(), x)
-
-    s = torch.tensor([2, 0, 1, 3])
-    net = Net(run)
-    program = fold_constants(capture(net, (x := torch.rand(4, 3),)))
-    assert torch.equal(program(x), net(x))
-    kinds = {
-        short(u.target): n.meta["val"].dtype for n in program.nodes("get_attr") for u in n.users
-    }
-    assert kinds["aten.mul"] == kinds["aten.gt"] == torch.float32
-    assert torch.int64 in kinds.values()  # places
-
-
-def test_a_constant_neuron_is_not_folded() -> None:
-    net = Net(lambda net, x: x + net.spike(net.drive), spike=IFNode())
-    net.register_buffer("drive", torch.full((4, 2, 3), 0.4))
-    x = rand(4, 2, 3)
-    folded = fold_constants(capture(net.eval(), (x,)))
-    assert len(folded.sites) == 1
-    assert torch.equal(folded(x), reference(net, x))
-
-
-def test_fold_within_rounding() -> None:
-    net, x = event_net(), rand(T, N, 2, 8, 8)
-    captured = capture(net, (x,))
-    folded = fold_batch_norm(captured)
-    done = report(folded, "fold_batch_norm")
-    # The convolution is used again without the norm.
-    assert done.skipped == ("norm: conv is used elsewhere too",) or done.done == ("norm into conv",)
-    assert torch.allclose(folded(x), captured(x))
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d", "linear", "grouped"])
-def test_fold_every_layer(kind: str, bias: bool, affine: bool) -> None:
-    torch.manual_seed(0)
-    layer, norm, shape = {
-        "conv1d": (nn.Conv1d(4, 6, 3, bias=bias), nn.BatchNorm1d, (N, 4, 8)),
-        "conv2d": (nn.Conv2d(4, 6, 3, stride=2, bias=bias), nn.BatchNorm2d, (N, 4, 8, 8)),
-        "conv3d": (nn.Conv3d(4, 6, 2, bias=bias), nn.BatchNorm3d, (N, 4, 3, 4, 4)),
-        "linear": (nn.Linear(4, 6, bias=bias), nn.BatchNorm1d, (N, 4)),
-        "grouped": (nn.Conv2d(4, 6, 3, groups=2, bias=bias), nn.BatchNorm2d, (N, 4, 8, 8)),
-    }[kind]
-    net = settled(nn.Sequential(layer, norm(6, eps=1e-3, affine=affine)))
-    x = rand(*shape)
-    program = fold_batch_norm(capture(net, (x,)))
-    assert report(program, "fold_batch_norm").done == ("1 into 0",)
-    assert "aten.batch_norm" not in names(program)
-    expected = reference(net.double(), x.double())
-    # Two roundings of each weight and one of each sum, against float64.
-    scale = copy.deepcopy(net[0])
-    scale.weight.data.abs_()
-    size = reference(nn.Sequential(scale.float()), x.abs()).abs().max().item() * 4
-    assert (program(x) - expected).abs().max().item() < 2**-22 * max(size, 1)
-
-
-def test_fold_refuses_what_is_used_elsewhere() -> None:
-    net = Net(lambda s, x: (lambda y: s.norm(y) + y)(s.fc(x)), fc=nn.Linear(3, 3),
-              norm=nn.BatchNorm1d(3))  # fmt: skip
-    program = fold_batch_norm(capture(settled(net), (rand(N, 3),)))
-    assert report(program, "fold_batch_norm").skipped == ("norm: fc is used elsewhere too",)
-    assert equal(program(rand(N, 3)), reference(net, rand(N, 3)))
-
-
-@pytest.mark.parametrize("kind", ["pool", "first", "neuron", "features"])
-def test_fold_refuses_a_norm_elsewhere(kind: str) -> None:
-    net, shape = {
-        "pool": (
-            nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.BatchNorm2d(3)),
-            (N, 2, 8, 8),
-        ),
-        "first": (nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3)), (N, 2, 8, 8)),
-        "neuron": (nn.Sequential(nn.Linear(5, 3), IFNode(), nn.BatchNorm1d(T)), (N, T, 5)),
-        "features": (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(T)), (N, T, 5)),
-    }[kind]
-    x = rand(*shape)
-    program = fold_batch_norm(capture(settled(net), (x,)))
-    done = report(program, "fold_batch_norm")
-    assert not done.done
-    assert len(done.skipped) == 1
-    assert equal(program(x), reference(net, x))
-
-
-def test_fold_a_shared_layer_with_two_norms() -> None:
-    """One convolution's weight, folded into two others."""
-    net = Net(
-        lambda s, x: s.a(s.conv(x)) + s.b(s.conv(x * 2)),
-        conv=nn.Conv2d(2, 3, 3), a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(3),
-    )  # fmt: skip
-    x = rand(N, 2, 6, 6)
-    program = fold_batch_norm(capture(settled(net), (x,)))
-    assert len(report(program, "fold_batch_norm").done) == 2
-    assert torch.allclose(program(x), reference(net, x), atol=1e-5)
-
-
-def test_fold_a_shared_layer_with_one_norm_twice() -> None:
-    net = Net(
-        lambda s, x: s.norm(s.conv(x)) + s.norm(s.other(x)),
-        conv=nn.Conv2d(2, 3, 3), other=nn.Conv2d(2, 3, 3), norm=nn.BatchNorm2d(3),
-    )  # fmt: skip
-    x = rand(N, 2, 6, 6)
-    program = fold_batch_norm(capture(settled(net), (x,)))
-    assert torch.allclose(program(x), reference(net, x), atol=1e-5)
-
-
-def test_fold_keeps_a_norm_without_statistics() -> None:
-    """It normalises by the batch, in evaluation too."""
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False))
-    x = rand(N, 2, 6, 6)
-    captured = capture(net, (x,))
-    assert torch.allclose(fold_batch_norm(captured)(x), captured(x))
-
-
-@pytest.mark.parametrize("node", [IFNode, LIFNode, functools.partial(LIFNode, v_reset=None)])
-def test_absorb_gives_the_same_spikes(node: Callable[[], Node]) -> None:
-    net = settled(nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.Flatten(0, 0), IFNode()))
-    torch.manual_seed(1)
-
-    class Body(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm, self.spike = net[0], net[1], node()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.spike(self.norm(self.conv(x.flatten(0, 1))).unflatten(0, (T, N)))
-
-    body, x = Body(), rand(T, N, 4, 32)
-    before = flatten_time(capture(body, (x,)))
-    after = absorb_batch_norm(before)
-    assert report(after, "absorb_batch_norm").done == ("norm into conv and spike",)
-    assert "aten.batch_norm" not in names(after)
-    assert (after(x) != before(x)).float().mean() < 1e-3
-    weight = next(t for name, t in after.tensors.items() if name.endswith("_weight"))
-    ratio = (weight / body.conv.weight).detach().flatten(1)
-    assert torch.equal(ratio.log2().round().exp2(), ratio)
-
-
 # Lowering
 
 
@@ -557,77 +324,6 @@ def test_lowering_carries_paths() -> None:
         nn.Sequential(nn.Linear(3, 3), nn.Sequential(LIFNode())), rand(T, N, 3)
     )
     assert {n.meta["path"] for n in program.nodes("call_function")} <= {"0", "1.0", ""}
-
-
-# The cast
-
-
-def lowered(net: nn.Module, *inputs: torch.Tensor) -> Program:
-    program = capture(net, inputs)
-    for rewrite in EXACT:
-        program = rewrite(program)
-    return program
-
-
-def test_the_cast_names_every_layer_that_overflows() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), IFNode(), nn.Sequential(nn.Linear(3, 2, bias=False)))
-    with torch.no_grad():
-        net[0].bias[1] = 1e5
-        net[2][0].weight[0, 0] = -7e4
-    with pytest.raises(UnsupportedError) as caught:
-        cast_float16(lowered(net, rand(T, N, 3)))
-    found = [(f.rule, f.where) for f in caught.value.findings]
-    assert found == [("float16-overflow", "0"), ("float16-overflow", "2.0")]
-    assert "0.bias reaches 100000" in caught.value.findings[0].found
-
-
-def test_the_cast_refuses_a_scalar_that_overflows() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), IFNode(v_threshold=1e5))
-    with pytest.raises(UnsupportedError) as caught:
-        cast_float16(lowered(net, rand(T, N, 3)))
-    assert [(f.rule, f.where) for f in caught.value.findings] == [("float16-overflow", "1")]
-
-
-def test_the_cast_takes_no_place_or_size_for_a_value() -> None:
-    class Last(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x[..., 1:]
-
-    program = capture(nn.Sequential(nn.Linear(3, 3), Last()), (rand(T, N, 3),))
-    assert any(2**63 - 1 in n.args for n in program.graph.nodes)
-    assert cast_float16(program).dtype == torch.float16
-
-
-def test_the_cast_counts_what_it_flushes() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), IFNode())
-    with torch.no_grad():
-        net[0].weight[0] = 1e-9
-    program = cast_float16(lowered(net, rand(T, N, 3)))
-    assert "0.weight: 3 of 9 weights flushed to 0" in report(program, "cast_float16").done
-    assert program.dtype == torch.float16
-    kinds = {n.meta["val"].dtype for n in program.graph.nodes if "val" in n.meta}
-    assert kinds == {torch.float16, torch.bool}
-    assert shapes_are_true(program, (rand(T, N, 3),))
-
-
-@pytest.mark.parametrize("fires", [">=", ">"])
-@pytest.mark.parametrize("threshold", [1.0, 0.1, 1 / 3, torch.tensor([0.1, 0.7, 1.3])])
-def test_the_cast_keeps_every_comparison(fires: Any, threshold: Any) -> None:
-    """On float16 membranes around the threshold, it fires where the float32 threshold says so."""
-    net = nn.Sequential(IFNode(v_threshold=threshold, fires=fires))
-    base = torch.as_tensor(threshold).half()
-    ulp = (torch.nextafter(base, base * 2) - base).float()
-    x = torch.stack([base.float() + k * ulp for k in range(-3, 4)]).reshape(1, 7, -1)
-    program = cast_float16(lowered(net, x))
-    assert torch.equal(program(x), reference(net, x))
-
-
-def test_the_cast_keeps_integers() -> None:
-    net = Net(lambda s, i: s.spike(s.table(i)), table=nn.Embedding(5, 3), spike=IFNode())
-    x = torch.arange(T * N).reshape(T, N) % 5
-    program = cast_float16(lowered(net, x))
-    assert program.inputs[0].dtype == torch.int64
-    assert program(x).shape == (T, N, 3)
 
 
 # Random networks
