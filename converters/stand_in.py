@@ -23,18 +23,22 @@ class State:
         v: Of single-step neurons, each with the number of steps that led to it, and its parts as they
             were returned.
         x: What led to those of multi-step neurons, [T, N, ...].
+        read: What the forward has read of those, by path and name: the same tensor each time, as it may
+            write to it.
         cleared: Those that start anew unless their next call is handed a state.
     """
 
     def __init__(self) -> None:
         self.v: dict[str, tuple[torch.Tensor, int, dict[str, torch.Tensor]]] = {}
         self.x: dict[str, torch.Tensor] = {}
+        self.read: dict[str, dict[str, torch.Tensor]] = {}
         self.cleared: set[str] = set()
 
     def clear(self) -> None:
         """Begin a forward."""
         self.v.clear()
         self.x.clear()
+        self.read.clear()
         self.cleared.clear()
 
 
@@ -130,6 +134,7 @@ class StandIn(nn.Module):
         params, readout = self._params(), self._reading.readout
         if self._reading.step_mode == "m":
             self._steps.x[self._path] = x
+            self._steps.read[self._path] = {}
             if readout is not None:
                 return readout(self._states(x, self._reading.state))
             return self._scaled(NEURON(x, params, self._located, "stepped", x.shape[0]))
@@ -226,12 +231,15 @@ class StandIn(nn.Module):
         names = ["v", *neuron.dynamics.states]
         places = {**{name: i for i, name in enumerate(names)}, **self._reading.states}
         x, kept = self._steps.x.get(self._path), self._steps.v.get(self._path)
-        if name == "v_seq" and getattr(original, "store_v_seq", False) and x is not None:
-            return self._states(x, 0)
-        if name not in places:
+        sequence = name == "v_seq" and getattr(original, "store_v_seq", False) and x is not None
+        if name not in places and not sequence:
             return None
         if x is not None:
-            return self._states(x, places[name])[-1]
+            read = self._steps.read[self._path]
+            if name not in read:
+                read[name] = self._states(x, 0 if sequence else places[name])
+                read[name] = read[name] if sequence else read[name][-1]
+            return read[name]
         return None if kept is None else kept[0][places[name]]
 
     @property

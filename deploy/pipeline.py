@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,9 +59,9 @@ def check(
     found: list[Finding] = []
     for target in chosen:
         try:
-            rewritten, _ = _rewrite(program, target, _dtype(target, dtype), time, keep_rounding)
-            _check_delays(net, rewritten)
-            found += registry.check(rewritten, target)
+            rewritten = _rewrite(program, target, _dtype(target, dtype), time, keep_rounding)
+            _check_delays(net, rewritten.program)
+            found += rewritten.findings
         except FindingsError as error:
             found += [replace(f, target=target.name) for f in error.findings]
     return Findings(found)
@@ -117,17 +117,16 @@ def converted(
     verify: bool = True,
 ) -> Program:
     """What :func:`convert` makes of a network, of which :func:`captured` gave the program."""
-    program, uncast = _rewrite(program, target, dtype, time, keep_rounding)
-    _check_delays(net, program)
-    errors = registry.check(program, target).errors
-    if errors:
+    how = target, dtype, time, keep_rounding
+    rewritten = _rewrite(program, *how)
+    _check_delays(net, rewritten.program)
+    if errors := rewritten.findings.errors:
         raise UnsupportedError(f"{target.name} cannot run this network:", errors)
     if not verify:
-        return program
-    program = verify_program(program, net, uncast)
+        return rewritten.program
+    program = verify_program(rewritten.program, net, rewritten.uncast)
     if time == "stepped":
-        how = target, dtype, time, keep_rounding
-        check_steps(program, lambda inputs: captured(net, inputs), lambda p: _rewrite(p, *how)[0])
+        check_steps(program, lambda x: captured(net, x), lambda p: _rewrite(p, *how).program)
     return program
 
 
@@ -195,25 +194,39 @@ def passes(
     return keeping_rounding(own) if keep_rounding else own
 
 
+@dataclass(frozen=True)
+class _Rewritten:
+    """A program for a target.
+
+    Attributes:
+        program: The program.
+        uncast: What it was before a cast, if there was one.
+        findings: The target's rules that it breaks.
+    """
+
+    program: Program
+    uncast: Program | None
+    findings: Findings
+
+
 def _rewrite(
     captured: Program, target: Target, dtype: torch.dtype, time: Time, keep_rounding: bool = False
-) -> tuple[Program, Program | None]:
-    """The program for the target, and the program before a cast, if there was one."""
+) -> _Rewritten:
     start = replace(captured, target=target.name, captured=captured, keeps_rounding=keep_rounding)
     chosen = passes(target, dtype, time, keep_rounding)
+    rewritten: _Rewritten | None = None
     refused: UnsupportedError | None = None
-    rewritten = None
     try:
-        rewritten = _through(chosen, start)
-        if not registry.check(rewritten[0], target).errors:
-            return rewritten
+        rewritten = _through(chosen, start, target)
     except UnsupportedError as error:
         refused = error
+    if rewritten is not None and not rewritten.findings.errors:
+        return rewritten
     if reroll_time in chosen:
         # Steps that re-rolling has put together may go with those before them: a delay in a loop does.
         with suppress(UnsupportedError):
-            alone = _through(tuple(one for one in chosen if one is not reroll_time), start)
-            if not registry.check(alone[0], target).errors:
+            alone = _through([one for one in chosen if one is not reroll_time], start, target)
+            if not alone.findings.errors:
                 return alone
     if rewritten is None:
         assert refused is not None
@@ -221,17 +234,17 @@ def _rewrite(
     return rewritten
 
 
-def _through(chosen: Sequence[Pass], program: Program) -> tuple[Program, Program | None]:
+def _through(chosen: Sequence[Pass], program: Program, target: Target) -> _Rewritten:
     uncast = None
     for rewrite in chosen:
         before, program = program, rewrite(program)
         if program.dtype != before.dtype:
             uncast = before
-    return program, uncast
+    return _Rewritten(program, uncast, registry.check(program, target))
 
 
 def rewrite_for(
     captured: Program, target: str, dtype: torch.dtype, time: Time = "unrolled"
 ) -> Program:
     """A captured program, rewritten for a target and not verified."""
-    return _rewrite(captured, registry.get(target), dtype, time)[0]
+    return _rewrite(captured, registry.get(target), dtype, time).program

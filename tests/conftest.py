@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.export import exported_program
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +24,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What this machine has compiled before is nothing that a test should find."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPIKEPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def listed_once() -> Iterator[None]:
+    """At each export torch lists all of its operators anew, a third of the time of a small capture."""
+    with pytest.MonkeyPatch.context() as patch:
+        listed = exported_program._collect_all_valid_cia_ops
+        patch.setattr(exported_program, "_collect_all_valid_cia_ops", functools.cache(listed))
         yield
 
 

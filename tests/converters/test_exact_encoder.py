@@ -107,8 +107,8 @@ def test_thresholds_that_are_hit_exactly(fires: str) -> None:
     net = Encoder(of(neurons.IF, fires=fires), 4, layer)
     with torch.no_grad():
         net.norm.weight.fill_(1.0)
-        net.norm.running_var.fill_(1.0)
-        net.norm.eps = 0.0
+        net.norm.running_var.fill_(0.75)
+        net.norm.eps = 0.25
     x = torch.randint(-8, 9, (200, 8), generator=rng) / 4
     assert sum(int((net.drive(x) == 1 / k).sum()) for k in (1, 2, 4)) > 20
     check(net, x)

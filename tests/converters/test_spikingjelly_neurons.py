@@ -350,6 +350,16 @@ def test_the_membrane_at_all_steps() -> None:
     converted(Reads(lif, lambda s, x: (s.lif(s.fc(x) * 4).mean(0), s.lif.v_seq)), rand(T, N, 6))
 
 
+def test_potentials_that_the_forward_writes_to_after_the_call() -> None:
+    def read(s: Any, x: torch.Tensor) -> Any:
+        spikes = s.lif(s.fc(x) * 4)
+        s.lif.v_seq.mul_(2.0)[0] = 0.5
+        s.lif.v.add_(1.0)
+        return spikes, s.lif.v_seq.mean(0) + s.lif.v
+
+    converted(Reads(neuron.LIFNode(step_mode="m", store_v_seq=True), read), rand(T, N, 6))
+
+
 def test_a_second_state() -> None:
     node = neuron.IzhikevichNode()
     converted(Reads(node, lambda s, x: (*step_by_step(s, x), s.lif.w)), rand(T, N, 6) * 9)

@@ -47,7 +47,9 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 NEURONS = frozenset({"I", "IF", "LI", "LIF", "CubaLI", "CubaLIF"})
 #: Other nodes that compute each element alone, with the parameter that has the signal's shape.
-_ELEMENTWISE = {"Scale": "scale", "Delay": "delay", "Threshold": "threshold"}
+_SIZED = {"Scale": "scale", "Delay": "delay", "Threshold": "threshold"}
+#: Nodes whose output has the shape of their input.
+ELEMENTWISE = NEURONS | _SIZED.keys()
 _SPACE = ("kernel_size", "stride", "padding", "dilation", "groups", "start_dim", "end_dim")
 
 
@@ -70,15 +72,19 @@ class Unit:
         """The shape of its signal at one step, for nodes that say it."""
         if self.kind in ("Input", "Output"):
             return tuple(int(n) for n in np.atleast_1d(self.fields["shape"]))
-        own = "r" if self.kind in NEURONS else _ELEMENTWISE.get(self.kind)
+        own = "r" if self.kind in NEURONS else _SIZED.get(self.kind)
         return None if own is None else tuple(np.shape(self.fields[own]))
 
     @property
     def holds_back(self) -> bool:
         """Whether what comes out at a moment depends on what went in before it alone."""
-        if self.kind == "Delay":
-            return bool((np.asarray(self.fields.get("delay", 0)) > 0).all())
-        return self.kind in NEURONS
+        return bool((self.delays > 0).all()) if self.kind == "Delay" else self.kind in NEURONS
+
+    @property
+    def delays(self) -> np.ndarray[Any, Any]:
+        """Its delays; 0 where the graph says no number."""
+        given = _array(self.fields.get("delay", 0) if self.kind == "Delay" else 0)
+        return given if given.dtype.kind in "fiub" else np.zeros(1)
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,12 @@ class UnbuildableError(UsageError):
         self.found, self.allowed, self.fix = found, allowed, fix
 
 
-def read(source: Any) -> Graph:
-    """A graph from a ``.nir`` file or an ``nir.NIRGraph``.
+def read(source: Any) -> tuple[Graph, list[Finding]]:
+    """A graph from a ``.nir`` file or an ``nir.NIRGraph``, and what is wrong with values in its nodes.
 
     Raises:
         UsageError: The source is neither.
-        CaptureError: With everything that is wrong with it.
+        CaptureError: Its nodes and edges are no graph; with everything that is wrong with it.
     """
     if isinstance(source, (str, os.PathLike)):
         content = _from_file(Path(source))
@@ -164,10 +170,10 @@ def read(source: Any) -> Graph:
     metadata = content.get("metadata") or {}
     graph = Graph(units, tuple(edges), inputs, outputs, metadata)
     findings += _connections(graph)
-    findings += [f for name, unit in units.items() for f in _values(name, unit)]
+    values = [f for name, unit in units.items() for f in _values(name, unit)]
     if findings:
-        raise CaptureError(HEADLINE, findings)
-    return graph
+        raise CaptureError(HEADLINE, [*findings, *values])
+    return graph, values
 
 
 def finding(rule: str, where: str, found: str, allowed: str, fix: str) -> Finding:
@@ -449,9 +455,8 @@ def _connections(graph: Graph) -> Iterator[Finding]:
             "add an edge or remove the node",
         )
     for name, unit in sorted(graph.units.items()):
-        delays = np.asarray(unit.fields.get("delay", 0)) if unit.kind == "Delay" else np.zeros(1)
         comes_back = name in graph.reached_from(graph.after(name))
-        if comes_back and (delays > 0).any() and not unit.holds_back:
+        if comes_back and (unit.delays > 0).any() and not unit.holds_back:
             yield finding(
                 "delay",
                 name,
@@ -499,6 +504,8 @@ def _values(name: str, unit: Unit) -> Iterator[Finding]:
         wrong = ""
         if array.dtype.kind not in "fiub":
             wrong, allowed = f"{key} is {value!r}", "numbers"
+        elif key != "shape" and not array.size:
+            wrong, allowed = f"{key} is empty", "at least one number"
         elif key == "shape" and (array.ndim > 1 or (array != np.floor(array)).any()):
             wrong, allowed = f"shape is {array.tolist()}", "one whole number for each dimension"
         elif not np.isfinite(array).all():

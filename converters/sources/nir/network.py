@@ -25,6 +25,7 @@ from torch import nn
 from ...errors import CaptureError, Finding, UsageError
 from ...neurons import Neuron
 from .graph import (
+    ELEMENTWISE,
     HEADLINE,
     NEURONS,
     Graph,
@@ -76,16 +77,19 @@ class NirNetwork(nn.Module):
 
     def __init__(self, source: Any, dt: float | None = None) -> None:
         super().__init__()
-        graph, findings = without_own_loops(read(source))
+        graph, findings = read(source)
+        broken = {f.where for f in findings}
+        if not findings:
+            graph, findings = without_own_loops(graph)
         self.graph = graph
         self.dt = time_step(graph, dt)
         self._parts = tuple(parts(graph))
         findings += [_mixed(*edge) for part in self._parts for edge in sorted(part.mixed)]
         cyclic = {name for part in self._parts if part.cyclic for name in part.nodes}
-        self._paths, broken = {}, set[str]()
+        self._paths = {}
         for name, unit in graph.units.items():
             try:
-                module = build(unit, self.dt, name in cyclic)
+                module = nn.Identity() if name in broken else build(unit, self.dt, name in cyclic)
             except (UsageError, RuntimeError, ValueError) as error:
                 findings.append(_refused(name, unit, error))
                 module = nn.Identity()
@@ -198,8 +202,12 @@ class NirNetwork(nn.Module):
         for name in distances(self.graph):
             unit = units[name]
             given = [self._shapes[a] for a in self.graph.into(name) if a in self._shapes]
+            if name in broken:
+                if given and unit.kind in ELEMENTWISE:
+                    self._shapes[name] = given[0]
+                continue
             taken = unit.shape if name in self.graph.inputs else next(iter(given), None)
-            if taken is None or name in broken:
+            if taken is None:
                 continue
             try:
                 self._shapes[name] = self._shape_after(name, unit, taken)

@@ -133,9 +133,22 @@ def test_shapes_that_do_not_fit_are_found_beside_other_findings() -> None:
     ]
     assert {(f.rule, f.where) for f in findings(graph(edges, **g.nodes, **ports, **wrong))} == {
         ("nir-node", "n0"),
+        ("nir-shape", "n1"),
         ("nir-shape", "affine"),
         ("nir-shape", "scale"),
     }
+
+
+def test_shapes_are_looked_at_behind_values_that_are_wrong() -> None:
+    g = chain((4,), (3,), lif(4, tau=-1.0), nir.Linear(eighths(3, 5)))
+    assert {(f.rule, f.where) for f in findings(g)} == {("nir-value", "n0"), ("nir-shape", "n1")}
+
+
+@pytest.mark.parametrize("delay", ["a second", [1.0, [2.0]], []])
+def test_delays_that_are_no_numbers(delay: Any) -> None:
+    g = chain((3,), (3,), nir.Delay(full(0.0, 3)))
+    g.nodes["n0"].delay = delay
+    assert [(f.rule, f.where) for f in findings(g)] == [("nir-value", "n0")]
 
 
 def test_cycles_of_delays_of_no_time_and_islands() -> None:

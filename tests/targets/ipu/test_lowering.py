@@ -54,7 +54,8 @@ class Layers(nn.Module):
 def drive() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N, T, F, generator=generator) * 1.5 + 0.5
-    return x, torch.randn(T, N, F, generator=generator)
+    # Above 0, so that the gradient of a number that all neurons share is no small rest of a large sum.
+    return x, torch.rand(T, N, F, generator=generator)
 
 
 def check(make: Callable[[], nn.Module], steps: bool = False) -> None:

@@ -151,8 +151,8 @@ def norm(layer: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor, span in ((layer.weight, 4), (layer.bias, 4), (layer.running_mean, 8)):
             tensor.copy_(torch.randint(1, 1 + span, tensor.shape, generator=GENERATOR) / 4)
-        layer.running_var.fill_(0.25)
-    layer.eps = 0.0
+        layer.running_var.fill_(0.125)
+    layer.eps = 0.125
     return layer.eval()
 
 
