@@ -51,7 +51,7 @@ from spikeport.converters.capture import capture
 from spikeport.converters.probes import probe_inputs
 from spikeport.converters.program import Program, Time
 from spikeport.converters.sources import Reading
-from spikeport.deploy.compare import _Spikes as SpikesCompared
+from spikeport.deploy.judge import Judge
 from spikeport.deploy.pipeline import rewrite_for
 from spikeport.targets.lynxi.simulator import options
 
@@ -196,10 +196,10 @@ def explained(work: Work, target: str, mode: Time) -> bool:
         program = rewrite_for(capture(net, (work.x,)), target, torch.float32, mode)
         deploy.compile(program, f"{folder}/artifact", cache=False, probe=True)
         with deploy.load(f"{folder}/artifact") as model:
-            spikes = SpikesCompared(net, model)
-            spikes.compare((work.x,), 0)
-    layers = spikes.report()
-    return any(layer.first for layer in layers) and not any(layer.unexplained for layer in layers)
+            judge = Judge(net, model)
+            judge.add((work.x,), 0)
+    layers = judge.layers()
+    return any(layer.flips for layer in layers) and not any(layer.unexplained for layer in layers)
 
 
 def _without(work: list[Work], targets: Sequence[str], error: Exception) -> list[list[Work]]:

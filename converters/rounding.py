@@ -445,6 +445,42 @@ def _step(neuron: Neuron, state: tuple[_Bounded, ...], x: _Bounded, t: int) -> t
     return neuron.step(state, x, neuron.fired, _Bounded.select, t)[1]
 
 
+def charged(
+    neuron: Neuron,
+    x_seq: torch.Tensor,
+    reach: torch.Tensor,
+    spikes: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The potentials that spikes came of, and how far rounding may carry them.
+
+    Where the error of a charge that is not linear outgrows all numbers, the bound is that of its sums.
+
+    Args:
+        neuron: The neurons.
+        x_seq: Their input [T, N, ...].
+        reach: How far that may be off, likewise.
+        spikes: What they fired, likewise, each of which resets as it would have.
+        dtype: The arithmetic.
+
+    Returns:
+        h and its bound, both [T, N, ...].
+    """
+    unit = torch.finfo(dtype).eps / 2
+    fired = [_Bounded(s.float(), torch.zeros(()).expand_as(s), unit) for s in spikes]
+    state = tuple(_Bounded(v, torch.zeros_like(v), unit) for v in neuron.initial(x_seq[0]))
+    h_seq, bound = torch.empty_like(x_seq), torch.empty_like(x_seq)
+    for t, (x, error) in enumerate(zip(x_seq, reach, strict=True)):
+        given, before = fired[t].instead, fired[max(t - 1, 0)].instead
+        drive = _Bounded(x, error, unit)
+        _, state, h = neuron.step(state, drive, given, _Bounded.select, t, due=before)
+        h_seq[t], bound[t] = h.value, h.error
+    scale = torch.maximum(h_seq.abs(), x_seq.abs()).cummax(0).values
+    rounds = torch.arange(1, len(x_seq) + 1).reshape(-1, *[1] * (x_seq.dim() - 1))
+    sums = reach.cumsum(0) + CERTAINTY * unit * rounds * scale
+    return h_seq, torch.where(bound.isfinite(), _twice(bound), sums)
+
+
 class _Bounded(Symbol):
     """A value with its error inside a charge equation."""
 
@@ -471,6 +507,10 @@ class _Bounded(Symbol):
         else:
             error = 2 * error
         return _Bounded(value, error + 2 * self.unit * value.abs(), self.unit)
+
+    def instead(self, _: _Bounded) -> _Bounded:
+        """Itself, whatever else there is."""
+        return self
 
     @staticmethod
     def select(spikes: _Bounded, yes: Any, no: _Bounded) -> _Bounded:

@@ -371,11 +371,11 @@ def _compare_layers(
     for theirs, mine in pairs:
         bound = bounds.at(mine)
         theirs_drive, mine_drive = source.drive(theirs), local.drive(mine)
-        difference = _difference(theirs_drive, mine_drive)
-        outside = ~_explained(difference, bound)
+        off = difference(theirs_drive, mine_drive)
+        outside = ~_explained(off, bound)
         if outside.any():
             wrong.append(
-                f"{mine.name}: its drive differs by up to {difference.max().item():.3g} in "
+                f"{mine.name}: its drive differs by up to {off.max().item():.3g} in "
                 f"{int(outside.sum())} of {outside.numel()} places, where rounding explains "
                 f"{bound[outside].max().item():.3g}"
             )
@@ -387,13 +387,13 @@ def _compare_layers(
                 counts[theirs.name],
                 theirs_drive.numel(),
                 flipped,
-                difference.max().item(),
+                off.max().item(),
                 bound.max().item(),
             )
         )
     results = program.results[: len(program.outputs)]
     for i, n in enumerate(results):
-        off = _difference(source.outputs[i].flatten(), local.outputs[i].flatten())
+        off = difference(source.outputs[i].flatten(), local.outputs[i].flatten())
         bound = bounds.result(i).flatten()
         if not _explained(off, bound).all():
             wrong.append(
@@ -407,7 +407,7 @@ def _compare_layers(
         )
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """|a - b|, 0 where both are the same infinity or NaN; NaN explains nothing."""
     a, b = a.float(), b.float()
     difference = (a - b).abs()

@@ -23,7 +23,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
+from ..converters import watch
 from ..converters.errors import ArtifactCorruptError, ArtifactError
+from ..converters.verify import difference
 from . import store
 from .manifest import read_manifest, understood
 from .model import Model, classes
@@ -133,8 +135,9 @@ class Artifact:
                 expected = _numbered(samples, f"{k}.output", len(model.outputs))
                 found, _ = pytree.tree_flatten(model(*inputs))
                 for a, b in zip(found, expected, strict=True):
-                    equal = equal and torch.equal(a, b)
-                    largest = max(largest, (a.double() - b.double()).abs().max().item())
+                    equal = equal and watch.equal(a, b)
+                    off = difference(a, b)
+                    largest = max(largest, off.max().item() if off.numel() else 0.0)
                 if found[0].dim() == 2:
                     agreeing += int((classes(found[0]) == classes(expected[0])).sum())
                     rows += len(found[0])

@@ -82,7 +82,8 @@ def bundle(artifact: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pa
         script = resources.files(lynxi).joinpath("run_bundle.py")
         (stage / "run.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
         written = {p.name: store.file_sha256(p) for p in sorted(stage.iterdir())}
-        text = json.dumps(_manifest(manifest, written), indent=2, sort_keys=True)
+        said = _manifest(manifest, written)
+        text = json.dumps({**said, "digest": store.digest(said)}, indent=2, sort_keys=True)
         (stage / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
         store.publish(stage, path, MANIFEST)
     return path

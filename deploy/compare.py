@@ -1,12 +1,12 @@
-"""Source against device: accuracy, agreement, and where their spikes part."""
+"""Source against device: accuracy, agreement, and what differs by more than rounding explains."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,110 +14,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from .. import targets as registry
 from ..converters import sources
-from ..converters.capture import capture
 from ..converters.errors import UsageError
-from ..converters.host import on_host
-from ..converters.program import Program, Site, Time
-from ..converters.rounding import Bounds
-from ..converters.verify import Trace, first_flips, to_threshold
-from .model import Port, classes, pad
-from .pipeline import rewrite_for
-
-
-class Runs(Protocol):
-    """What is compared: a loaded model, with the batch that it was compiled for."""
-
-    batch: int
-
-    @property
-    def target(self) -> str:
-        """Name of the target."""
-
-    @property
-    def time(self) -> Time:
-        """Whether the device runs all time steps at once, or one."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the compiled graph."""
-
-    @property
-    def has_probes(self) -> bool:
-        """Whether the layers' spikes can be read."""
-
-    @property
-    def inputs(self) -> Sequence[Port]:
-        """The inputs, in order."""
-
-    @property
-    def T(self) -> int | None:  # noqa: N802 -- the field's name
-        """Time steps of a call, if they are known."""
-
-    @property
-    def batch_dims(self) -> Sequence[int | None]:
-        """Which dimension of each input of a call is the batch."""
-
-    @property
-    def output_dims(self) -> Sequence[int | None]:
-        """Which dimension of each output of a call is the batch."""
-
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        """The outputs for one batch."""
-
-    def probe(self, *inputs: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The outputs, and the spikes [T, N, ...] of each neuron layer."""
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """One spike that differs where everything before it is equal.
-
-    Attributes:
-        layer: The neuron layer.
-        t: Time step.
-        sample: Number of the sample.
-        index: Index in the layer's output for one sample.
-        source_spike: What the source did; the device did the other.
-        h: Membrane potential after charging, in the source.
-        v_threshold: Threshold.
-        bound: How far rounding on the device can move h.
-    """
-
-    layer: str
-    t: int
-    sample: int
-    index: tuple[int, ...]
-    source_spike: bool
-    h: float
-    v_threshold: float
-    bound: float
-
-    def __str__(self) -> str:
-        did, other = ("fired", "did not") if self.source_spike else ("did not fire", "did")
-        return (
-            f"{self.layer}, t={self.t}, sample {self.sample}, index {list(self.index)}: the source "
-            f"{did} at h = {self.h:.6f} against {self.v_threshold:g}, the device {other}; "
-            f"|h - threshold| = {abs(self.h - self.v_threshold):.2g}, rounding reaches {self.bound:.2g}"
-        )
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One neuron layer.
-
-    Attributes:
-        layer: Its name.
-        differing: Fraction of differing spikes at each time step.
-        first: Samples whose spikes part in this layer first.
-        unexplained: How many of the spikes where they part lie beyond the reach of rounding.
-    """
-
-    layer: str
-    differing: tuple[float, ...]
-    first: int
-    unexplained: int
+from ..converters.verify import difference
+from .judge import ORIGIN, Divergence, Judge, LayerReport, OutputReport, Runs, taken
+from .model import classes
 
 
 @dataclass(frozen=True)
@@ -132,9 +33,11 @@ class Report:
         agreement: Fraction where both predict the same.
         source_seconds: Time that the source took.
         device_seconds: Time that the device took.
-        probed: Samples whose spikes were compared.
+        difference: Largest difference of an output's value.
+        probed: Samples whose spikes and outputs were judged layer by layer.
         layers: The layers, in the order of execution; empty without probes.
-        divergence: The first site where spikes part, or None.
+        outputs: The outputs, likewise.
+        divergence: The first spike that differs on the same input, or None.
         note: What else there is to say.
     """
 
@@ -145,16 +48,21 @@ class Report:
     agreement: float
     source_seconds: float
     device_seconds: float
+    difference: float = 0.0
     probed: int = 0
     layers: tuple[LayerReport, ...] = ()
+    outputs: tuple[OutputReport, ...] = ()
     divergence: Divergence | None = None
     note: str = ""
     disagreeing: tuple[int, ...] = field(default=(), repr=False)
 
     @property
-    def explained(self) -> bool:
-        """Whether rounding explains every divergence that was looked at."""
-        return not any(layer.unexplained for layer in self.layers)
+    def explained(self) -> bool | None:
+        """Whether rounding explains all that differs; None if no sample was judged."""
+        if not self.probed:
+            return None
+        unexplained = [x.unexplained for x in self.layers] + [x.unexplained for x in self.outputs]
+        return not any(unexplained)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -167,6 +75,7 @@ class Report:
             f"  device accuracy  {self.device_accuracy:.2%}   ({self.target})",
             f"  agreement        {self.agreement:.2%}   "
             f"({round(self.samples * (1 - self.agreement))} predictions differ)",
+            f"  outputs          differ by up to {self.difference:.3g}",
         ]
         if self.layers:
             lines.append(f"spikes that differ, by layer and time step, on {self.probed} samples:")
@@ -178,14 +87,15 @@ class Report:
                 lines.append("no spike differs")
             else:
                 lines.append(f"first divergence: {self.divergence}")
-                lines.append(
-                    "every first divergence lies at the threshold within the device's rounding"
-                    if self.explained
-                    else "NOT explained by rounding: "
-                    + ", ".join(
-                        f"{x.layer} ({x.unexplained})" for x in self.layers if x.unexplained
-                    )
-                )
+        if self.explained is False:
+            wrong = [(x.layer, "spikes", x.unexplained) for x in self.layers]
+            wrong += [(x.output, "values", x.unexplained) for x in self.outputs]
+            told = ", ".join(f"{name} ({n} {what})" for name, what, n in wrong if n)
+            lines.append(f"NOT explained by rounding: {told}")
+        elif self.divergence is not None:
+            lines.append(
+                "every spike that differs lies at the threshold within the device's rounding"
+            )
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)
@@ -209,34 +119,39 @@ def compare(
         loader: Batches (x, y), tensors or NumPy arrays: images [N, ...], or events [T, N, ...] if the
             network was converted for those, or a tuple of a network's several inputs; and labels [N],
             [N, 1] or one-hot [N, C]. N need not be the compiled batch.
-        layers: On how many samples to compare the spikes of every layer; 0 for none.
+        layers: On how many samples to judge every layer and output; 0 for none.
         progress: Whether to show a bar on a terminal.
 
     Raises:
         UsageError: The loader is empty or gives something else, its labels are not as many as its inputs,
-            the outputs are no class scores, or the artifact was compiled from another network.
+            the outputs are no class scores, the artifact was compiled from another network, or ``layers``
+            is below 0.
     """
+    if layers < 0:
+        raise UsageError(f"layers is {layers}; allowed: a number of samples, 0 for none")
     try:
         iter(loader)
     except TypeError as error:
         raise UsageError(f"the loader is {loader!r}; give an iterable of {_PAIRS}") from error
     right = torch.zeros(2, dtype=torch.int64)
     seconds = [0.0, 0.0]
-    samples, disagreeing = 0, list[int]()
-    spikes = _Spikes(net, model)
+    samples, disagreeing, off = 0, list[int](), 0.0
+    judge = Judge(net, model)
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
             for part, labels in _parts(loader, model):
                 if samples < layers and model.has_probes:
-                    spikes.compare(part, samples)
+                    judge.add(part, samples)
                 start = time.perf_counter()
-                theirs = predictions(model(*part), model.output_dims[0], model.T).cpu()
+                given = model(*part)
                 middle = time.perf_counter()
-                ours = predictions(_source(net, part, model), model.output_dims[0], model.T).cpu()
+                expected = _source(net, part, model)
                 seconds[0] += time.perf_counter() - middle
                 seconds[1] += middle - start
+                ours, theirs = (_predicted(outputs, model) for outputs in (expected, given))
+                off = max([off, *map(_largest, *map(pytree.tree_leaves, (expected, given)))])
                 if not len(ours) == len(theirs) == len(labels):
                     raise UsageError(
                         f"{len(labels)} samples, of which the source classifies {len(ours)} and the "
@@ -255,7 +170,10 @@ def compare(
         raise UsageError("the loader gives no batch; compare needs at least one sample")
     note = ""
     if not model.has_probes and layers:
-        note = "layers are not compared: the artifact has no probes (compile with probe=True)"
+        note = (
+            "layers are not compared, so nothing says whether rounding explains what differs: the "
+            "artifact has no probes (compile with probe=True)"
+        )
     return Report(
         target=model.target,
         samples=samples,
@@ -264,9 +182,11 @@ def compare(
         agreement=1 - len(disagreeing) / samples,
         source_seconds=seconds[0],
         device_seconds=seconds[1],
-        probed=spikes.samples,
-        layers=spikes.report(),
-        divergence=spikes.first,
+        difference=off,
+        probed=judge.samples,
+        layers=judge.layers(),
+        outputs=judge.outputs(),
+        divergence=judge.first,
         note=note,
         disagreeing=tuple(disagreeing),
     )
@@ -338,7 +258,10 @@ def _found(value: Any) -> str:
 
 
 def predictions(
-    outputs: Any, batch_dim: int | None = None, steps: int | None = None
+    outputs: Any,
+    batch_dim: int | None = None,
+    steps: int | None = None,
+    time_dim: int | None = None,
 ) -> torch.Tensor:
     """The class of each sample, of the largest of the first output's scores; of their means over time.
 
@@ -346,6 +269,7 @@ def predictions(
         outputs: The first is [N, C], [T, N, C], [N, T, C], or [N, C, T] with T == ``steps`` != C.
         batch_dim: Which of its dimensions is N; the one before the last unless given.
         steps: T, if it is known.
+        time_dim: Which of its dimensions is T, if that is known.
 
     Raises:
         UsageError: The first output has another shape.
@@ -356,8 +280,9 @@ def predictions(
     scores: torch.Tensor = found[0]
     at = scores.dim() - 2 if batch_dim is None else batch_dim
     if scores.dim() == 3 and at < 2:
-        last = at == 0 and scores.shape[2] == steps != scores.shape[1]
-        scores, at = scores.float().mean(2 if last else 1 - at), 0
+        if time_dim is None:
+            time_dim = 2 if at == 0 and scores.shape[2] == steps != scores.shape[1] else 1 - at
+        scores, at = scores.float().mean(time_dim), at - (time_dim < at)
     if scores.dim() != 2 or at != 0:
         samples = "" if batch_dim is None else f" with the samples in dimension {batch_dim}"
         raise UsageError(
@@ -367,196 +292,25 @@ def predictions(
     return classes(scores)
 
 
+def _predicted(outputs: Any, model: Runs) -> torch.Tensor:
+    first = (model.output_dims[0], model.T, model.output_times[0])
+    return predictions(outputs, *first).cpu()
+
+
+def _largest(a: Any, b: Any) -> float:
+    """The largest difference of two outputs; 0 for what is no tensor or has another shape."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape):
+        return 0.0
+    return difference(a.cpu(), b.cpu()).max().item() if a.numel() else 0.0
+
+
 def _source(net: nn.Module, inputs: Sequence[torch.Tensor], model: Runs) -> Any:
     sources.reset(net)
     try:
-        result = net(*_taken(net, inputs, model))
+        result = net(*taken(net, inputs, model))
     except RuntimeError as error:
         raise UsageError(
-            f"the network fails on inputs that the model takes: {error}; {_ORIGIN}"
+            f"the network fails on inputs that the model takes: {error}; {ORIGIN}"
         ) from error
     sources.reset(net)
     return result
-
-
-def _taken(net: nn.Module, inputs: Sequence[torch.Tensor], model: Runs) -> tuple[torch.Tensor, ...]:
-    """The inputs where the network is; numbers with a fraction in its dtype, as the model takes them."""
-    floating = next((p for p in net.parameters() if p.is_floating_point()), None)
-    found = []
-    for x, port in zip(inputs, model.inputs, strict=True):
-        dtype = port.spec.dtype if floating is None else floating.dtype
-        x = x if floating is None else x.to(floating.device)
-        found.append(x.to(dtype) if x.is_floating_point() else x)
-    return tuple(found)
-
-
-_ORIGIN = "compare the artifact with the network that it was compiled from, or compile this one"
-
-
-def _sample_dims(
-    captured: Program,
-    inputs: Sequence[torch.Tensor],
-    batch_dims: Sequence[int | None],
-    batch: int,
-    spikes: Mapping[str, torch.Tensor],
-) -> dict[str, int | None]:
-    """Along which dimension of each site's spikes the samples lie: None where they lie among others.
-
-    It follows from the sizes. Where these leave a choice, it is where the spikes follow when the samples
-    are moved on by one.
-    """
-    fits = {n: [d for d in range(1, s.dim()) if s.shape[d] == batch] for n, s in spikes.items()}
-    found = {name: dims[0] if dims else None for name, dims in fits.items()}
-    if all(len(dims) < 2 for dims in fits.values()) or batch == 1:
-        return found
-    pairs = zip(inputs, batch_dims, strict=True)
-    moved = Trace.of(captured, [x if d is None else x.roll(1, d) for x, d in pairs])
-    for site in captured.sites:
-        after, before = moved.fired(site), spikes[site.name] != 0
-        off = {d: (after != before.roll(1, d)).sum() for d in fits[site.name]}
-        found[site.name] = min(off, key=lambda d: off[d], default=None)
-    return found
-
-
-def _check_layers(
-    own: Mapping[str, torch.Tensor], device: Mapping[str, torch.Tensor], batch: int, count: int
-) -> None:
-    """Make sure that the artifact has the network's layers; it gives ``count`` of ``batch`` samples."""
-
-    def said(spikes: Mapping[str, torch.Tensor], name: str) -> str:
-        return f"has {list(spikes[name].shape)}" if name in spikes else "has no such layer"
-
-    differ = [
-        f"{name}: the network {said(own, name)}, the artifact {said(device, name)}"
-        for name in {**own, **device}
-        if not (name in own and name in device)
-        or own[name].dim() != device[name].dim()
-        or any(
-            a != b and (a, b) != (batch, count)
-            for a, b in zip(own[name].shape, device[name].shape, strict=True)
-        )
-    ]
-    if differ:
-        raise UsageError(
-            f"the artifact was compiled from another network, spikes [T, N, ...]: {'; '.join(differ)}; "
-            f"{_ORIGIN}"
-        )
-
-
-class _Spikes:
-    """Layer by layer, the source's spikes against the device's."""
-
-    def __init__(self, net: nn.Module, model: Runs) -> None:
-        self._net, self._model = net, model
-        self._programs: tuple[Program, Program] | None = None
-        self._dims: dict[str, int | None] | None = None
-        self.samples = 0
-        self.first: Divergence | None = None
-        self._differing: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._first: dict[str, int] = {}
-        self._unexplained: dict[str, int] = {}
-
-    def _prepare(self, inputs: Sequence[torch.Tensor]) -> tuple[Program, Program]:
-        if self._programs is None:
-            whole = capture(*on_host(self._net, inputs))
-            program = rewrite_for(whole, self._model.target, self._model.dtype, self._model.time)
-            captured = program.captured or whole
-            # The device rounds to its own type, whatever the graph's is.
-            arithmetic = registry.get(self._model.target).capabilities.arithmetic
-            self._programs = captured, replace(program, dtype=arithmetic or program.dtype)
-        return self._programs
-
-    def compare(self, inputs: Sequence[torch.Tensor], start: int) -> None:
-        """Compare one batch, whose first sample has the number ``start``."""
-        _, spikes = self._model.probe(*inputs)
-        spikes = {name: s.cpu() for name, s in spikes.items()}
-        dims, batch = self._model.batch_dims, self._model.batch
-        count = next(
-            (x.shape[d] for x, d in zip(inputs, dims, strict=True) if d is not None), batch
-        )
-        taken = _taken(self._net, inputs, self._model)
-        padded = tuple(pad(x.cpu(), d, batch) for x, d in zip(taken, dims, strict=True))
-        captured, program = self._prepare(padded)
-        source = Trace.of(captured, padded)
-        own = {site.name: source.fired(site).to(program.dtype) for site in captured.sites}
-        _check_layers(own, spikes, batch, count)
-        bounds = Bounds(program, padded, own)
-        if self._dims is None:
-            self._dims = _sample_dims(captured, padded, dims, batch, own)
-        parted = torch.zeros(count, dtype=torch.bool)
-        for theirs, mine in zip(captured.sites, program.sites, strict=True):
-            dim = self._dims[theirs.name]
-
-            def given(x: torch.Tensor, dim: int | None = dim) -> torch.Tensor:
-                return x if dim is None else x.narrow(dim, 0, count)
-
-            expected = given(own[theirs.name]) != 0
-            differs = expected != (given(spikes[theirs.name]) != 0)
-            by_step = differs.flatten(1).double().sum(1)
-            self._differing[theirs.name] = self._differing.get(theirs.name, 0) + by_step
-            elements = differs[0].numel()
-            self._counts[theirs.name] = self._counts.get(theirs.name, 0) + elements
-            if dim is None:  # one sample's difference is any other's
-                here = (differs.any() & ~parted.any()).expand(count)
-            else:
-                here = differs.movedim(dim, 0).flatten(1).any(1) & ~parted
-            if here.any():
-                drive, reach = given(source.drive(theirs)), given(bounds.at(mine))
-                self._part(theirs, drive, expected, differs, here, dim, reach, start, program.dtype)
-            parted = parted | here
-        self.samples += count
-
-    def _part(
-        self,
-        site: Site,
-        drive: torch.Tensor,
-        expected: torch.Tensor,
-        differs: torch.Tensor,
-        here: torch.Tensor,
-        dim: int | None,
-        reach: torch.Tensor,
-        start: int,
-        dtype: torch.dtype,
-    ) -> None:
-        """Samples whose first difference lies in this layer: is it at the threshold?"""
-        if dim is not None:
-            differs = differs & here.reshape(-1, *[1] * (differs.dim() - 1)).movedim(0, dim)
-        _, h, _ = site.neuron.trace(drive.float())
-        neurons = differs.any(0)
-        reach = reach[:, neurons].cumsum(0)
-        first, outside = torch.zeros_like(differs), torch.zeros_like(differs)
-        first[:, neurons] = first_flips(differs[:, neurons])
-        distance, slack = to_threshold(site, neurons, h, drive, dtype, reach)
-        outside[:, neurons] = first[:, neurons] & (distance > slack)
-        self._first[site.name] = self._first.get(site.name, 0) + int(here.sum())
-        self._unexplained[site.name] = self._unexplained.get(site.name, 0) + int(outside.sum())
-        if self.first is None or outside.any():
-            at = tuple((outside if outside.any() else first).nonzero()[0].tolist())
-            t, n, index = at[0], 0, at[1:]
-            if dim is not None:
-                n, index = at[dim], (*at[1:dim], *at[dim + 1 :])
-            which = int((neurons.nonzero() == torch.tensor(at[1:])).all(1).nonzero()[0])
-            threshold = torch.as_tensor(site.neuron.v_threshold, dtype=torch.float32).detach()
-            self.first = Divergence(
-                layer=site.name,
-                t=t,
-                sample=start + n,
-                index=index,
-                source_spike=bool(expected[at]),
-                h=h[at].item(),
-                v_threshold=threshold.expand(h.shape)[at].item(),
-                bound=slack[t, which].item(),
-            )
-
-    def report(self) -> tuple[LayerReport, ...]:
-        """The layers in the order of execution."""
-        return tuple(
-            LayerReport(
-                name,
-                tuple((differing / self._counts[name]).tolist()),
-                self._first.get(name, 0),
-                self._unexplained.get(name, 0),
-            )
-            for name, differing in self._differing.items()
-        )

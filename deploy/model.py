@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .. import targets as registry
-from ..converters.errors import Finding, UnsupportedError, UsageError
+from ..converters.errors import DeviceError, Finding, UnsupportedError, UsageError
 from ..converters.program import TensorSpec, Time, fold, unfold
 from ..converters.stepping import COUNTER, State, Stepping
 from ..targets import Loaded, Target
@@ -111,7 +112,7 @@ class Model:
     refused where the network computes samples together.
 
     A stepped network runs a call step by step, however many steps its inputs have; and :meth:`step` takes
-    the next step of a stream without end, whose :attr:`state` no call touches.
+    the next step of a stream without end, whose :attr:`state` no call touches. Threads take turns.
 
     Args:
         path: The artifact's directory.
@@ -155,6 +156,9 @@ class Model:
                 "%s was compiled with %s %s, this machine has %s %s; if in doubt, compile again",
                 *(path, built["name"], built["version"], found.name, found.version),
             )
+        #: A device's buffers are one, and so is the state of a stream.
+        self._turn = threading.RLock()
+        self._closed = False
         self._main = self._load("device", self.outputs)
         self._probe: Loaded | None = None
         self._state: list[torch.Tensor] = self._initial()
@@ -186,6 +190,11 @@ class Model:
         return self._in_call(
             self.outputs, None if self._stepping is None else self._stepping.outputs
         )
+
+    @property
+    def output_times(self) -> tuple[int | None, ...]:
+        """Which dimension of each output of a call is time; None where it is not known."""
+        return (None,) * len(self.outputs) if self._stepping is None else self._stepping.outputs
 
     def _in_call(
         self, ports: Sequence[Port], times: Sequence[int | None] | None
@@ -243,7 +252,10 @@ class Model:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """One run of the graph: its outputs, and the state after it."""
         full, n = self._fill(inputs)
-        found = loaded.run([*full, *state])
+        with self._turn:
+            if self._closed:
+                raise DeviceError("the model is closed; load it again")
+            found = loaded.run([*full, *state])
         return self._cut(ports, found[: len(ports)], n), found[len(ports) :]
 
     # A stream of steps
@@ -277,16 +289,17 @@ class Model:
                 "of them"
             )
         names = [port.spec.name for port in self._states]
-        if COUNTER in names:
-            self._check_length(round(self._state[names.index(COUNTER)].item()), 1)
-        samples = self._fill(inputs)[1]
-        if self._samples not in (None, samples):
-            raise UsageError(
-                f"{samples} samples, where the steps before had {self._samples}; allowed: the same samples "
-                "at every step; call reset() before others"
-            )
-        outputs, self._state = self._advance(self._main, self.outputs, inputs, self._state)
-        self._samples = samples
+        with self._turn:
+            if COUNTER in names:
+                self._check_length(round(self._state[names.index(COUNTER)].item()), 1)
+            samples = self._fill(inputs)[1]
+            if self._samples not in (None, samples):
+                raise UsageError(
+                    f"{samples} samples, where the steps before had {self._samples}; allowed: the same "
+                    "samples at every step; call reset() before others"
+                )
+            outputs, self._state = self._advance(self._main, self.outputs, inputs, self._state)
+            self._samples = samples
         return self._nest(outputs)
 
     def steps(self, *inputs: torch.Tensor) -> int:
@@ -298,13 +311,15 @@ class Model:
 
     def reset(self) -> None:
         """Go back to the state before the first step."""
-        self._state, self._samples = self._initial(), None
+        with self._turn:
+            self._state, self._samples = self._initial(), None
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """The state after the last :meth:`step`, by the layer's path and the state's name.
 
         A copy for the whole compiled batch; given back, it goes on from there, also in another process.
+        Of how many samples it is, it does not say: those beyond them are as the last of them.
 
         Raises:
             UsageError: The network is not stepped; or what is set has other names, shapes or dtypes.
@@ -338,8 +353,9 @@ class Model:
                 f"{'; '.join(wrong)}; the states are {', '.join(names)}; set what model.state gave"
             )
         given = ((state[port.spec.name], port.spec.graph_shape) for port in self._states)
-        self._state = [value.detach().cpu().clone().reshape(size) for value, size in given]
-        self._samples = None
+        taken = [value.detach().cpu().clone().reshape(size) for value, size in given]
+        with self._turn:
+            self._state, self._samples = taken, None
 
     def _initial(self) -> list[torch.Tensor]:
         return [] if self._stepping is None else [s.initial.clone() for s in self._stepping.states]
@@ -416,15 +432,38 @@ class Model:
         if n < self.batch:
             self._check_padding(n)
         full = [
-            pad(x.detach(), p.batch_dim, self.batch)
+            pad(x.detach().resolve_neg(), p.batch_dim, self.batch)
             for p, x in zip(self.inputs, inputs, strict=True)
         ]
-        return fold([p.spec for p in self.inputs], full, self.dtype), n
+        folded = fold([p.spec for p in self.inputs], full, self.dtype)
+        self._check_range(full, folded)
+        return folded, n
+
+    def _check_range(self, inputs: Sequence[torch.Tensor], folded: Sequence[torch.Tensor]) -> None:
+        """Numbers that the graph's type makes infinite would come out as others, finite ones."""
+        wrong = [
+            f"input {port.spec.name} reaches {x[x.isfinite()].abs().max().item():.6g}, beyond "
+            f"{dtype_name(y.dtype)}'s {torch.finfo(y.dtype).max:.6g}"
+            for port, x, y in zip(self.inputs, inputs, folded, strict=True)
+            if x.is_floating_point()
+            and torch.finfo(x.dtype).max > torch.finfo(y.dtype).max
+            and not torch.equal(x.isinf().sum(), y.isinf().sum())
+        ]
+        if wrong:
+            raise UsageError(
+                f"{'; '.join(wrong)}; scale the inputs down and the first layer's weights up, or convert "
+                "with dtype float32"
+            )
 
     def _check_types(self, inputs: Sequence[Any]) -> None:
         others = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
+        others |= {
+            f"Tensor ({'meta' if x.is_meta else str(x.layout).removeprefix('torch.')})"
+            for x in inputs
+            if isinstance(x, torch.Tensor) and (x.is_meta or x.layout != torch.strided)
+        }
         if others:
-            kinds = f"inputs of type {', '.join(sorted(others))}, not torch tensors"
+            kinds = f"inputs of type {', '.join(sorted(others))}, not dense torch tensors"
             counted = f"{len(inputs)} inputs given, {len(self.inputs)} wanted"
             raise self._refused([kinds] + [counted] * (len(inputs) != len(self.inputs)))
 
@@ -466,6 +505,7 @@ class Model:
 
     def close(self) -> None:
         """Free the device."""
+        self._closed = True
         for loaded in (self._main, self._probe):
             if loaded is not None:
                 loaded.close()

@@ -60,7 +60,7 @@ def build(net: str, arguments: Iterable[str] = ()) -> nn.Module:
         made = factory(**given)
     except FindingsError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         called = ", ".join(f"{k}={v!r}" for k, v in given.items())
         raise UsageError(
             f"{net} cannot be built: ({called}) raises {_said(error)}; it takes {signature}"

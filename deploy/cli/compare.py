@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     with load(args.artifact, args.device, args.target) as model:
         loader = dataset.loader(model.batch)
         found = compare(net, model, loader, layers=args.layers, progress=True)
-    ok = found.explained and found.agreement >= args.min_agreement
+    ok = found.explained is not False and found.agreement >= args.min_agreement
     lines = [f"{dataset.name}: {found}"]
     if found.agreement < args.min_agreement:
         lines.append(f"the agreement is below the limit of {args.min_agreement:.2%}")

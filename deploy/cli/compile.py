@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
+from ...converters.errors import UsageError
 from .arguments import NET_EPILOG, net_arguments, network
 from .console import OK, Command, answer, progress
 
@@ -37,6 +39,11 @@ def _run(args: argparse.Namespace) -> int:
     from ..pipeline import convert
 
     options = parse_arguments(args.option)
+    if own := sorted({*options} & {*inspect.signature(compile).parameters}):
+        raise UsageError(
+            f"--option {', '.join(own)}: no option of a target's compiler; this command has --output, "
+            "--force, --no-cache and --probe"
+        )
     net, inputs = network(args)
     with progress(total=2, unit="step") as bar:
         bar.set_description("convert and verify" if args.verify else "convert")

@@ -65,7 +65,7 @@ def _predict(found: Artifact, args: argparse.Namespace) -> dict[str, Any]:
             outputs = model(x)
             seconds += time.perf_counter() - start
             steps += model.steps(x)
-            parts.append(predictions(outputs, model.output_dims[0], model.T))
+            parts.append(predictions(outputs, model.output_dims[0], model.T, model.output_times[0]))
             bar.update(len(x))
     predicted = torch.cat(parts)
     right = int((predicted == dataset.y).sum())

@@ -5,9 +5,9 @@ Copied into every bundle as run.py. It needs the SDK (lyngor, lynpy), NumPy and 
     python run.py                     builds into build/, which a later run takes as it is
     python run.py --device 1          on another chip
 
-Exit code 0: the chip computes what was recorded; 1: it does not; 2: the bundle is damaged. The chip
-rounds to float16, so single values may differ; predictions must agree in nine of ten samples, and where
-outputs are no predictions [N, classes], values within a twentieth of the largest.
+Exit code 0: the chip computes what was recorded; 1: it does not; 2: the bundle is damaged; 3: the SDK
+is missing. The chip rounds to float16, so single values may differ; predictions must agree in nine of
+ten samples, and where outputs are no predictions [N, classes], values within a twentieth of the largest.
 
 The model of a stepped network computes one time step. It takes its states as further inputs and gives
 them as further outputs, which this script carries from step to step.
@@ -28,6 +28,17 @@ LEAST_AGREEMENT = 0.9
 LARGEST_DIFFERENCE = 0.05
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest, or nothing if it is damaged; its digest is that of all else that it says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        digest = manifest.pop("digest")
+    except (OSError, ValueError, AttributeError, KeyError):
+        return {}
+    said = json.dumps(manifest, sort_keys=True).encode()
+    return manifest if hashlib.sha256(said).hexdigest() == digest else {}
+
+
 def damaged(folder: Path, files: dict[str, str]) -> list[str]:
     """What is wrong with the files, whose sha256 the manifest has."""
     problems = []
@@ -45,7 +56,9 @@ def build(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
     import lyngor
 
     stamp = out / "bundle.txt"
-    built = f"{manifest['files']['model.onnx']} lyngor {lyngor.version}\n"
+    model_files = sorted(name for name in manifest["files"] if name.startswith("model.onnx"))
+    hashes = " ".join(manifest["files"][name] for name in model_files)
+    built = f"{hashes} lyngor {lyngor.version}\n"
     if stamp.is_file() and stamp.read_text() == built:
         print(f"{out} holds this model already, built by lyngor {lyngor.version}")
         return
@@ -139,14 +152,18 @@ def main() -> int:
     parser.add_argument("--build", type=Path, default=folder / "build", help="where to build")
     parser.add_argument("--device", type=int, default=0, help="id of the chip (0)")
     args = parser.parse_args()
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    problems = damaged(folder, manifest["files"])
+    manifest = read(folder)
+    problems = damaged(folder, manifest["files"]) if manifest else ["manifest.json was changed"]
     if problems:
         print(f"the bundle is damaged, copy it again: {'; '.join(problems)}", file=sys.stderr)
         return 2
+    try:
+        import lyngor  # noqa: F401 -- build() says what it takes of it
+        import lynpy
+    except ImportError as error:
+        print(f"the Lynxi SDK (lyngor, lynpy) cannot be imported: {error}", file=sys.stderr)
+        return 3
     build(folder, args.build, manifest)
-    import lynpy
-
     samples = np.load(str(folder / "samples.npz"))
     model = lynpy.Model(dev_id=args.device, path=str(args.build))
     verdicts = []

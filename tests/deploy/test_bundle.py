@@ -17,6 +17,7 @@ from torch import nn
 
 from spikeport import deploy
 from spikeport.converters.neurons import IFNode, LIFNode
+from spikeport.deploy import store
 from spikeport.deploy.cli import main
 from spikeport.targets.lynxi import simulator
 
@@ -83,13 +84,52 @@ def test_it_finds_what_differs(bundle: Path, capsys: pytest.CaptureFixture[str])
     assert simulate(bundle) == 2
     assert "samples.npz was changed" in capsys.readouterr().err
     manifest = json.loads((bundle / "manifest.json").read_text())
-    del manifest["files"]["samples.npz"]
+    del manifest["files"]["samples.npz"], manifest["digest"]
+    manifest["digest"] = store.digest(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     assert simulate(bundle) == 1
     out = capsys.readouterr().out
     assert "1 of 3072 values differ, by up to 1; first at [2, 1, 3, 4]" in out
     assert "% of the predictions agree" in out
     assert out.endswith("the chip computes SOMETHING ELSE\n")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "missing", "another batch"])
+def test_a_manifest_that_is_damaged(
+    damage: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bundle / "manifest.json"
+    text = file.read_text()
+    if damage == "missing":
+        file.unlink()
+    else:
+        changed = {
+            "cut short": text[:99],
+            "emptied": "",
+            "another batch": text.replace("4", "5", 1),
+        }
+        file.write_text(changed[damage])
+    assert simulate(bundle) == 2
+    assert "copy it again: manifest.json was changed" in capsys.readouterr().err
+
+
+def run_bare(bundle: Path) -> Any:
+    """Run its script outside of this project: neither torch nor spikeport can be imported."""
+    site = str(Path(np.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-S", "-c", _BARE, str(bundle / "run.py"), site],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_the_sdk_it_says_so(bundle: Path) -> None:
+    found = run_bare(bundle)
+    assert (found.returncode, found.stderr.split(":")[0]) == (
+        3,
+        "the Lynxi SDK (lyngor, lynpy) cannot be imported",
+    )
 
 
 def test_it_needs_nothing_but_the_sdk_and_numpy(bundle: Path) -> None:
@@ -103,20 +143,7 @@ def test_it_needs_nothing_but_the_sdk_and_numpy(bundle: Path) -> None:
     theirs = {"lyngor", "lynpy", "numpy"}
     assert imported - theirs <= sys.stdlib_module_names | {"__future__"}
     (bundle / "model.onnx").unlink()
-    # Outside of this project: neither torch nor spikeport can be imported.
-    found = subprocess.run(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            _BARE,
-            str(bundle / "run.py"),
-            str(Path(np.__file__).parents[1]),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    found = run_bare(bundle)
     assert (found.returncode, found.stderr.split(":")[0]) == (
         2,
         "the bundle is damaged, copy it again",

@@ -277,6 +277,11 @@ def wrong(folder: Path) -> dict[str, tuple[tuple[object, ...], int, str]]:
         "arg form": ((*build, *SIM, *INPUT, "--arg", "T"), 2, "name=value"),
         "misfit": ((*build, *SIM, *INPUT, "--arg", "classes=5"), 4, "fc.weight"),
         "option": ((*build, *SIM, *INPUT, "--option", "speed=9"), 2, "no option speed"),
+        "own option": (
+            (*build, *SIM, *INPUT, "--option", "probe=False"),
+            2,
+            "--option probe: no option of a target's compiler; this command has --output",
+        ),
         "dtype": ((*build, *SIM, *INPUT, "--dtype", "int8"), 2, "float16"),
         "class": (("compile", f"{source}:Ne", *out, *SIM, *INPUT), 2, "did you mean Net?"),
         "file": (("compile", f"{missing}.py:Net", *out, *SIM, *INPUT), 2, "no such file"),

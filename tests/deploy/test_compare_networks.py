@@ -187,6 +187,53 @@ def test_classes_of_outputs_of_other_forms(read: Any, time: Any, n: int, tmp_pat
         assert (report.source_accuracy, report.device_accuracy) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("time", get_args(Time))
+def test_classes_before_time_steps(time: Time, tmp_path: Path) -> None:
+    net = Lines(lambda s: s.permute(1, 2, 0))  # [N, C, T]
+    inputs = lines(BATCH)
+    with torch.no_grad():
+        expected = net(*inputs).mean(2).argmax(1)
+    with made(net, tmp_path, BATCH, time).load() as model:
+        report = compare(net, model, [(inputs, expected)])
+    assert (report.source_accuracy, report.device_accuracy) == (1.0, 1.0)
+
+
+class Loop(nn.Module):
+    """Neurons that hear one another a step later, on a static input [N, 64]."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.back, self.out = (nn.Linear(*size) for size in ((64, 80), (80, 80), (80, 5)))
+        self.spike, self.sign = Cell(Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}), True), sign
+        with torch.no_grad():
+            self.fc.weight.mul_(6)
+            self.back.weight.mul_(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spikes, total = torch.zeros(len(x), 80), torch.zeros(len(x), CLASSES)
+        for _ in range(10):
+            spikes = self.spike(self.fc(x) + self.sign * self.back(spikes))
+            total = total + self.out(spikes)
+        return total
+
+
+def test_a_flip_that_others_hear_is_told_from_a_wrong_loop(tmp_path: Path) -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    data = [(x.roll(i, 0) * (1 + i / 9), torch.zeros(8, dtype=torch.int64)) for i in range(8)]
+    net = Loop().eval()
+    found = {}
+    for sign in (1.0, -1.0):
+        program = deploy.convert(Loop(sign).eval(), (x,), "lynxi-sim", dtype="float16")
+        artifact = deploy.compile(program, tmp_path / f"{sign:g}", probe=True)
+        with artifact.load() as model:
+            found[sign] = compare(net, model, data)
+    right, wrong = (found[sign].layers[0] for sign in (1.0, -1.0))
+    assert found[1.0].explained
+    assert 0 < right.flips < sum(right.differing) * 64 * 80
+    assert wrong.unexplained > 100
+
+
 def test_outputs_without_the_scores_of_a_sample_are_refused(tmp_path: Path) -> None:
     net = Lines(lambda s: s.sum(2))  # [T, N]
     with (

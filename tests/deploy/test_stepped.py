@@ -215,7 +215,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model, change,
 @pytest.mark.parametrize("x", [events()[0].numpy(), events().tolist(), None], ids=type)
 @pytest.mark.parametrize("use", ["__call__", "step", "steps", "probe"])
 def test_inputs_that_are_no_tensors_are_refused(model, use, x):
-    said = rf"inputs of type {type(x).__name__}, not torch tensors; allowed: .* at each time step"
+    said = rf"inputs of type {type(x).__name__}, not dense torch tensors; allowed: .* at each time step"
     with pytest.raises(deploy.UsageError, match=said):
         getattr(model, use)(x)
 

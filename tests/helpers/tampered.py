@@ -42,6 +42,10 @@ class Tampered:
         return self.model.output_dims
 
     @property
+    def output_times(self) -> Any:
+        return self.model.output_times
+
+    @property
     def T(self) -> Any:  # noqa: N802 -- as in Runs
         return self.model.T
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +56,63 @@ def test_a_smaller_batch_gives_the_same_samples(made, n):
     assert all(torch.equal(fewer[site], spikes[site][:, :n]) for site in spikes)
 
 
+@pytest.mark.parametrize("target", ["reference", "lynxi-sim"])
+def test_threads_take_turns(net, target, tmp_path):
+    inputs = [
+        torch.rand(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+    artifact = deploy.compile(deploy.convert(net, (inputs[0],), target), tmp_path / "shared")
+    with artifact.load() as model, ThreadPoolExecutor(2) as threads:
+        expected = [leaves(model(x)) for x in inputs]
+        for found in threads.map(lambda i: [leaves(model(inputs[i])) for _ in range(40)], (0, 1)):
+            wanted = expected[[torch.equal(found[0][0], y[0]) for y in expected].index(True)]
+            assert all(all(map(torch.equal, wanted, outputs)) for outputs in found)
+
+
+def test_numbers_beyond_those_of_the_graph_are_refused(made):
+    x = torch.rand(BATCH, 1, 8, 8)
+    x[0, 0, 0, :2] = torch.tensor([torch.inf, 7e4])
+    with (
+        deploy.load(made.path) as model,
+        pytest.raises(
+            deploy.UsageError, match="input x reaches 70000, beyond float16's 65504; scale"
+        ),
+    ):
+        model(x)
+
+
+def test_negated_views_and_infinities_go_in_as_they_are(program, made):
+    x = torch.rand(BATCH, 1, 8, 8)
+    with deploy.load(made.path) as model:
+        assert all(map(torch.equal, leaves(model(torch._neg_view(-x))), leaves(model(x))))
+        model(x.index_fill(0, torch.tensor([1]), torch.inf))
+
+
+def test_a_closed_model_runs_no_more(made):
+    model = deploy.load(made.path)
+    model.close()
+    for use in (model, model.probe):
+        with pytest.raises(deploy.DeviceError, match="the model is closed; load it again"):
+            use(torch.rand(BATCH, 1, 8, 8))
+
+
+def test_no_number_is_equal_to_itself(tmp_path):
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fire = neurons.IFNode()
+
+        def forward(self, x):
+            rates = self.fire(x).mean(0)
+            return rates / rates.sum(1, keepdim=True)
+
+    x = torch.rand(T, BATCH, 5).index_fill(1, torch.tensor([2]), 0.0)
+    program = deploy.convert(Normalised(), (x,), "reference")
+    assert program(x).isnan().any()
+    found = deploy.compile(program, tmp_path / "made").verify()
+    assert (found.ok, found.equal, found.largest_difference) == (True, True, 0.0)
+
+
 def test_calls_start_from_v_0(made):
     x = torch.rand(BATCH, 1, 8, 8)
     with deploy.load(made.path) as model:
@@ -106,7 +164,12 @@ def test_without_a_probe_the_error_says_how_to_get_one(program, tmp_path):
         ((torch.tensor(1.0),), "float32[]"),
         ((torch.ones(BATCH, 1, 8, 8, dtype=torch.uint8),), "uint8"),
         ((), "0 inputs given, 1 wanted"),
-        ((np.zeros((BATCH, 1, 8, 8)),), "inputs of type ndarray, not torch tensors"),
+        ((np.zeros((BATCH, 1, 8, 8)),), "inputs of type ndarray, not dense torch tensors"),
+        (
+            (torch.rand(BATCH, 1, 8, 8).to_sparse(),),
+            "inputs of type Tensor (sparse_coo), not dense",
+        ),
+        ((torch.rand(BATCH, 1, 8, 8).to("meta"),), "inputs of type Tensor (meta), not dense"),
         ((torch.rand(BATCH, 1, 8, 8),) * 2, "2 inputs given, 1 wanted"),
     ],
 )
