@@ -32,7 +32,8 @@ from ..targets.lynxi.simulator.onnx_ops import LOWERINGS
 from . import store
 from .artifact import Artifact
 from .manifest import MANIFEST
-from .model import STATES, Port
+from .model import STATES
+from .ports import Port
 
 _MODELS = ("model.onnx", "model.onnx.data")
 

@@ -30,7 +30,8 @@ from . import store
 from .artifact import Artifact
 from .cache import Cache
 from .manifest import MANIFEST, SCHEMA_VERSION, read_manifest, version, write_manifest
-from .model import STATES, Port, dtype_name, load_onto, structure_data
+from .model import STATES, load_onto, structure_data
+from .ports import Port, dtype_name
 from .samples import batch_dims, by_size, coupled
 
 _MOST_SAMPLES = 4

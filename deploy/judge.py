@@ -24,8 +24,8 @@ from ..converters.host import on_host
 from ..converters.program import Program, Site, Time
 from ..converters.rounding import Bounds, charged
 from ..converters.verify import Trace, difference
-from .model import Port, pad
 from .pipeline import rewrite_for
+from .ports import Port, pad
 
 #: What to do about an artifact of another network.
 ORIGIN = "compare the artifact with the network that it was compiled from, or compile this one"

@@ -6,82 +6,26 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import fx
 from torch.utils import _pytree as pytree
 
 from .. import targets as registry
 from ..converters.errors import DeviceError, Finding, UnsupportedError, UsageError
-from ..converters.program import TensorSpec, Time, fold, unfold
+from ..converters.program import Time, fold, unfold
 from ..converters.stepping import COUNTER, State, Stepping
 from ..targets import Loaded, Target
 from .manifest import understood
+from .ports import Port, dtype_name, dtype_named, in_call, pad
 
 #: The file that holds the states before the first step.
 STATES = "states.safetensors"
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of the compiled graph.
-
-    Attributes:
-        spec: As the user sees it.
-        batch_dim: Which of the user's dimensions is the batch; None if there is none, or if it
-            cannot be told from the time steps because there are as many.
-        graph_dtype: Its dtype on the device.
-    """
-
-    spec: TensorSpec
-    batch_dim: int | None
-    graph_dtype: torch.dtype
-
-    @classmethod
-    def of(cls, spec: TensorSpec, node: fx.Node, batch_dim: int | None) -> Port:
-        """The port of one of a program's placeholders or results."""
-        return cls(spec, batch_dim, node.meta["val"].dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The port as plain data."""
-        spec = self.spec
-        return {
-            "name": spec.name,
-            "shape": list(spec.shape),
-            "dtype": dtype_name(spec.dtype),
-            "folded": spec.folded,
-            "parts": spec.parts,
-            "rank": spec.rank,
-            "batch_dim": self.batch_dim,
-            "graph_dtype": dtype_name(self.graph_dtype),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Port:
-        """The inverse of :meth:`to_dict`."""
-        spec = TensorSpec(
-            data["name"],
-            tuple(data["shape"]),
-            _dtype(data["dtype"]),
-            bool(data["folded"]),
-            # Artifacts written before have neither.
-            int(data.get("parts", 1)),
-            data.get("rank"),
-        )
-        return cls(spec, data["batch_dim"], _dtype(data["graph_dtype"]))
-
-    def with_batch(self, n: str) -> str:
-        """The spec in words, with ``n`` as its batch."""
-        shape = [str(size) for size in self.spec.shape]
-        if self.batch_dim is not None:
-            shape[self.batch_dim] = n
-        return f"{self.spec.name} {dtype_name(self.spec.dtype)}[{', '.join(shape)}]"
 
 
 def classes(scores: torch.Tensor) -> torch.Tensor:
@@ -91,18 +35,6 @@ def classes(scores: torch.Tensor) -> torch.Tensor:
 
 def _is_count(value: torch.Tensor) -> bool:
     return bool((value.isfinite() & (value == value.abs().round())).all())
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name} is no dtype")
-    return dtype
 
 
 class Model:
@@ -211,7 +143,7 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the compiled graph."""
-        return _dtype(self.manifest["dtype"])
+        return dtype_named(self.manifest["dtype"])
 
     @property
     def has_probes(self) -> bool:
@@ -421,7 +353,7 @@ class Model:
         wrong = [
             f"input {p.spec.name} is {dtype_name(x.dtype)}{list(x.shape)}"
             for p, x in zip(self.inputs, inputs, strict=False)
-            if not _fits(p, x, n)
+            if not p.takes(x, n)
         ]
         if len(inputs) != len(self.inputs):
             wrong.append(f"{len(inputs)} inputs given, {len(self.inputs)} wanted")
@@ -522,11 +454,6 @@ class Model:
         self.close()
 
 
-def in_call(dim: int, time: int | None) -> int:
-    """Which dimension of a call one of a step is, where ``time`` is the call's for time, if it has one."""
-    return dim + (time is not None and time <= dim)
-
-
 def structure_data(structure: pytree.TreeSpec) -> Any:
     """The nesting of the outputs as plain data.
 
@@ -581,21 +508,3 @@ def load_onto(
         [(p.spec.graph_shape, p.graph_dtype) for p in ports] for ports in (inputs, outputs)
     )
     return target.load(directory, taken, given, device)
-
-
-def _fits(port: Port, x: torch.Tensor, n: int) -> bool:
-    shape = list(port.spec.shape)
-    if port.batch_dim is not None:
-        shape[port.batch_dim] = n
-    wanted = port.spec.dtype
-    same = x.is_floating_point() if wanted.is_floating_point else x.dtype == wanted
-    return same and list(x.shape) == shape
-
-
-def pad(x: torch.Tensor, dim: int | None, batch: int) -> torch.Tensor:
-    """x with its last sample repeated, so that the padding is as harmless as the data."""
-    if dim is None or x.shape[dim] == batch:
-        return x
-    last = x.narrow(dim, x.shape[dim] - 1, 1)
-    times = [batch - x.shape[dim] if d == dim else 1 for d in range(x.dim())]
-    return torch.cat([x, last.repeat(times)], dim)

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from ..converters.program import Program, TensorSpec
 from ..converters.verify import Trace
-from .model import in_call
+from .ports import in_call
 
 #: Inputs on which the order shows: the example's, and noise of these scales.
 _SCALES = (1.0, 4.0, 16.0, 64.0)

@@ -16,7 +16,7 @@ from spikeport import deploy, targets
 from spikeport.converters import neurons
 from spikeport.converters.program import TensorSpec
 from spikeport.deploy import store
-from spikeport.deploy.model import Port
+from spikeport.deploy.ports import Port
 from spikeport.deploy.samples import by_size
 
 # What runs
