@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from networks import equal
+from torch import nn
 from torch.export import exported_program
+
+from spikeport.converters.program import Program
+from spikeport.deploy import pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +40,31 @@ def listed_once() -> Iterator[None]:
         listed = exported_program._collect_all_valid_cia_ops
         patch.setattr(exported_program, "_collect_all_valid_cia_ops", functools.cache(listed))
         yield
+
+
+@pytest.fixture(scope="module")
+def captures() -> list[tuple[nn.Module, tuple[torch.Tensor, ...], Program]]:
+    """What :func:`captured_once` has captured for the tests of a module."""
+    return []
+
+
+@pytest.fixture
+def captured_once(captures: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions of one network for several targets share its captures, that of a longer example too.
+
+    For tests that keep a network, and leave it as it is.
+    """
+    captured = pipeline.captured
+
+    def shared(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Program:
+        for known, inputs, program in captures:
+            if known is net and equal(inputs, args):
+                return program
+        program = captured(net, args)
+        captures.append((net, args, program))
+        return program
+
+    monkeypatch.setattr(pipeline, "captured", shared)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, rand
+from networks import Net, SideBySide, groups, rand
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from spikeport import deploy
 from spikeport.converters.errors import UnsupportedError
 from spikeport.converters.neurons import LIFNode
-from spikeport.converters.program import Program, Time
-from spikeport.deploy import pipeline
-from spikeport.targets import get
+from spikeport.converters.program import Time
 
 T, N = 4, 2
 ROWS, IMAGE = (T, N, 6), (T, N, 4, 7, 5)
@@ -44,14 +42,14 @@ def masked(s: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def one_weight_in_many_roles(s: Any, x: torch.Tensor) -> torch.Tensor:
-    code = s.lif(F.conv2d(x.flatten(0, 1), s.tied).unflatten(0, x.shape[:2])).flatten(0, 1)
-    image = F.conv_transpose2d(code, s.tied)
-    image = image + F.conv_transpose2d(code, s.tied, groups=3).unflatten(1, (3, 4)).sum(1)
-    image = image + s.tied.reshape(-1)[:5] * s.tied[0, 0, 0, 0]
+    code = s.lif(F.conv2d(x.flatten(0, 1), s.tied[0]).unflatten(0, x.shape[:2])).flatten(0, 1)
+    image = F.conv_transpose2d(code, s.tied[0])
+    image = image + F.conv_transpose2d(code, s.tied[0], groups=3).unflatten(1, (3, 4)).sum(1)
+    image = image + s.tied[0].reshape(-1)[:5] * s.tied[0][0, 0, 0, 0]
     return s.lif2(image.unflatten(0, x.shape[:2]))
 
 
-#: Of each the shape of the input and the forward; those of STEPPED have steps.
+#: Of each the shape of the input and the forward.
 CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "fancy index": (ROWS, lambda s, x: s.lif(x)[:, :, [2, 0, 1]]),
     "index of two dimensions": (ROWS, lambda s, x: s.lif(x)[:, :, torch.tensor([[2, -1], [1, 0]])]),
@@ -122,7 +120,9 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "running sum over features": (ROWS, lambda s, x: s.lif(x.cumsum(-1))),
     "GRU over tokens": (
         ROWS,
-        lambda s, x: s.lif(s.gru(x.flatten(0, 1).T.unsqueeze(-1))[0][-1].unflatten(0, (T, N)) * 4),
+        lambda s, x: s.lif(
+            s.gru(x.flatten(0, 1).T.unsqueeze(-1))[0][-1].unflatten(0, x.shape[:2]) * 4
+        ),
     ),
     "LSTM over time": (ROWS, lambda s, x: s.lif(s.lstm(x)[0] * 4)),
     "GRU over time": (ROWS, lambda s, x: s.gru(s.lif(x)[..., :1])[0].mean(0)),
@@ -161,41 +161,96 @@ NOT_ON_LYNXI = (
 UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
 
 
+#: What the networks have, made when they first ask for it.
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    **{"lif": LIFNode, "lif2": LIFNode, "prelu": nn.PReLU},
+    "fc": lambda: nn.Linear(6, 6),
+    "table": lambda: nn.Embedding(7, 5),
+    "same": lambda: nn.Conv2d(4, 3, (3, 4), padding="same"),
+    "norm": lambda: nn.BatchNorm2d(3),
+    "gru": lambda: nn.GRU(1, 6, 2),
+    "lstm": lambda: nn.LSTM(6, 5),
+    "mha": lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+    "tied": lambda: nn.ParameterList([torch.randn(3, 4, 3, 3)]),
+}
+
+
+class Case(Net):
+    """A network of those layers alone that its forward asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in LAYERS:
+                raise
+        layer = LAYERS[name]().eval()
+        setattr(self, name, layer)
+        return layer
+
+
 @cache
-def captured(name: str) -> tuple[nn.Module, Program]:
-    """The network of a case, captured once for every target."""
-    shape, run = CASES[name]
-    torch.manual_seed(0)
-    layers: dict[str, Any] = {
-        "fc": nn.Linear(6, 6),
-        "prelu": nn.PReLU(),
-        "table": nn.Embedding(7, 5),
-    }
-    layers |= {"same": nn.Conv2d(4, 3, (3, 4), padding="same"), "norm": nn.BatchNorm2d(3)}
-    layers |= {"gru": nn.GRU(1, 6, 2), "lstm": nn.LSTM(6, 5)}
-    heads = nn.MultiheadAttention(6, 2, batch_first=True)
-    net = Net(run, lif=LIFNode(), lif2=LIFNode(), mha=heads, **layers).eval()
-    net.tied = nn.Parameter(torch.randn(3, 4, 3, 3))
-    return net, pipeline.captured(net, (rand(*shape),))
+def network(*names: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Cases side by side, the same network for every target, and inputs."""
+    nets: dict[str, nn.Module] = {}
+    for name in names:
+        torch.manual_seed(0)
+        shape, run = CASES[name]
+        nets[name] = Case(run).eval()
+        nets[name](rand(*shape))
+    return SideBySide(nets).eval(), tuple(rand(*CASES[name][0]) for name in names)
 
 
+def is_itself(names: list[str], target: str, time: Time) -> None:
+    net, example = network(*names)
+    converted = deploy.convert(net, example, target, dtype="float32", time=time)
+    inputs = [rand(*x.shape, seed=1) for x in example]
+    with torch.no_grad():
+        expected, found = net(*inputs), converted(*inputs)
+    for name in names:
+        for a, b in zip(*map(pytree.tree_leaves, (expected[name], found[name])), strict=True):
+            assert a.dtype == b.dtype, name
+            assert torch.allclose(a, b, atol=1e-5), name
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
 @pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
-@pytest.mark.parametrize("name", CASES)
-def test_it_converts(name: str, target: str) -> None:
-    net, program = captured(name)
-    times: tuple[Time, ...] = ("unrolled",) if name in UNROLLED else ("unrolled", "stepped")
-    for time in times:
-        if target == "lynxi-sim" and name in NOT_ON_LYNXI:
-            with pytest.raises(UnsupportedError, match="fix: "):
-                pipeline.converted(program, net, get(target), torch.float16, time)
-            continue
-        converted = pipeline.converted(program, net, get(target), torch.float32, time)
-        x = rand(*CASES[name][0], seed=1)
-        with torch.no_grad():
-            expected, found = (pytree.tree_leaves(y) for y in (net(x), converted(x)))
-        for a, b in zip(expected, found, strict=True):
-            assert a.dtype == b.dtype
-            assert torch.allclose(a, b, atol=1e-5)
+@pytest.mark.parametrize(
+    "names", groups([name for name in CASES if name not in (*NOT_ON_LYNXI, *UNROLLED)], 12)
+)
+def test_it_converts(names: list[str], target: str, time: Time) -> None:
+    is_itself(names, target, time)
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
+def test_what_takes_all_steps_together_converts(target: str) -> None:
+    is_itself([*UNROLLED], target, "unrolled")
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("target", ["reference", "onnx"])
+def test_what_lynxi_lacks_converts_for_others(target: str, time: Time) -> None:
+    is_itself([*NOT_ON_LYNXI], target, time)
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+def test_what_lynxi_lacks_is_refused(time: Time) -> None:
+    net, example = network(*NOT_ON_LYNXI)
+    with pytest.raises(UnsupportedError) as caught:
+        deploy.convert(net, example, "lynxi-sim", dtype="float16", time=time)
+    findings = caught.value.findings
+    assert all(f.fix for f in findings)
+    assert {part for f in findings for part in f.where.split(".")[1:2]} == {*NOT_ON_LYNXI}
+
+
+def test_an_example_of_more_steps_fits_every_case() -> None:
+    """One that it does not fit would keep its neighbours from being compared on it."""
+    net, example = network(*CASES)
+    net(*(torch.cat([x, x]) for x in example))
 
 
 def test_multi_head_attention_has_a_rank_that_chips_take() -> None:

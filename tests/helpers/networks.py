@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -27,6 +27,24 @@ class Net(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(self, *inputs)
+
+
+class SideBySide(nn.Module):
+    """Networks with an input and an output each, by name: one conversion converts them all."""
+
+    def __init__(self, nets: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleDict(nets)
+
+    def forward(self, *inputs: torch.Tensor) -> dict[str, Any]:
+        return {name: net(x) for (name, net), x in zip(self.nets.items(), inputs, strict=True)}
+
+
+def groups(names: Iterable[str], size: int) -> list[Any]:
+    """So many cases at a time, as parameters of a test that puts them side by side."""
+    names = [*names]
+    parts = [names[at : at + size] for at in range(0, len(names), size)]
+    return [pytest.param(part, id=f"{part[0]} to {part[-1]}") for part in parts]
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
