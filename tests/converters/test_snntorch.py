@@ -29,7 +29,7 @@ surrogate = pytest.importorskip("snntorch.surrogate")
 utils = pytest.importorskip("snntorch.utils")
 
 pytestmark = pytest.mark.snntorch
-T, N, F = 6, 2, 100
+T, N, F = 4, 3, 100
 
 
 def edges(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -224,7 +224,7 @@ def test_neurons_of_other_dynamics(name: str, step_mode: str) -> None:
         if name == "KLIFNode":
             nn.init.constant_(node.k, 1.3)
     net = SideBySide(nodes)
-    program = converted(net, grid(T + 2, N, 37))
+    program = converted(net, grid(T, N + 1, 37))
     assert len(program.sites) >= len(nodes)
     assert verify._probe_neurons(program, net, "unrolled")
 

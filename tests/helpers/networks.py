@@ -65,13 +65,21 @@ def reference(net: nn.Module, *inputs: torch.Tensor) -> Any:
         return work(*inputs)
 
 
+def different(a: Any, b: Any) -> list[str]:
+    """Where outputs are not equal bit for bit, or not nested alike."""
+    (left, structure), (right, other) = map(pytree.tree_flatten_with_path, (a, b))
+    if structure != other:
+        return [f"{structure} is not {other}"]
+    return [
+        pytree.keystr(path)
+        for (path, x), (_, y) in zip(left, right, strict=True)
+        if x.dtype != y.dtype or not torch.equal(x, y)
+    ]
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether outputs are equal bit for bit, and nested alike."""
-    left, structure = pytree.tree_flatten(a)
-    right, other = pytree.tree_flatten(b)
-    return structure == other and all(
-        x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(left, right, strict=True)
-    )
+    return not different(a, b)
 
 
 def refused(net: nn.Module, *inputs: torch.Tensor) -> list[tuple[str, str]]:

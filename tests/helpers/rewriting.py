@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import equal, reference
+from networks import different, reference
 from random_networks import settled
 from torch import nn
 
@@ -74,12 +74,17 @@ def each_pass_keeps(net: nn.Module, *inputs: torch.Tensor) -> Program:
     program = capture(net, inputs)
     expected = reference(net, *inputs)
     chained = program
-    assert equal(flatten_time(program)(*inputs), expected)
+    same(flatten_time(program)(*inputs), expected, "flattened alone")
     for rewrite in EXACT:
         chained = rewrite(chained)
-        assert equal(chained(*inputs), expected), rewrite.__name__
+        same(chained(*inputs), expected, rewrite.__name__)
         assert shapes_are_true(chained, inputs)
         assert [s.name for s in chained.sites] == [s.name for s in program.sites]
     again = tuple(x.flip(-1) for x in inputs)
-    assert equal(chained(*again), reference(net, *again))
+    same(chained(*again), reference(net, *again), "other inputs")
     return chained
+
+
+def same(found: Any, expected: Any, after: str) -> None:
+    wrong = different(found, expected)
+    assert not wrong, f"{after}: {', '.join(wrong)}"
