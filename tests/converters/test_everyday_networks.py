@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from capturing import captured, findings
-from networks import Net, rand
+from networks import Net, SideBySide, different, rand
 from torch import nn
 from torch.nn.utils import prune
 
@@ -17,6 +18,7 @@ from spikeport import deploy
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import UsageError
 from spikeport.converters.neurons import IFNode, LIFNode
+from spikeport.converters.program import Time
 
 T, N = 4, 2
 
@@ -172,23 +174,38 @@ class Image(nn.Module):
         return spikes
 
 
+#: Networks that have the same time steps.
+UNBATCHED: dict[str, dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = {
+    "four steps": {"linear": (snn, (T, 5)), "image": (Image, (T, 1, 6, 6))},
+    "two steps": {"linear": (snn, (2, 5))},
+}
+
+
+@cache
+def unbatched(steps: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Networks side by side, and their inputs."""
+    nets: dict[str, nn.Module] = {}
+    for name, (make, _) in UNBATCHED[steps].items():
+        torch.manual_seed(0)
+        nets[name] = make()
+        for weight in nets[name].parameters():
+            weight.data = weight.abs() * 2  # untrained layers hardly fire
+    inputs = tuple(rand(*shape).abs() for _, shape in UNBATCHED[steps].values())
+    return SideBySide(nets).eval(), inputs
+
+
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("time", ["unrolled", "stepped"])
 @pytest.mark.parametrize("target", ["reference", "lynxi-sim", "onnx", "ipu-sim", "cuda"])
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [(snn, (T, 5)), (snn, (2, 5)), (Image, (T, 1, 6, 6))],
-    ids=["linear", "two steps", "image"],
-)
-def test_without_a_batch(make: Any, shape: tuple[int, ...], target: str, time: Any) -> None:
-    torch.manual_seed(0)
-    net, x = make().eval(), rand(*shape).abs()
-    for weight in net.parameters():
-        weight.data = weight.abs() * 2  # untrained layers hardly fire
-    program = deploy.convert(net, (x,), target=target, time=time)
+@pytest.mark.parametrize("steps", UNBATCHED)
+def test_without_a_batch(steps: str, target: str, time: Time) -> None:
+    net, inputs = unbatched(steps)
+    program = deploy.convert(net, inputs, target=target, time=time)
     with torch.no_grad():
-        expected = net(x)
-    assert expected.any()
-    assert torch.equal(program(x).float(), expected)
+        expected, found = net(*inputs), program(*inputs)
+    for name in UNBATCHED[steps]:
+        assert expected[name].any(), name
+        assert torch.equal(found[name].float(), expected[name]), name
 
 
 # Numbers of several types
@@ -205,54 +222,67 @@ def exact(net: Net, x: torch.Tensor) -> torch.Tensor:
 BELOW = torch.full((T, N, 5), 1.9999)  # 2 in half precision
 
 
+TYPES: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "parameter": (gain, (BELOW,)),
+    "last input": (lambda net, x, y: net.lif(x + y.float() * 0), (BELOW, BELOW.half())),
+    "first input": (lambda net, x, y: net.lif(x.float() + y * 0), (BELOW.half(), BELOW)),
+    "doubles": (exact, (torch.full((T, N, 5), 2 - 1e-9, dtype=torch.float64),)),
+    "unused parameter": (lambda net, x: net.lif(x), (BELOW,)),
+}
+
+
+@cache
+def of_types(name: str) -> nn.Module:
+    net = Net(TYPES[name][0], lif=LIFNode(v_threshold=1.0)).eval()
+    net.gain = nn.Parameter(torch.ones(5, dtype=torch.float16))
+    return net
+
+
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("time", ["unrolled", "stepped"])
 @pytest.mark.parametrize("target", ["reference", "onnx", "ipu-sim"])
-@pytest.mark.parametrize(
-    ("run", "inputs"),
-    [
-        (gain, (BELOW,)),
-        (lambda net, x, y: net.lif(x + y.float() * 0), (BELOW, BELOW.half())),
-        (lambda net, x, y: net.lif(x.float() + y * 0), (BELOW.half(), BELOW)),
-        (exact, (torch.full((T, N, 5), 2 - 1e-9, dtype=torch.float64),)),
-        (lambda net, x: net.lif(x), (BELOW,)),
-    ],
-    ids=["parameter", "last input", "first input", "doubles", "unused parameter"],
-)
-def test_numbers_keep_their_types(run: Any, inputs: Any, target: str, time: Any) -> None:
-    if run is exact and target == "ipu-sim":
+@pytest.mark.parametrize("name", TYPES)
+def test_numbers_keep_their_types(name: str, target: str, time: Time) -> None:
+    if name == "doubles" and target == "ipu-sim":
         pytest.skip("it has no doubles")
-    net = Net(run, lif=LIFNode(v_threshold=1.0)).eval()
-    net.gain = nn.Parameter(torch.ones(5, dtype=torch.float16))
+    net, inputs = of_types(name), TYPES[name][1]
     example = tuple(rand(*x.shape).to(x.dtype) for x in inputs)
     program = deploy.convert(net, example, target, dtype="float32", time=time)
-    assert program.dtype == (torch.float64 if run is exact else torch.float32)
+    assert program.dtype == (torch.float64 if name == "doubles" else torch.float32)
     with torch.no_grad():
         assert torch.equal(program(*inputs), net(*inputs))
 
 
-@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
-@pytest.mark.parametrize(
-    ("dtype", "write"),
-    [
-        (torch.int32, lambda o, x: o.__setitem__((slice(None), 0), x[:, 0] * 3)),
-        (torch.int32, lambda o, x: o.fill_(torch.tensor(1.7))),
-        (torch.int32, lambda o, x: o.copy_(x[0] * 2)),
-        (torch.bool, lambda o, x: o.__setitem__(slice(1, 2), x[1:2])),
-        (torch.bool, lambda o, x: o.__setitem__(1, x[1])),
-        (torch.half, lambda o, x: o.__setitem__(slice(1, None), x[1:] / 3)),
-    ],
-)
-def test_what_is_written_takes_the_type_of_what_it_is_written_into(
-    dtype: torch.dtype, write: Any, target: str
-) -> None:
-    def run(net: Net, x: torch.Tensor) -> torch.Tensor:
-        written = torch.zeros(x.shape, dtype=dtype)
-        write(written, x)
-        return net.lif(x + written.float())
+WRITTEN: dict[str, tuple[torch.dtype, Callable[[torch.Tensor, torch.Tensor], Any]]] = {
+    "column": (torch.int32, lambda o, x: o.__setitem__((slice(None), 0), x[:, 0] * 3)),
+    "number": (torch.int32, lambda o, x: o.fill_(torch.tensor(1.7))),
+    "copy": (torch.int32, lambda o, x: o.copy_(x[0] * 2)),
+    "slice of truth values": (torch.bool, lambda o, x: o.__setitem__(slice(1, 2), x[1:2])),
+    "truth values": (torch.bool, lambda o, x: o.__setitem__(1, x[1])),
+    "halves": (torch.half, lambda o, x: o.__setitem__(slice(1, None), x[1:] / 3)),
+}
 
-    net, x = Net(run, lif=LIFNode()).eval(), 3 * rand(T, N, 5)
-    program = deploy.convert(net, (x,), target, dtype="float32")
-    assert torch.equal(program(x), net(x))
+
+class Writes(nn.Module):
+    """Neurons after an input and what was written of it into a tensor of another type."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.lif, (self.dtype, self.write) = LIFNode(), WRITTEN[name]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        written = torch.zeros(x.shape, dtype=self.dtype)
+        self.write(written, x)
+        spikes: torch.Tensor = self.lif(x + written.float())
+        return spikes
+
+
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim"])
+def test_what_is_written_takes_the_type_of_what_it_is_written_into(target: str) -> None:
+    net = SideBySide({name: Writes(name) for name in WRITTEN}).eval()
+    inputs = [3 * rand(T, N, 5)] * len(WRITTEN)
+    program = deploy.convert(net, inputs, target, dtype="float32")
+    assert not different(program(*inputs), net(*inputs))
 
 
 def test_a_word_of_python_as_a_name() -> None:

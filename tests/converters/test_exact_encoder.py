@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import SideBySide
 from torch import nn
 
 from spikeport import deploy
@@ -52,9 +53,9 @@ class Encoder(nn.Module):
         return drive
 
 
-def converted(net: nn.Module, x: torch.Tensor, **options: Any) -> Program:
-    net(x)  # the width of its last layer
-    return deploy.convert(net.eval(), (x,), "lynxi-sim", **options)
+def converted(net: nn.Module, *inputs: torch.Tensor, **options: Any) -> Program:
+    net(*inputs)  # the width of its last layer
+    return deploy.convert(net.eval(), inputs, "lynxi-sim", **options)
 
 
 def report(program: Program) -> Any:
@@ -93,9 +94,18 @@ def check(net: Encoder, x: torch.Tensor, artifact: Path | None = None) -> Progra
 
 
 @pytest.mark.parametrize("T", [1, 4, 6, 16])
-@pytest.mark.parametrize("name", POPULATIONS)
-def test_spikes_are_those_of_float32(name: str, T: int) -> None:
-    check(Encoder(POPULATIONS[name], T), IMAGES)
+def test_spikes_are_those_of_float32(T: int) -> None:
+    net = SideBySide({name: Encoder(node, T) for name, node in POPULATIONS.items()})
+    images = [IMAGES] * len(POPULATIONS)
+    program, expected = converted(net, *images), net(*images)
+    found = program(*images)
+    assert {*report(program).done} == {
+        f"nets.{name}.layer and nets.{name}.node: {T} comparisons of its drive"
+        for name in POPULATIONS
+    }
+    for name in POPULATIONS:
+        assert 0.02 < expected[name][0].mean() < 0.98, name
+        assert torch.equal(found[name][0], expected[name][0]), name
 
 
 @pytest.mark.parametrize("fires", [">=", ">"])

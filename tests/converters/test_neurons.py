@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -153,18 +154,21 @@ CHARGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHARGES)
-@pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("grid", [False, True])
-def test_every_charge_equation_bit_for_bit(name: str, reset: Any, grid: bool) -> None:
-    kind, params, charge = CHARGES[name]
+def test_every_charge_equation_bit_for_bit(grid: bool) -> None:
     x = drive(1, grid)
-    population = {"reset": reset, "v_reset": -0.3, "v_0": -0.3}
-    neuron = Neuron(kind, params, **population)
-    expected = recursion(x, charge, **population)
-    assert 0.02 < expected.mean() < 0.98
-    assert np.array_equal(neuron.multi_step(x).numpy() != 0, expected)
-    assert np.array_equal(lowered(neuron, x).numpy() != 0, expected)
+    cases = [*itertools.product(CHARGES, ("hard", "soft"))]
+    populations: list[Any] = [{"reset": r, "v_reset": -0.3, "v_0": -0.3} for _, r in cases]
+    declared = [
+        Neuron(*CHARGES[name][:2], **population)
+        for (name, _), population in zip(cases, populations, strict=True)
+    ]
+    results = lower_neurons(flatten_time(capture(All(declared), (x,))))(x)
+    for case, population, neuron, result in zip(cases, populations, declared, results, strict=True):
+        expected = recursion(x, CHARGES[case[0]][2], **population)
+        assert 0.02 < expected.mean() < 0.98, case
+        assert np.array_equal(neuron.multi_step(x).numpy() != 0, expected), case
+        assert np.array_equal(result.numpy() != 0, expected), case
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])

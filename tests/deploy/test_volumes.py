@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
     return over_images(s.mean, x).flatten(2).mean(0)
 
 
+@cache
 def network(threshold: str) -> nn.Module:
     torch.manual_seed(0)
     norm = nn.BatchNorm3d(4)
@@ -51,9 +53,10 @@ def network(threshold: str) -> nn.Module:
     ).eval()
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("time", ["unrolled", "stepped"])
-@pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("target", ["lynxi-sim", "onnx", "ipu-sim"])
+@pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_a_volume_on_every_target(target: str, threshold: str, time: Time, tmp_path: Path) -> None:
     net, x = network(threshold), rand(*SHAPE, seed=1) * 2
     program = deploy.convert(net, (rand(*SHAPE),), target, time=time)
