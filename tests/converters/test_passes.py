@@ -126,8 +126,13 @@ def test_hoist_does_not_mix_time_and_batch() -> None:
     each_pass_keeps(Net(run, spike=IFNode()), rand(N, 3))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("steps", "batch"),
+    [
+        *((1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 3), (3, 1), (3, 3))),
+    ],
+)
 def test_equal_and_single_sizes(steps: int, batch: int) -> None:
     """T == N, T == 1, N == 1: time and batch cannot be told by their sizes."""
 
