@@ -112,18 +112,17 @@ def test_a_device_that_is_one_step_late(net: nn.Module, model: Any, layer: str) 
 
 
 @pytest.mark.parametrize(
-    ("change", "where"),
+    ("change", "where", "dtype"),
     [
-        (lambda n: setattr(n, "spike1", LIFNode(v_threshold=1.5)), "spike1"),
-        (lambda n: setattr(n, "spike2", IFNode(v_reset=None)), "spike2"),
-        (lambda n: n.fc2.weight.neg_(), "spike3"),
-        (lambda n: n.fc2.bias.add_(1.0), "spike3"),
-        (lambda n: n.scale.mul_(1.5), "output"),
-        (lambda n: n.scale.neg_(), "output"),
+        (lambda n: setattr(n, "spike1", LIFNode(v_threshold=1.5)), "spike1", "float16"),
+        (lambda n: setattr(n, "spike2", IFNode(v_reset=None)), "spike2", "float16"),
+        (lambda n: n.fc2.weight.neg_(), "spike3", "float16"),
+        (lambda n: n.fc2.bias.add_(1.0), "spike3", "float32"),
+        (lambda n: n.scale.mul_(1.5), "output", "float16"),
+        (lambda n: n.scale.neg_(), "output", "float32"),
     ],
     ids=["threshold", "reset", "weights", "bias", "scaled outputs", "negated outputs"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_layer_that_is_another_is_the_only_one_named(
     change: Any, where: str, dtype: str, net: nn.Module, tmp_path: Path
 ) -> None:
@@ -294,25 +293,27 @@ def test_predictions() -> None:
 # What the loader gives
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x, y: (x, y.unsqueeze(1)),
-        lambda x, y: (x, torch.nn.functional.one_hot(y, CLASSES)),
-        lambda x, y: [x, torch.nn.functional.one_hot(y, CLASSES).bool()],
-        lambda x, y: (x.numpy(), torch.nn.functional.one_hot(y, CLASSES).float().numpy()),
-        lambda x, y: (x, y.tolist()),
-        lambda x, y: ((x,), y.float()),
-        lambda x, y: (x.double(), y.numpy()),
-    ],
-    ids=["column", "one-hot", "bool", "arrays", "list", "tuple", "float64"],
-)
-def test_other_forms_of_inputs_and_labels(net: nn.Module, model: Any, change: Any) -> None:
+FORMS: dict[str, Any] = {
+    "column": lambda x, y: (x, y.unsqueeze(1)),
+    "one-hot": lambda x, y: (x, torch.nn.functional.one_hot(y, CLASSES)),
+    "bool": lambda x, y: [x, torch.nn.functional.one_hot(y, CLASSES).bool()],
+    "arrays": lambda x, y: (
+        x.numpy(),
+        torch.nn.functional.one_hot(y, CLASSES).float().numpy(),
+    ),
+    "list": lambda x, y: (x, y.tolist()),
+    "tuple": lambda x, y: ((x,), y.float()),
+    "float64": lambda x, y: (x.double(), y.numpy()),
+}
+
+
+def test_other_forms_of_inputs_and_labels(net: nn.Module, model: Any) -> None:
     data = batches(CLASSES, 3)  # as many samples as classes
-    expected = compare(net, model, data).to_dict()
-    found = compare(net, model, [change(*batch) for batch in data]).to_dict()
-    for name in ("samples", "source_accuracy", "device_accuracy", "agreement", "layers"):
-        assert found[name] == expected[name]
+    expected = compare(net, model, data, layers=CLASSES).to_dict()
+    for form, change in FORMS.items():
+        found = compare(net, model, [change(*batch) for batch in data], layers=CLASSES).to_dict()
+        for name in ("samples", "source_accuracy", "device_accuracy", "agreement", "layers"):
+            assert found[name] == expected[name], form
 
 
 def test_inputs_of_half_precision_are_taken_as_the_model_takes_them(
