@@ -12,8 +12,20 @@ from torch.utils import _pytree as pytree
 
 from .ops import Node, aten, shape
 from .program import Program, Site, short, where
-from .stepwise import At, Last, Member, Neutral, Pick, RefusedError, Row, Same, Stepwise, Unknown
-from .unstacked import Steps, fold_in
+from .stepwise import (
+    At,
+    Last,
+    Member,
+    Neutral,
+    Pick,
+    RefusedError,
+    Row,
+    Same,
+    Stepwise,
+    Unknown,
+    as_near,
+)
+from .unstacked import Steps, fold_in, lay_bare
 
 
 class Loops(Stepwise):
@@ -109,8 +121,7 @@ class Loops(Stepwise):
             for t, m in enumerate(members):
                 if not isinstance(m, Pick) or (m.sequence, m.kept) != (first.sequence, first.kept):
                     return self._first_apart(row, t)
-            x: Any = self.env[first.sequence]
-            return fold_in(self, x, where(first.sequence)).node if first.kept else x.node
+            return self._picked(first)
         nodes: list[Any] = members
         for t, n in enumerate(nodes):
             if isinstance(n, Pick) or n.target is not nodes[0].target:
@@ -173,7 +184,9 @@ class Loops(Stepwise):
         at: Node = like.sequence if isinstance(like, Pick) else like
         sizes, dtype = self._step_shape(like), at.meta["val"].dtype
         neutral = isinstance(first, Neutral)
-        initial = torch.full(sizes, first.value) if neutral else self.value_of(first)
+        initial = (
+            torch.full(sizes, as_near(first.value, dtype)) if neutral else self.value_of(first)
+        )
         if initial is None and len(members) > 1 and _alike(first, members[1]):
             # Where the input is the same at every step, all that a step takes of its own is what the
             # step before gave: the state lies further back.
@@ -196,13 +209,12 @@ class Loops(Stepwise):
         return node
 
     def _step_shape(self, member: Member) -> tuple[int, ...]:
-        if isinstance(member, Pick):
-            x: Any = self.env[member.sequence]
-            sizes = list(shape(x.node))
-            if member.kept and x.bare:
-                sizes.insert(x.axis, 1)
-            return tuple(sizes)
-        return shape(member)
+        return shape(self._picked(member) if isinstance(member, Pick) else member)
+
+    def _picked(self, pick: Pick) -> Node:
+        """One step of a sequence, in the shape in which the network takes it out."""
+        x: Any = self.env[pick.sequence]
+        return (fold_in if pick.kept else lay_bare)(self, x, where(pick.sequence)).node
 
     def _accumulated(self, row: Row) -> Node:
         """y[t] = a[t-1] + b[t], where y[0] is b[0] alone: as if a[-1] were 0; or their maximum."""
@@ -255,8 +267,7 @@ class Loops(Stepwise):
         if n in self.chains:
             return Last(self.chain(self._calls(self.chains[n][0])))
         if value.pick is not None:
-            x: Any = self.env[value.pick.sequence]
-            return Last(fold_in(self, x, where(n)).node if value.pick.kept else x.node)
+            return Last(self._picked(value.pick))
         for path in self._ways_back(n):
             if (row := self._history(n, path)) is not None:
                 node = self.align(row)

@@ -71,6 +71,16 @@ Member: TypeAlias = "Node | Pick | Neutral | None"
 Row: TypeAlias = "tuple[Member, ...]"
 
 
+def as_near(value: float, dtype: torch.dtype) -> float:
+    """What a sum or an extreme begins with, where the numbers of a dtype do not reach so far."""
+    if dtype.is_floating_point:
+        return value
+    if dtype == torch.bool:
+        return value > 0
+    kind = torch.iinfo(dtype)
+    return int(min(max(value, kind.min), kind.max))
+
+
 class RefusedError(Exception):
     """A value that no step can compute; ``node`` is None if there is a finding for it already."""
 

@@ -48,7 +48,7 @@ from ..program import (
     where,
 )
 from ..stepping import Stepping
-from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Value
+from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Value, as_near
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
 
 HEADLINE = "the network cannot be run step by step:"
@@ -469,9 +469,8 @@ class _StepTime(Loops):
         kind = short(n.target)[5:]
         dtype, name = node.meta["val"].dtype, f"{path or 'forward'}.{kind}"
         further, start = _EXTREMES.get(target, (aten.add.Tensor, 0.0))
-        if not dtype.is_floating_point:
-            start = max(min(start, torch.iinfo(dtype).max), torch.iinfo(dtype).min)
-        before = self.new_state(name, torch.full(shape(node), start, dtype=dtype))
+        begun = torch.full(shape(node), as_near(start, dtype), dtype=dtype)
+        before = self.new_state(name, begun)
         so_far = self.call(further, before, node, path=path)
         self.after[-1] = so_far
         count = None if target in _EXTREMES else self.counter()

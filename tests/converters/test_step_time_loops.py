@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -80,6 +81,55 @@ def test_extremes_and_rows_that_a_loop_gathers():
 
     program = assert_steps_equal_the_call(Net(run, fc=layer(6, 5), lif=LIFNode()), rand(T, N, 6))
     assert program.stepping.outputs == (None, None, 0)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32])
+def test_extremes_of_whole_numbers_and_truth_values(kind):
+    def run(n: Any, x: torch.Tensor) -> Any:
+        seen = [s.to(kind) for s in n.lif(n.fc(x))]
+        whole = torch.stack(seen)
+        loops = reduce(torch.maximum, seen), reduce(torch.minimum, seen)
+        return *loops, whole.amax(0), whole.amin(0)
+
+    net = Net(run, fc=layer(6, 5), lif=LIFNode()).eval()
+    program, x = rewritten(net, rand(T, N, 6)), 3 * rand(9, N, 6, seed=1)
+    for steps in (1, 2, T, 9):
+        for found, expected in zip(program(x[:steps]), net(x[:steps]), strict=True):
+            assert found.dtype == kind
+            assert torch.equal(found, expected)
+
+
+def changes(x: torch.Tensor) -> torch.Tensor:
+    return x - torch.cat([torch.zeros(1, *x.shape[1:]), x[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("use", "end"),
+    [
+        (lambda n, x, d, last: n.lif(n.fc(d)), lambda d: d),
+        (lambda n, x, d, last: n.lif(n.fc(x)) * d.sum(1, keepdim=True), lambda d: d * 2),
+        (lambda n, x, d, last: torch.cat([n.lif(n.fc(x)), d + last], 1), lambda d: d[0].sum()),
+    ],
+    ids=["drive", "factor", "delayed"],
+)
+@pytest.mark.parametrize("batch", [1, N])
+def test_one_step_of_a_sequence_has_no_dimension_for_time(use, end, batch):
+    def run(n: Any, x: torch.Tensor) -> Any:
+        n.lif.reset()
+        last, seen = torch.zeros(x.shape[1:]), []
+        for x_t, d_t in zip(x, changes(x), strict=True):
+            seen.append(use(n, x_t, d_t, last))
+            last = d_t
+        return torch.stack(seen), end(last)
+
+    cell = Cell(Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}), True)
+    net, stream = Net(run, fc=layer(6, 5), lif=cell), 3 * rand(9, batch, 6, seed=1)
+    program = assert_steps_equal_the_call(net, rand(T, batch, 6))
+    with torch.no_grad():
+        for steps in (1, 2, 9):
+            for y, expected in zip(program(stream[:steps]), net(stream[:steps]), strict=True):
+                assert y.shape == expected.shape
+                assert torch.allclose(y, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
