@@ -32,13 +32,13 @@ import torch
 from torch import fx
 
 from .. import ops
+from ..delays import hidden_delays
 from ..errors import Finding, UnsupportedError
 from ..loops import Loops
 from ..neurons import Neuron
 from ..ops import Node, aten, shape
 from ..program import (
     NEURON,
-    NEURON_STEP,
     STATE,
     PassReport,
     Program,
@@ -63,7 +63,7 @@ def step_time(program: Program) -> Program:
         UnsupportedError: With everything that no step can compute by itself.
     """
     T = _time_steps(program)
-    if hidden := list(_hidden_delays(program, T)):
+    if hidden := list(hidden_delays(program.captured or program, T)):
         raise UnsupportedError(HEADLINE, hidden)
     best: _StepTime | None = None
     for axes in itertools.islice(_readings(program.inputs, T), _MOST_READINGS):
@@ -125,35 +125,6 @@ def _time_steps(program: Program) -> int:
     else:
         fix = "give an example input of 2 time steps or more; the result does not depend on their number"
     raise UnsupportedError(HEADLINE, [Finding("time-steps", ", ".join(sites), found, allowed, fix)])
-
-
-def _hidden_delays(program: Program, T: int) -> Iterator[Finding]:
-    """Where time steps are put together that are one constant: what a delay of T steps or more gives."""
-    captured = program.captured or program
-    constants: dict[Node, torch.Tensor] = {}
-    for n in captured.walk():
-        if n.op == "get_attr":
-            constants[n] = captured.tensor(n.target)
-        given = n.all_input_nodes
-        if n.op != "call_function" or not given or any(a not in constants for a in given):
-            continue
-        args, kwargs = fx.map_arg((n.args, n.kwargs), constants.__getitem__)
-        constants[n] = n.target(*args, **kwargs)
-        joins = n.target in (aten.stack.default, aten.cat.default)
-        if not joins or all(u.target is NEURON_STEP for u in n.users):  # a neuron's states
-            continue
-        at = ops.dim(n, n.args[1] if len(n.args) > 1 else 0)
-        steps = constants[n].unbind(at)
-        if len(n.args[0]) > 1 and len(steps) == T and all(torch.equal(s, steps[0]) for s in steps):
-            yield Finding(
-                rule="time-steps",
-                where=where(n) or next(filter(None, map(where, n.users)), ""),
-                found=f"{short(n.target)} puts together {T} time steps that no input reaches, as those of "
-                f"a delay of {T} steps or more are",
-                allowed="time steps that can be told from one another",
-                fix="give an example input of more time steps than the longest delay",
-                node=n.name,
-            )
 
 
 _FIXES = {
