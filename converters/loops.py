@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from . import ops
+from .labels import Labels
 from .ops import Node, aten, shape
 from .program import Program, Site, short, where
 from .stepwise import (
@@ -24,6 +26,7 @@ from .stepwise import (
     Stepwise,
     Unknown,
     as_near,
+    numbers_of,
 )
 from .unstacked import Steps, fold_in, lay_bare
 
@@ -38,19 +41,16 @@ class Loops(Stepwise):
     def __init__(self, program: Program, T: int) -> None:
         super().__init__(program, T)
         self._rows: dict[Row, Node] = {}
-        named = program.named()
-        self.chains: dict[Node, tuple[Site, int]] = {
-            named[spikes].args[0]: (site, t)
-            for site in program.sites
-            if site.layout == "steps"
-            for t, spikes in enumerate(site.spikes)
-        }
+        self.labels = Labels(program)
+        self.chains = self.labels.calls
         self._layers: dict[str, Node] = {}
         self._left: dict[Node, Last] = {}
 
     def member(self, n: Node) -> Node | Pick:
         """A value at one step as a member of a row."""
         value = self.env[n]
+        if isinstance(value, Same):  # which a loop may compute anew at each step
+            return self.labels.one(n)
         return value.pick if isinstance(value, At) and value.pick else n
 
     def step_at(self, member: Member) -> int | None:
@@ -342,11 +342,17 @@ class Loops(Stepwise):
                 n, f"{short(n.target)} takes each time step together with what all of them give"
             )
         operands = {a: self.left(a) for a in n.all_input_nodes}
-        total = any(v.total for v in operands.values())
-        if total and (count := self._count_instead(n)) is not None:
+        summed = any(v.total or v.summed for v in operands.values())
+        if (
+            any(v.total for v in operands.values())
+            and (count := self._count_instead(n)) is not None
+        ):
             self.done[f"{where(n) or n.name}: a sum divided by {self.T} is the mean so far"] = None
             return Last(self.call(aten.div.Tensor, operands[n.args[0]].node, count, path=where(n)))
-        return Last(self.copy(n, {a: v.node for a, v in operands.items()}))
+        if summed and ops.is_pointwise(n.target):
+            for number in filter(None, numbers_of(n)):
+                self.doubt(n, number, "beside a sum over the time steps")
+        return Last(self.copy(n, {a: v.node for a, v in operands.items()}), summed=summed)
 
     def _count_instead(self, n: Node) -> Node | None:
         """The steps so far, where a sum is divided by the number of all steps."""
