@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .errors import UsageError
+from .errors import Finding, UsageError
 from .neurons import Neuron
 from .ops import Node, aten, steps
 from .stepping import Stepping
@@ -286,6 +286,7 @@ class Program:
         stepping: How its steps make up a call, if it computes one step; its graph then has the states
             as further inputs and outputs.
         keeps_rounding: Whether its layers are to round as those of the network do.
+        doubts: What would stop a stepped program that no longer example confirms.
     """
 
     module: fx.GraphModule
@@ -304,6 +305,7 @@ class Program:
     evidence: Evidence | None = None
     stepping: Stepping | None = None
     keeps_rounding: bool = False
+    doubts: tuple[Finding, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -13,9 +14,10 @@ from torch import fx
 
 from . import ops
 from .builder import Builder
+from .errors import Finding
 from .neurons import Neuron
 from .ops import Node, aten, shape
-from .program import NEURON, NEURON_STEP, STATE, Program, Site, where
+from .program import NEURON, NEURON_STEP, STATE, Program, Site, short, where
 from .stepping import COUNTER, State
 from .unstacked import Steps
 
@@ -37,10 +39,14 @@ class At:
 
 @dataclass(frozen=True)
 class Last:
-    """What is left at the end, computed at each step as if it were the last; ``total`` if a sum."""
+    """What is left at the end, computed at each step as if it were the last.
+
+    ``total`` if it is a sum over the steps; ``summed`` if it follows from one that is no mean.
+    """
 
     node: Node
     total: bool = False
+    summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,21 @@ def as_near(value: float, dtype: torch.dtype) -> float:
     return int(min(max(value, kind.min), kind.max))
 
 
+def _numbers(program: Program) -> dict[str, set[float]]:
+    """The numbers that pointwise operators take, by path."""
+    found: dict[str, set[float]] = defaultdict(set)
+    for n in program.nodes("call_function"):
+        if ops.is_pointwise(n.target):
+            found[where(n)] |= set(numbers_of(n))
+    return found
+
+
+def numbers_of(n: Node) -> list[float]:
+    """The numbers that an operator takes besides tensors."""
+    given = (*n.args, *n.kwargs.values())
+    return [a for a in given if isinstance(a, (int, float)) and not isinstance(a, bool)]
+
+
 class RefusedError(Exception):
     """A value that no step can compute; ``node`` is None if there is a finding for it already."""
 
@@ -99,6 +120,8 @@ class Stepwise(Builder):
         after: What each is after the step: a node, or a row of copies that is aligned at the end.
         sites: The neuron layers of the one step, by name.
         done: What there is to tell.
+        numbers: Those that operators of the network take, by the operators' paths.
+        doubts: Where a number may be that of the steps, which one example cannot show.
     """
 
     def __init__(self, program: Program, T: int) -> None:
@@ -109,6 +132,8 @@ class Stepwise(Builder):
         self.after: list[Node | Row] = []
         self.sites: dict[str, Site] = {}
         self.done: dict[str, None] = {}
+        self.numbers = _numbers(program.captured or program)
+        self.doubts: dict[str, Finding] = {}
         self._counted: Node | None = None
 
     def call(self, target: Any, *args: Any, path: str, **kwargs: Any) -> Node:
@@ -198,6 +223,22 @@ class Stepwise(Builder):
         node.meta = {"val": initial.to("meta"), "path": ""}
         self.after.append(node)
         return node
+
+    def doubt(self, n: Node, number: float, why: str) -> None:
+        """Note that a number of the network's own may be, or follow from, that of the steps."""
+        if number not in self.numbers[where(n)]:  # a pass has put it there
+            return
+        self.doubts[n.name] = Finding(
+            rule="time-steps",
+            where=where(n),
+            found=f"{short(n.target)} takes {number:g} {why}, and no longer example can be made that would "
+            f"show whether that follows from the number of time steps, {self.T}",
+            allowed="what does not follow from the number of time steps, and sums that are divided by it "
+            "at the end",
+            fix="let the number of time steps follow from the input, or be an attribute of the network, as "
+            "self.T, so that more steps can be tried; or convert it unrolled",
+            node=n.name,
+        )
 
     def counter(self) -> Node:
         """The number of steps so far, this one included."""

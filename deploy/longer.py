@@ -2,77 +2,124 @@
 
 What a forward makes of that number itself (``spikes / T`` inside a loop) is a constant to
 ``torch.export``, and a delay that is longer than the example is not there at all. So the network is
-captured on a longer example too.
+captured on a longer example too; where it has a number of steps of its own, with more of those. Where
+neither is possible, what may follow from that number is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import zip_longest
+from typing import TypeAlias
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..converters import ops
 from ..converters.builder import same_bits
 from ..converters.errors import Finding, SpikeportError, UnsupportedError
 from ..converters.passes.step_time import HEADLINE
 from ..converters.program import STATE, Program, short, where
+from ..converters.watch import evaluation_copy
 from .samples import inputs_like
 
-#: Steps of the longer example besides those of the given one.
-_MORE = 3
+#: What a network may raise that is not made for so many steps.
+_FAILURES = (
+    SpikeportError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+#: Modules of torch that others are made of; the rest have no time steps.
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+#: Attributes that are tried as the number of steps.
+_MOST_NAMES = 6
+
+Capture: TypeAlias = "Callable[[nn.Module, tuple[torch.Tensor, ...]], Program]"
 
 
 def check_steps(
-    program: Program,
-    capture: Callable[[tuple[torch.Tensor, ...]], Program],
-    rewrite: Callable[[Program], Program],
+    program: Program, net: nn.Module, capture: Capture, rewrite: Callable[[Program], Program]
 ) -> None:
     """Make sure that a longer example would have given a program that computes the same.
 
-    Networks that run a number of steps of their own are left, as are those whose inputs have no time.
-
     Args:
         program: A stepped program with ``examples``.
-        capture: Gives the network as it is on other inputs.
+        net: The network that it was made from.
+        capture: Gives a network as it is on some inputs.
         rewrite: What made the program of the captured one.
 
     Raises:
-        UnsupportedError: It would not.
+        UnsupportedError: It would not, or there is no longer example and there are doubts.
     """
     stepping = program.stepping
-    if stepping is None or not program.examples or set(stepping.inputs) == {None}:
+    if stepping is None or not program.examples:
         return
     example = program.examples[0]
+    T = len(stepping.split(example))
+    more = T + 8  # a delay may be longer than the example
     longer = tuple(
-        x if d is None else torch.cat([x, *[x.narrow(d, -1, 1)] * _MORE], d)
+        x if d is None else torch.cat([x, *[x.narrow(d, -1, 1)] * more], d)
         for x, d in zip(example, stepping.inputs, strict=True)
     )
-    T = len(stepping.split(example))
-    try:
-        captured = capture(longer)
-    except (SpikeportError, ValueError, IndexError, RuntimeError):
-        return
-    if _steps(captured) <= T:
+    captured = _captured(net, longer, capture, T, more)
+    if captured is None:
+        if program.doubts:
+            raise UnsupportedError(HEADLINE, program.doubts)
         return
     try:
         other = rewrite(captured)
     except UnsupportedError as error:
         findings = [
-            replace(f, found=f"in an example of {T + _MORE} time steps: {f.found}")
+            replace(f, found=f"in an example of {T + more} time steps: {f.found}")
             for f in error.findings
         ]
         raise UnsupportedError(HEADLINE, findings) from error
     different = _different(program, other)
     if different is None:
         return
+    # An input without time says nothing of how many steps there are.
+    same = replace(program, stepping=replace(stepping, steps=T + more))
     if not _by_number(*different) and all(
-        _agree(program, other, given) for given in inputs_like(longer)
+        _agree(same, other, given) for given in inputs_like(longer)
     ):
         return
-    raise UnsupportedError(HEADLINE, [_finding(program, other, different, T)])
+    raise UnsupportedError(HEADLINE, [_finding(program, other, different, (T, T + more))])
+
+
+def _captured(
+    net: nn.Module, longer: tuple[torch.Tensor, ...], capture: Capture, T: int, more: int
+) -> Program | None:
+    """The network over more steps, if it can be brought to take them."""
+    for one in itertools.chain([net], _with_more(net, T, more)):
+        with suppress(*_FAILURES):
+            captured = capture(one, longer)
+            if _steps(captured) == T + more:
+                return captured
+    return None
+
+
+def _with_more(net: nn.Module, T: int, more: int) -> Iterator[nn.Module]:
+    """Copies of the network in which numbers of its own that are the number of steps are larger."""
+    names: dict[str, None] = {}
+    for module in net.modules():
+        kinds = (k for k in type(module).__mro__ if k.__module__.startswith("torch.nn."))
+        if all(kind in _CONTAINERS for kind in kinds):
+            own = vars(module).items()
+            names |= {k: None for k, v in own if type(v) is int and v == T}
+    tried = [(name,) for name in itertools.islice(names, _MOST_NAMES)]
+    for some in [*tried, *([tuple(names)] if len(names) > 1 else [])]:
+        one = evaluation_copy(net)
+        for module in one.modules():
+            raised = {k: T + more for k in some if vars(module).get(k) == T}
+            vars(module).update(raised)
+        yield one
 
 
 def _steps(captured: Program) -> int:
@@ -96,7 +143,7 @@ def _by_number(a: fx.Node, b: fx.Node) -> bool:
 def _different(program: Program, other: Program) -> tuple[fx.Node, fx.Node] | None:
     """The first nodes that are not the same."""
     places: dict[fx.Node, str] = {}
-    for i, (a, b) in enumerate(zip_longest(program.graph.nodes, other.graph.nodes)):
+    for i, (a, b) in enumerate(itertools.zip_longest(program.graph.nodes, other.graph.nodes)):
         if a is None or b is None:
             last = program.graph.output_node()
             return last, last
@@ -122,8 +169,11 @@ def _agree(program: Program, other: Program, inputs: Sequence[torch.Tensor]) -> 
     )
 
 
-def _finding(program: Program, other: Program, nodes: tuple[fx.Node, fx.Node], T: int) -> Finding:
+def _finding(
+    program: Program, other: Program, nodes: tuple[fx.Node, fx.Node], steps: tuple[int, int]
+) -> Finding:
     a, b = nodes
+    few, many = steps
     if _by_number(a, b):
         constant = a.op == "get_attr"
         took = [
@@ -132,8 +182,8 @@ def _finding(program: Program, other: Program, nodes: tuple[fx.Node, fx.Node], T
         ]
         user = next(iter(a.users)) if constant and a.users else a
         found = (
-            f"{short(user.target)} takes {took[0]} in an example of {T} time steps, and {took[1]} in one "
-            f"of {T + _MORE}"
+            f"{short(user.target)} takes {took[0]} in an example of {few} time steps, and {took[1]} in "
+            f"one of {many}"
         )
         return Finding(
             rule="time-steps",
@@ -148,7 +198,7 @@ def _finding(program: Program, other: Program, nodes: tuple[fx.Node, fx.Node], T
     return Finding(
         rule="time-steps",
         where="",
-        found=f"an example of {T} time steps and one of {T + _MORE} give programs that differ",
+        found=f"an example of {few} time steps and one of {many} give programs that differ",
         allowed="an example that is longer than every delay of the network",
         fix="give a longer example; or convert it unrolled",
     )

@@ -126,7 +126,7 @@ def converted(
         return rewritten.program
     program = verify_program(rewritten.program, net, rewritten.uncast)
     if time == "stepped":
-        check_steps(program, lambda x: captured(net, x), lambda p: _rewrite(p, *how).program)
+        check_steps(program, net, captured, lambda p: _rewrite(p, *how).program)
     return program
 
 

@@ -48,7 +48,18 @@ from ..program import (
     where,
 )
 from ..stepping import Stepping
-from ..stepwise import At, Last, Member, Pick, RefusedError, Same, Unknown, Value, as_near
+from ..stepwise import (
+    At,
+    Last,
+    Member,
+    Pick,
+    RefusedError,
+    Same,
+    Unknown,
+    Value,
+    as_near,
+    numbers_of,
+)
 from ..unstacked import MixesTimeError, Steps, fold_in, lay_bare, unstack
 
 HEADLINE = "the network cannot be run step by step:"
@@ -191,6 +202,7 @@ class _StepTime(Loops):
         states = self._finish_states()
         if self.findings:
             return None
+        self._doubt_scales()
         stepping = Stepping(
             self.T, tuple(self.axes), tuple(time for _, _, time in outputs), tuple(self.states)
         )
@@ -202,7 +214,15 @@ class _StepTime(Loops):
             inputs=tuple(inputs),
             outputs=tuple(spec for _, spec, _ in outputs),
             stepping=stepping,
+            doubts=tuple(self.doubts.values()),
         )
+
+    def _doubt_scales(self) -> None:
+        """Doubt what is still divided by the number of steps, or scaled by its inverse."""
+        for n in self.graph.nodes:
+            by = numbers_of(n)[:1] if n.target in (aten.div.Tensor, aten.mul.Tensor) else []
+            if by and math.isclose(by[0], self.T if n.target is aten.div.Tensor else 1 / self.T):
+                self.doubt(n, by[0], "as a scale")
 
     @property
     def reach(self) -> tuple[int, int]:

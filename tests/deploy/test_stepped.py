@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,11 +376,15 @@ def delayed(net: Loop, x: torch.Tensor, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("use", "steps", "said"),
     [
-        (lambda net, x, T: sum(net.lif(now) / T for now in x), 5, "aten.div takes 5 .* and 8 in"),
-        (lambda net, x, T: (spikes(net, x) / T).sum(0), 2, "aten.div takes 2 .* and 5 in one of 5"),
-        (lambda net, x, T: spikes(net, x).sum(0) > T / 2, 5, r"aten.gt takes 2.5 .* and 4.0"),
+        (lambda net, x, T: sum(net.lif(now) / T for now in x), 5, "aten.div takes 5 .* and 18 in"),
+        (
+            lambda net, x, T: (spikes(net, x) / T).sum(0),
+            2,
+            "aten.div takes 2 .* and 12 in one of 12",
+        ),
+        (lambda net, x, T: spikes(net, x).sum(0) > T / 2, 5, r"aten.gt takes 2.5 .* and 9.0"),
         (lambda net, x, T: spikes(net, net.fc(x) / T), 4, "aten.div takes 4 .* at the end"),
-        (delayed, 2, "in an example of 5 time steps: step 2 computes something else"),
+        (delayed, 2, "in an example of 12 time steps: step 2 computes something else"),
     ],
     ids=["inside the loop", "before the sum", "vote", "drive", "delay"],
 )
@@ -399,6 +404,107 @@ def test_what_follows_from_the_number_of_steps_is_refused(use: Any, steps: int, 
 )
 def test_what_does_not_is_the_same_for_any_number(use: Any) -> None:
     net, x = Loop(use).eval(), 3 * torch.rand(7, N, 5)
+    program = deploy.convert(net, (x[:3],), "reference", time="stepped")
+    with torch.no_grad():
+        assert torch.allclose(program(x), net(x))
+
+
+class Presented(nn.Module):
+    """An image, for a number of steps that is the network's own: an attribute or a number in its code."""
+
+    def __init__(self, use: Any, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.out = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.lif, self.last = cuda.LIFNode(step_mode="s"), cuda.IFNode(step_mode="s")
+        self.use, self.own = use, own
+        if own:
+            self.T = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.lif.reset()
+        self.last.reset()
+        steps = self.T if self.own else 3
+        return self.use(self, [self.lif(self.fc(x)) for _ in range(steps)], steps)
+
+
+def queued(net: Presented, spikes: list[torch.Tensor], delay: int) -> torch.Tensor:
+    queue, seen = [torch.zeros_like(spikes[0])] * delay, []
+    for now in spikes:
+        seen.append(net.last(net.out(queue[0]) + now))
+        queue = [*queue[1:], now]
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["attribute", "in the code"])
+@pytest.mark.parametrize(
+    ("use", "found"),
+    [
+        (lambda net, s, T: sum(now / T for now in s), "aten.div takes 3 "),
+        (lambda net, s, T: sum(s) > T / 2, "aten.gt takes 1.5 "),
+        (lambda net, s, T: sum(s) * 2.0 / T, "aten.(div|mul) takes [32] "),
+        (lambda net, s, T: queued(net, s, 3), "aten.linear takes a constant .* 0 in all elements"),
+        (lambda net, s, T: queued(net, s, 50), "aten.linear takes a constant .* 0 in all elements"),
+    ],
+    ids=["inside the loop", "vote", "gain", "delay", "longer delay"],
+)
+def test_a_number_of_steps_of_its_own_is_no_way_around(use: Any, found: str, own: bool) -> None:
+    x = 3 * torch.rand(N, 5)
+    with pytest.raises(deploy.UnsupportedError, match=found):
+        deploy.convert(Presented(use, own).eval(), (x,), "reference", time="stepped")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["attribute", "in the code"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda net, s, T: sum(s) / T,
+        lambda net, s, T: torch.stack(s).mean(0) * 2,
+        lambda net, s, T: net.out(sum(s)),
+        lambda net, s, T: queued(net, [0.9 * now for now in s], 1),
+    ],
+    ids=["rate", "gain", "layer", "delay"],
+)
+def test_what_needs_no_number_of_steps_converts_whosever_it_is(use: Any, own: bool) -> None:
+    net, x = Presented(use, own).eval(), 3 * torch.rand(N, 5)
+    program = deploy.convert(net, (x,), "reference", time="stepped")
+    for steps in (3, 1, 9) if own else (3,):
+        net.T = steps
+        stream = replace(program, stepping=replace(program.stepping, steps=steps))
+        with torch.no_grad():
+            assert torch.allclose(stream(x), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("delay", [6, 40])
+def test_a_delay_that_no_example_shows_is_refused(delay: int) -> None:
+    def late(net: Loop, x: torch.Tensor, steps: int) -> torch.Tensor:
+        queue, seen = [torch.zeros_like(x[0])] * delay, []
+        for now in spikes(net, x):
+            seen.append(now + queue[0])
+            queue = [*queue[1:], now]
+        return torch.stack(seen)
+
+    x = 3 * torch.rand(3, N, 5)
+    with pytest.raises(
+        deploy.UnsupportedError, match=r"aten.add takes a constant .* of 3 time steps"
+    ):
+        deploy.convert(Loop(late).eval(), (x,), "reference", time="stepped")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda net, x, T: spikes(net, torch.maximum(x, torch.zeros_like(x[0]))),
+        lambda net, x, T: torch.stack([s * torch.ones(5) + torch.ones(1) for s in spikes(net, x)]),
+        lambda net, x, T: torch.stack(
+            [torch.where(s > 0, torch.zeros(5), s) for s in spikes(net, x)]
+        ),
+        lambda net, x, T: spikes(net, x + net.fc.bias.new_tensor([0.5, 0, 0, 0, 0])),
+    ],
+    ids=["extreme", "factor", "condition", "values of their own"],
+)
+def test_constants_that_no_delay_starts_from_convert(use: Any) -> None:
+    net, x = Loop(use).eval(), 3 * torch.rand(9, N, 5)
     program = deploy.convert(net, (x[:3],), "reference", time="stepped")
     with torch.no_grad():
         assert torch.allclose(program(x), net(x))
