@@ -262,6 +262,8 @@ class Loops(Stepwise):
 
     def _after_last(self, n: Node, value: At) -> Last:
         if value.step != self.T - 1:
+            if value.step == self.T - 2 and (row := self._goes_on(n)) is not None:
+                return Last(self.align(row))
             found = f"it follows from step {value.step}, and not from the last, {self.T - 1}"
             raise RefusedError(n, found, "output")
         if n in self.chains:
@@ -275,7 +277,24 @@ class Loops(Stepwise):
                 if total:
                     self.counter()
                 return Last(node, total)
-        return self.at_end(n)
+        known = (node for row, node in self._rows.items() if row[-1] is n and len(row) == self.T)
+        return next((Last(node) for node in known), None) or self.at_end(n)
+
+    def _goes_on(self, n: Node) -> Row | None:
+        """What is kept from step to step, where a value is what the last step leaves of it.
+
+        Two states of which one takes what the other was have such ends: no step of the example hears them.
+        """
+        for row in self.after:
+            before = row[-2] if isinstance(row, tuple) and row[-1] is None else None
+            if (
+                isinstance(before, fx.Node)
+                and before.target is n.target
+                and _settings(before) == _settings(n)
+                and self.step_at(before) == self.T - 3
+            ):
+                return (*row[:-1], n)  # type: ignore[misc]
+        return None
 
     def _history(self, n: Node, path: Sequence[int]) -> Row | None:
         """The copies at earlier steps of what a value is at the last, each by the same way.

@@ -196,6 +196,27 @@ def test_what_is_made_of_the_last_step_is_no_step_of_the_loop(step, end):
             assert torch.allclose(y, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("end", [lambda s, a, b: (s, b), lambda s, a, b: (b, s, a)])
+def test_what_the_last_step_leaves_of_another_state_is_given(end):
+    def run(n: Any, x: torch.Tensor) -> Any:
+        n.lif.reset()
+        a = b = torch.zeros(x.shape[1], 5)
+        seen = []
+        for x_t in x:
+            spikes = n.lif(n.fc(x_t) + b)
+            a, b = b * 0.9 + spikes, a * 0.5
+            seen.append(spikes + a)
+        return end(torch.stack(seen), a, b)
+
+    cell = Cell(Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}), True)
+    net, stream = Net(run, fc=layer(6, 5), lif=cell), rand(9, N, 6, seed=1)
+    program = assert_steps_equal_the_call(net, rand(6, N, 6))
+    for steps in (1, 2, 9):
+        with torch.no_grad():
+            for y, expected in zip(program(stream[:steps]), net(stream[:steps]), strict=True):
+                assert torch.allclose(y, expected, atol=1e-5)
+
+
 def test_layers_that_hear_each_other_give_the_sum_of_their_last_spikes():
     """One spike of the last step is both returned and heard by the other layer."""
 
