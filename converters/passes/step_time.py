@@ -342,6 +342,13 @@ class _StepTime(Loops):
 
     def _in_loop(self, n: Node, operands: Sequence[Value]) -> Value:
         if any(isinstance(v, Steps) for v in operands):
+            if (joined := self._mostly_constant(n)) is not None:
+                raise RefusedError(
+                    n,
+                    f"of {self.T} time steps that {joined.name} puts together, one alone follows from an "
+                    "input, as of those of a delay that is almost as long as the example",
+                    "time-steps",
+                )
             raise RefusedError(
                 n, f"{short(n.target)} takes one time step together with all of them"
             )
@@ -354,6 +361,15 @@ class _StepTime(Loops):
                 )
             return self.at_end(n)
         return At(max(steps))
+
+    def _mostly_constant(self, n: Node) -> Node | None:
+        """As many parts as there are steps, which a value follows from and of which one is a step."""
+        for a in ops.needed(n.all_input_nodes):
+            if a.target in (aten.stack.default, aten.cat.default) and len(a.args[0]) == self.T:
+                kinds = [type(self.env[p]) for p in a.args[0]]
+                if kinds[:-1] == [Same] * (self.T - 1) and kinds[-1] is At:
+                    return a
+        return None
 
     def _still(self, a: Node, at: int, like: Steps) -> Node:
         """One step of a value that has a dimension for time, along which it does not change."""
@@ -533,7 +549,10 @@ class _StepTime(Loops):
         t, ahead = divmod(first, x.inner)
         count, rest = divmod(last - first, x.inner)
         if step != 1 or ahead or rest or x.outer > 1 or (t and count > 1):
-            raise RefusedError(n, f"entries {first} to {last} of time are taken out together")
+            found = f"entries {first} to {last} of time"
+            if step == 1 and not ahead and not rest and x.outer == 1:
+                found = f"time steps {t} to {t + count - 1} of 0 to {x.count - 1}"
+            raise RefusedError(n, f"{found} are taken out together")
         if count == 1:
             return At(t, Pick(source, t, kept=True))
         return replace(x, count=count)

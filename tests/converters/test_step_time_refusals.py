@@ -93,6 +93,24 @@ def test_the_reason_is_the_true_one(drive, size, rule, said):
     assert {f.rule for f in caught.value.findings} == {rule}
 
 
+def test_steps_are_called_by_their_numbers_and_delays_what_they_are():
+    def run(n: Any, x: torch.Tensor) -> torch.Tensor:
+        seen = n.lif(n.fc(x.flatten(0, 1)).unflatten(0, (T, N)))
+        return seen.flatten(0, 1)[N:]
+
+    with pytest.raises(UnsupportedError, match="time steps 1 to 3 of 0 to 3 are taken out"):
+        rewritten(Net(run, fc=layer(6, 5), lif=LIFNode()), rand(T, N, 6))
+
+    def late(n: Any, x: torch.Tensor) -> torch.Tensor:
+        seen = n.lif(x)
+        return seen + n.fc(torch.stack([*[torch.zeros(N, 5)] * (T - 1), seen[0]]))
+
+    with pytest.raises(
+        UnsupportedError, match=r"4 time steps that cat puts together, one .* delay"
+    ):
+        rewritten(Net(late, fc=layer(5, 5), lif=LIFNode()), rand(T, N, 5))
+
+
 def test_inputs_with_other_numbers_of_steps_are_refused():
     net = Net(lambda n, x, y: n.lif(x + y), lif=LIFNode())
     program = rewritten(net, rand(T, N, 5), rand(T, N, 5))
