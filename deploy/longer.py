@@ -9,7 +9,7 @@ neither is possible, what may follow from that number is refused.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeAlias
@@ -68,7 +68,10 @@ def check_steps(
         x if d is None else torch.cat([x, *[x.narrow(d, -1, 1)] * more], d)
         for x, d in zip(example, stepping.inputs, strict=True)
     )
-    captured = _captured(net, longer, capture, T, more)
+    # A network whose inputs have no time would be the same again.
+    given = [net] if set(stepping.inputs) != {None} else []
+    tried = itertools.chain(given, _with_more(net, T, more))
+    captured = _captured(tried, longer, capture, T + more)
     if captured is None:
         if program.doubts:
             raise UnsupportedError(HEADLINE, program.doubts)
@@ -94,13 +97,13 @@ def check_steps(
 
 
 def _captured(
-    net: nn.Module, longer: tuple[torch.Tensor, ...], capture: Capture, T: int, more: int
+    tried: Iterable[nn.Module], longer: tuple[torch.Tensor, ...], capture: Capture, steps: int
 ) -> Program | None:
-    """The network over more steps, if it can be brought to take them."""
-    for one in itertools.chain([net], _with_more(net, T, more)):
+    """The first of these networks that takes so many steps."""
+    for one in tried:
         with suppress(*_FAILURES):
             captured = capture(one, longer)
-            if _steps(captured) == T + more:
+            if _steps(captured) == steps:
                 return captured
     return None
 
