@@ -28,6 +28,7 @@ _JOINS = frozenset({aten.stack.default, aten.cat.default})
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default})
 _ADDED_PRODUCTS = frozenset({aten.addmm.default, aten.baddbmm.default})
+_LAYERS = ops.BATCHED | ops.TRAILING | _PRODUCTS | _ADDED_PRODUCTS | {NEURON_STEP}
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,19 @@ def hidden_delays(captured: Program, T: int) -> Iterator[Finding]:
     """Where a delay of T steps or more may be that an example of T steps does not show."""
     constants = _constants(captured)
     labels = Labels(captured)
-    seen: dict[Hashable, set[int]] = defaultdict(set)
+    seen: dict[Hashable, dict[int, Node]] = defaultdict(dict)
     told: set[Hashable] = set()
     for n in captured.walk():
         if n.target in _JOINS and n in constants and _is_delayed(n, constants[n].value, T):
             yield _together(n, T)
-        for a, fill in _operands(n, constants):
+        for a, fill, alike in _operands(n, constants):
             step = labels.at(n).step
             others = None if step is not None else tuple(labels.at(o).label for o in _rest(n, a))
-            key = (n.target, where(n), fill, step is None, others)
+            key = (n.target, where(n), fill, alike, step is None, others)
             # What no input reaches has no step: its copies are counted.
-            seen[key].add(len(seen[key]) if step is None else step)
-            if len(seen[key]) >= T and key not in told:
+            seen[key][len(seen[key]) if step is None else step] = a
+            count = len(seen[key]) if alike else len(set(seen[key].values()))
+            if count >= T and key not in told:
                 told.add(key)
                 yield _finding(n, fill, T)
 
@@ -78,23 +80,33 @@ def _constants(program: Program) -> dict[Node, _Constant]:
     return found
 
 
-def _operands(n: Node, constants: dict[Node, _Constant]) -> Iterator[tuple[Node, float]]:
-    """Constants that a delay could have given, with what all of their elements are."""
+def _operands(n: Node, constants: dict[Node, _Constant]) -> Iterator[tuple[Node, float, bool]]:
+    """Constants that a delay could have given, with what all of their elements are.
+
+    And whether one that is the same at every step may be that of a delay, or those computed anew alone.
+    """
     if n.op != "call_function":
         return
     first = 1 if n.target in _ADDED_PRODUCTS else 0
-    given = n.all_input_nodes
-    if n.target in ops.BATCHED | ops.TRAILING | _PRODUCTS | _ADDED_PRODUCTS | {NEURON_STEP}:
+    given, layer = n.all_input_nodes, n.target in _LAYERS
+    if layer:
         given = [n.args[first]]
-    elif n in constants or n.target not in _SUMS | _JOINS | {aten.mul.Tensor}:
+    elif n in constants:
         return
     for a in given:
         fill = constants[a].fill if a in constants else None
         if fill is None:
             continue
-        number = a.meta["val"].numel() == 1 and n.target in _SUMS
-        if not fill or (n.target is not aten.mul.Tensor and not number):
-            yield a, fill
+        several = a.meta["val"].numel() > 1
+        if (
+            layer
+            or n.target in _JOINS
+            or (n.target in _SUMS and (several or not fill))
+            or (n.target is aten.mul.Tensor and not fill)
+        ):
+            yield a, fill, True
+        elif ops.is_pointwise(n.target) and ops.is_pointwise(a.target):
+            yield a, fill, False
 
 
 def _rest(n: Node, a: Node) -> list[Node]:

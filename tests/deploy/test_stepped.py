@@ -475,18 +475,23 @@ def test_what_needs_no_number_of_steps_converts_whosever_it_is(use: Any, own: bo
             assert torch.allclose(stream(x), net(x), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("hear", "node"),
+    [(lambda now, q: now + q, "add"), (lambda now, q: now * (1 - q), "mul")],
+    ids=["sum", "refractory"],
+)
 @pytest.mark.parametrize("delay", [6, 40])
-def test_a_delay_that_no_example_shows_is_refused(delay: int) -> None:
+def test_a_delay_that_no_example_shows_is_refused(hear: Any, node: str, delay: int) -> None:
     def late(net: Loop, x: torch.Tensor, steps: int) -> torch.Tensor:
         queue, seen = [torch.zeros_like(x[0])] * delay, []
         for now in spikes(net, x):
-            seen.append(now + queue[0])
+            seen.append(hear(now, queue[0]))
             queue = [*queue[1:], now]
         return torch.stack(seen)
 
     x = 3 * torch.rand(3, N, 5)
     with pytest.raises(
-        deploy.UnsupportedError, match=r"aten.add takes a constant .* of 3 time steps"
+        deploy.UnsupportedError, match=rf"aten.{node} takes a constant .* of 3 time steps"
     ):
         deploy.convert(Loop(late).eval(), (x,), "reference", time="stepped")
 
