@@ -41,7 +41,7 @@ class _Constant:
     @property
     def fill(self) -> float | None:
         """What all elements are, if the forward has made it so."""
-        if not self.made or not self.value.numel():
+        if not self.made or not self.value.numel() or self.value.is_complex():
             return None
         first = self.value.reshape(-1)[0]
         return float(first) if bool((self.value == first).all()) else None
