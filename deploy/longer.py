@@ -120,8 +120,9 @@ def _with_more(net: nn.Module, T: int, more: int) -> Iterator[nn.Module]:
     for some in [*tried, *([tuple(names)] if len(names) > 1 else [])]:
         one = evaluation_copy(net)
         for module in one.modules():
-            raised = {k: T + more for k in some if vars(module).get(k) == T}
-            vars(module).update(raised)
+            mine = vars(module)
+            raised = {k: T + more for k in some if type(mine.get(k)) is int and mine[k] == T}
+            mine.update(raised)
         yield one
 
 
