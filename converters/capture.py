@@ -7,21 +7,22 @@ one operator, and ``torch.export`` traces it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from . import sources
+from .attributes import equal
 from .canonical import to_program
 from .errors import CaptureError, Finding, MismatchError, UsageError
 from .exported import HEADLINE, export
 from .program import Program
 from .sources import Reading
 from .stand_in import State, StateAccessError, wrap
-from .watch import Watched, copies, equal, evaluation_copy, undisturbed, watch
+from .survival import Tried, forgetting, surviving, try_out
+from .watch import Watched, copies, evaluation_copy, undisturbed, watch
 
 
 def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
@@ -61,23 +62,39 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
         )
     args = tuple(args)
     watched = watch(net, args)
-    if watched.findings:
-        raise CaptureError(HEADLINE, watched.findings)
+    findings, tried = watched.findings, Tried()
+    if not any(f.rule == "forward-fails" for f in findings):
+        tried = try_out(net, args, watched)
+        findings += tried.findings
+    if findings:
+        raise CaptureError(HEADLINE, findings)
     state = State()
     work = _traceable(net, watched, state)
     first = _outputs(work, args, state)
     # What that call has cached would be taken for a constant: a fresh copy is exported.
     fresh = _traceable(net, watched, state)
+    forgetting(fresh, tried.written)
     state.clear()
     with undisturbed(fresh):
         exported = export(fresh, copies(args))
     program = to_program(exported, net, args)
-    if not equal(first, _outputs(work, args, state)):
-        raise CaptureError(HEADLINE, [_surviving()])
+    if not _repeats(first, work, args, state):
+        raise CaptureError(HEADLINE, [surviving()])
     _compare(net, args, watched, watched.outputs, first, program)
-    for given, expected in _lively(net, args, watched):
+    for given, expected in tried.lively:
         _compare(net, given, watched, expected, _outputs(work, given, state), program)
     return program
+
+
+def _repeats(first: Any, net: nn.Module, args: Sequence[torch.Tensor], state: State) -> bool:
+    """Whether the network's outputs are the same after the trace."""
+    try:
+        return equal(first, _outputs(net, args, state))
+    except CaptureError:
+        raise
+    except Exception:
+        # The trace has left a tensor without values where the network finds it again.
+        return False
 
 
 def _compare(
@@ -99,53 +116,6 @@ def _compare(
             "the exported graph gives other outputs than the network: its forward depends on "
             "something besides its inputs, such as time or a global"
         )
-
-
-#: Sizes of the random inputs that a network is compared on, until all its neurons fire.
-_SIZES = (1.0, 4.0, 16.0)
-
-
-def _lively(
-    net: nn.Module, args: Sequence[torch.Tensor], watched: Watched
-) -> Iterator[tuple[tuple[torch.Tensor, ...], Any]]:
-    """Random inputs and the network's own outputs for them: an example may make no neuron fire.
-
-    Inputs that are no floating-point numbers stay as they are, and inputs that the network does not
-    take, or makes no finite numbers of, are left out.
-    """
-    work, fired = evaluation_copy(net), set[str]()
-
-    def look(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, x: Any, y: Any) -> None:
-            given = pytree.tree_leaves(watched.readings[path].spikes(y))
-            if any(isinstance(part, torch.Tensor) and bool(part.any()) for part in given):
-                fired.add(path)
-
-        return hook
-
-    for path, module in work.named_modules():
-        if path in watched.readings:
-            module.register_forward_hook(look(path))
-    for size in _SIZES:
-        generator = torch.Generator().manual_seed(0)
-        given = tuple(
-            (torch.rand(a.shape, generator=generator) * 3 - 1).mul(size).to(a.dtype)
-            if a.is_floating_point()
-            else a
-            for a in args
-        )
-        sources.reset(work)
-        try:
-            with undisturbed(work):
-                outputs = work(*copies(given))
-        except (ValueError, IndexError, RuntimeError):
-            return
-        leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
-        if not all(bool(y.isfinite().all()) for y in leaves):
-            return
-        yield given, outputs
-        if fired >= watched.calls.keys() & watched.readings.keys():
-            return
 
 
 def _traceable(net: nn.Module, watched: Watched, state: State) -> nn.Module:
@@ -197,17 +167,6 @@ def _touched(error: StateAccessError) -> Finding:
         found=error.did,
         allowed=error.allowed,
         fix=error.fix,
-    )
-
-
-def _surviving() -> Finding:
-    return Finding(
-        rule="surviving-state",
-        where="",
-        found="two calls with the same inputs give other outputs: state survives from one call to the "
-        "next outside the network, or the forward is random outside torch",
-        allowed="a network whose outputs follow from its inputs",
-        fix="keep state in the forward's own variables, and take randomness out of it",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils import _pytree as pytree
 
 from . import sources
+from .attributes import Parts, Snapshot, changes, differing, equal, held, snapshot, walk
 from .errors import CaptureError, Finding, SpikeportError
 from .exported import HEADLINE, place
 from .sources import Memory, Reading
@@ -34,6 +33,9 @@ class Watched:
         memories: Names of the attributes of each that changed.
         handed: Those that were handed their state by the network.
         kept: Its other layers with a state, by path.
+        known: Paths of all modules that a source has something to say about.
+        written: Names of the attributes that it wrote on other modules, by path.
+        after: All modules' attributes after the call.
     """
 
     outputs: Any = None
@@ -43,6 +45,9 @@ class Watched:
     memories: dict[str, set[str]] = field(default_factory=dict)
     handed: set[str] = field(default_factory=set)
     kept: dict[str, Memory] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    written: dict[str, set[str]] = field(default_factory=dict)
+    after: Snapshot = field(default_factory=dict)
 
 
 def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
@@ -66,7 +71,7 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
             seen.findings += reading
     for path, module in _hidden(work):
         module.register_forward_pre_hook(_tell_hidden(path, seen))
-    before, inputs = _snapshot(work), copies(args)
+    before, inputs = snapshot(work), copies(args)
     try:
         with undisturbed(work):
             seen.outputs = work(*inputs)
@@ -76,16 +81,16 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
     seen.findings += [
         _written(i) for i, (a, b) in enumerate(zip(args, inputs, strict=True)) if not equal(a, b)
     ]
-    changes = _changes(before, _snapshot(work))
+    seen.after = snapshot(work)
+    seen.known = {path for path, module in work.named_modules() if id(module) in ids}
     # What was not there before the first call is nothing that a call starts from.
     starts: dict[str, set[str]] = {}
-    for path, module in work.named_modules():
-        if path in changes and id(module) in ids:
-            if path in seen.readings:
-                seen.memories[path] = changes[path]
-                starts[path] = changes[path] & before[path].keys()
-        elif path in changes:
-            seen.findings.append(_kept(path, changes[path]))
+    for path, names in changes(before, seen.after).items():
+        if path in seen.readings:
+            seen.memories[path] = names
+            starts[path] = names & before[path].keys()
+        elif path not in seen.known:
+            seen.written[path] = names
     stateful: dict[str, Reading | Memory] = {**seen.readings, **seen.kept}
     again = {
         path: seen.calls[path]
@@ -110,7 +115,7 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
 def _restarted(
     work: nn.Module,
     args: Sequence[torch.Tensor],
-    before: dict[str, dict[str, Any]],
+    before: Snapshot,
     seen: Watched,
 ) -> set[str]:
     """Neurons that are as at the start whenever another run of the forward calls them."""
@@ -118,7 +123,7 @@ def _restarted(
 
     def look(path: str, names: set[str]) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
-            now = _snapshot(module)[""]
+            now = snapshot(module)[""]
             started = names and not any(_moved(before[path].get(n), now.get(n)) for n in names)
             (found if started else moved).add(path)
 
@@ -134,10 +139,13 @@ def _restarted(
     return found - moved
 
 
-def _moved(start: Any, now: Any) -> bool:
+def _moved(start: Parts | None, now: Parts | None) -> bool:
     """Whether a state is another than at the start, where zeros of any shape are alike."""
-    tensors = isinstance(start, torch.Tensor) and isinstance(now, torch.Tensor)
-    return bool(now.any()) if tensors and not start.any() else _differs(start, now)
+    if start is None or now is None:
+        return start is not now
+    a, b = start[""], now[""]
+    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return bool(b.any()) if tensors and not a.any() else bool(differing(start, now))
 
 
 def _held_by_functions(net: nn.Module) -> list[Finding]:
@@ -223,24 +231,13 @@ def _tally(path: str, seen: Watched) -> Callable[..., None]:
 
 
 def _hidden(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in plain lists, tuples, sets and dicts, which torch does not know of."""
+    """Modules in plain containers and objects, which torch does not know of."""
     registered = {id(m) for m in net.modules()}
-
-    def inside(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(value, nn.Module):
-            if id(value) not in registered:
-                yield path, value
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            for i, item in enumerate(value):
-                yield from inside(item, f"{path}[{i}]")
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                yield from inside(item, f"{path}[{key!r}]")
-
     for path, module in net.named_modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
-                yield from inside(value, f"{path}.{name}" if path else name)
+        for name, value in held(module):
+            for way, part in walk(value):
+                if isinstance(part, nn.Module) and id(part) not in registered:
+                    yield (f"{path}.{name}" if path else name) + way, part
 
 
 def _tell_hidden(path: str, seen: Watched) -> Callable[..., None]:
@@ -250,7 +247,7 @@ def _tell_hidden(path: str, seen: Watched) -> Callable[..., None]:
                 Finding(
                     rule="hidden-module",
                     where=path,
-                    found=f"a {type(module).__name__} in a plain Python container, which eval(), "
+                    found=f"a {type(module).__name__} in a plain Python container or object, which eval(), "
                     "state_dict() and this capture do not see",
                     allowed="registered modules",
                     fix="use nn.ModuleList or nn.ModuleDict",
@@ -286,71 +283,17 @@ def _written(index: int) -> Finding:
 def undisturbed(net: nn.Module) -> Iterator[None]:
     """While a network runs for its outputs: as it is exported, without gradients.
 
-    torch's fast path through attention layers, which rounds otherwise, is not exported.
+    torch's fast path through attention layers, which rounds otherwise, is not exported. Random numbers
+    are the same in each run: where they matter the graph shows it.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sources.isolated(net):
+        with torch.no_grad(), sources.isolated(net), torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _snapshot(net: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every module's attributes and buffers, as they are now."""
-    return {
-        path: {
-            name: _kept_as(value)
-            for name, value in (*vars(module).items(), *module._buffers.items())
-            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks")
-        }
-        for path, module in net.named_modules()
-    }
-
-
-def _kept_as(value: Any) -> Any:
-    """A value to compare with later; itself where a copy would not be equal to it."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    by_identity: Any = object.__eq__
-    return value if type(value).__eq__ is by_identity else copy.copy(value)
-
-
-def _changes(
-    before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
-) -> dict[str, set[str]]:
-    """Names of the attributes that are others than before, by the module's path."""
-    found = {}
-    for path, values in after.items():
-        names = {
-            n for n, v in values.items() if n not in before[path] or _differs(before[path][n], v)
-        }
-        if names:
-            found[path] = names
-    return found
-
-
-def _differs(a: Any, b: Any) -> bool:
-    if a is b:
-        return False
-    try:
-        return type(a) is not type(b) or not equal(a, b)
-    except Exception:
-        # What cannot be compared cannot be told to have changed either.
-        return False
-
-
-def _kept(path: str, names: set[str]) -> Finding:
-    return Finding(
-        rule="surviving-state",
-        where=path,
-        found=f"the forward writes to {', '.join(f'self.{n}' for n in sorted(names))}, which survives "
-        "the call",
-        allowed="a forward that keeps nothing on self",
-        fix="use a variable of the forward, return it, or declare the state as a neuron's "
-        "(spikeport.converters.neurons.dynamics)",
-    )
 
 
 def _outer_loop(path: str) -> Finding:
@@ -421,22 +364,3 @@ def _compute_by_hooks(module: nn.Module) -> None:
 def copies(args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The inputs, copied: a forward may write to them."""
     return tuple(a.detach().clone() for a in args)
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether nested values are equal, tensors in every element, where NaN equals NaN."""
-    left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    return len(left) == len(right) and all(
-        _same(x, y) if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor) else bool(x == y)
-        for x, y in zip(left, right, strict=True)
-    )
-
-
-def _same(x: Any, y: Any) -> bool:
-    """Two tensors, equal in every element, where NaN equals NaN."""
-    return (
-        isinstance(x, torch.Tensor)
-        and isinstance(y, torch.Tensor)
-        and x.shape == y.shape
-        and (torch.equal(x, y) or bool(((x == y) | ((x != x) & (y != y))).all()))
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from capturing import SingleStep, captured, findings, lowered, rules
 from networks import Net, rand
 from torch import nn
 
+from spikeport.converters.capture import capture
 from spikeport.converters.neurons import IFNode, LIFNode
 
 T, N = 4, 2
@@ -34,9 +37,6 @@ class Memory(nn.Module):
             y = x if self.last is None else x + self.last
             self.last = x
             return y
-        if self.how == "unused attribute":
-            self.last = x
-            return x
         if self.how == "counter":
             self.last = (self.last or 0) + 1
             return x * self.last
@@ -51,7 +51,6 @@ class Memory(nn.Module):
     [
         ("buffer", "trace"),
         ("attribute", "last"),
-        ("unused attribute", "last"),
         ("counter", "last"),
         ("new buffer", "trace"),
     ],
@@ -86,13 +85,152 @@ def test_a_value_that_the_first_call_caches() -> None:
     assert rules(found) == [("surviving-state", "memory")]
 
 
-def test_a_spike_count_noted_on_self() -> None:
+class Holder:
+    """A plain object with a state; as a call, somebody's normaliser of observations."""
+
+    def __init__(self, mem: Any) -> None:
+        self.mem = mem
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.mem = 0.9 * self.mem + 0.1 * x.mean(0)
+        return x - self.mem
+
+
+class Slots:
+    __slots__ = ("mem",)
+
+    def __init__(self, mem: Any) -> None:
+        self.mem = mem
+
+
+def _looped() -> list[Any]:
+    """A list with a state that holds itself too."""
+    found: list[Any] = [torch.zeros(N, 3)]
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize(
+    ("state", "way"),
+    [
+        (lambda: torch.zeros(N, 3), ""),
+        (lambda: nn.Buffer(torch.zeros(N, 3)), ""),
+        (lambda: [(torch.zeros(N, 3),)], "[0][0]"),
+        (lambda: {"a": {"mem": torch.zeros(N, 3)}}, "['a']['mem']"),
+        (lambda: Holder(torch.zeros(N, 3)), ".mem"),
+        (lambda: Slots([torch.zeros(N, 3)]), ".mem[0]"),
+        (lambda: SimpleNamespace(mem=torch.zeros(N, 3)), ".mem"),
+        (_looped, "[0]"),
+    ],
+    ids=["tensor", "buffer", "list", "dict", "object", "slots", "namespace", "cycle"],
+)
+def test_a_membrane_of_ones_own(state: Callable[[], Any], way: str, scale: float) -> None:
+    """Whatever keeps it; of an example of zeros nothing is left, and one call after it shows nothing."""
+
     def run(s: Any, x: torch.Tensor) -> torch.Tensor:
-        s.steps = x.shape[0]
+        mem = eval(f"s.kept{way}", {"s": s})
+        mem.mul_(0.9).add_(s.fc(x))
+        spikes = (mem > 1).float()
+        mem.mul_(1 - spikes)
+        return spikes
+
+    net = Net(run, fc=nn.Linear(3, 3, bias=False))
+    net.kept = state()
+    found = findings(net, rand(N, 3) * scale)
+    assert rules(found) == [("surviving-state", "")]
+    assert f"writes to self.kept{way}, which survives the call and changes" in found[0].found
+    assert "declare the state as a neuron's" in found[0].fix
+
+
+def test_a_normaliser_that_runs_on_in_a_plain_object() -> None:
+    net = Net(lambda s, x: s.spike(s.norm(x)), spike=IFNode())
+    net.norm = Holder(torch.zeros(N, 3))
+    found = findings(net, rand(T, N, 3))
+    assert rules(found) == [("surviving-state", "")]
+    assert "self.norm.mem" in found[0].found
+
+
+def test_what_is_merely_kept_has_advice_of_its_own() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        s.calls += 1
         return s.spike(x)
 
-    found = findings(Net(run, spike=IFNode()), rand(T, N, 3))
+    net = Net(run, spike=IFNode())
+    net.calls = 0
+    found = findings(net, rand(T, N, 3))
     assert rules(found) == [("surviving-state", "")]
+    assert "self.calls, which survives the call; no output was seen to change" in found[0].found
+    assert "a count or a log" in found[0].fix
+
+
+def test_an_earlier_value_that_is_read_and_hardly_shows() -> None:
+    """Two calls leave what each leaves alone, and no spike comes of the difference."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        y = s.spike(x + s.last.clamp(-1e-9, 1e-9))
+        s.last = x
+        return y
+
+    net = Net(run, spike=IFNode())
+    net.last = torch.zeros(())
+    assert rules(findings(net, rand(T, N, 3))) == [("surviving-state", "")]
+
+
+class Anew(nn.Module):
+    """Keeps on self what each call begins anew."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.fc = how, nn.Linear(3, 3)
+        self.mem: Any = None
+        self.register_buffer("trace", torch.ones(N, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "shape":
+            self.mem = x.shape[1]
+            return self._spikes(x, torch.zeros(self.mem, 3))
+        if self.how == "cache":
+            if self.mem is None or self.mem.shape != x.shape[1:]:
+                self.mem = torch.arange(3.0).expand(x.shape[1:])
+            return self._spikes(x, self.mem)
+        if self.how == "buffer in place":
+            return self._spikes(x, self.trace.zero_())
+        if self.how == "new buffer":
+            self.trace = torch.zeros_like(self.trace)
+            return self._spikes(x, self.trace)
+        if self.how == "nested":
+            self.mem = {"layers": [torch.zeros(N, 3)]}
+            return self._spikes(x, self.mem["layers"][0])
+        self.mem = torch.zeros(x.shape[1:])
+        spikes = self._spikes(x, self.mem)
+        if self.how == "log":
+            self.mem = {"spikes": spikes, "shape": x.shape}
+        return spikes
+
+    def _spikes(self, x: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:
+        spikes = []
+        for step in x:
+            mem *= 0.9
+            mem += self.fc(step)
+            spikes.append((mem > 0.5).float())
+            mem -= mem * spikes[-1]
+        return torch.stack(spikes)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    "how", ["membrane", "shape", "log", "buffer in place", "new buffer", "nested"]
+)
+def test_attributes_that_each_call_sets_anew(how: str, warm: bool) -> None:
+    net = Anew(how)
+    if warm:
+        with torch.no_grad():
+            net(rand(T, N, 3, seed=1))
+    before = dict(vars(net)), net.trace.clone()
+    captured(net, rand(T, N, 3))
+    assert all(vars(net)[name] is value for name, value in before[0].items())
+    assert torch.equal(net.trace, before[1])
 
 
 def test_a_single_step_neuron_whose_spikes_are_used_at_the_end_only() -> None:
@@ -168,6 +306,12 @@ def test_a_multi_step_neuron_in_a_list_is_refused_too() -> None:
     assert [f.rule for f in findings(Hidden(), rand(T, N, 3))] == ["hidden-module"]
 
 
+def test_a_neuron_in_a_plain_object_is_refused_too() -> None:
+    net = Net(lambda s, x: s.helper.layers[0](x))
+    net.helper = SimpleNamespace(layers=[LIFNode()])
+    assert rules(findings(net, rand(T, N, 3))) == [("hidden-module", "helper.layers[0]")]
+
+
 def test_state_outside_the_network() -> None:
     calls: list[int] = []
 
@@ -177,6 +321,31 @@ def test_state_outside_the_network() -> None:
 
     found = findings(Net(run, spike=IFNode()), rand(T, N, 3) + 1)
     assert rules(found) == [("surviving-state", "")]
+
+
+def test_state_outside_the_network_that_does_not_show() -> None:
+    """The trace leaves its tensor there, which the next call cannot compute with."""
+    kept: dict[str, Any] = {}
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        kept["mem"] = kept.get("mem", 0.0) * 1e-9 + s.fc(x)
+        return s.spike(kept["mem"])
+
+    found = findings(Net(run, fc=nn.Linear(3, 3), spike=IFNode()), rand(T, N, 3))
+    assert rules(found) == [("surviving-state", "")]
+    assert "as in a global" in found[0].found
+
+
+def test_a_batch_size_kept_beside_integers() -> None:
+    """Which no random numbers take the place of."""
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        s.batch = x.shape[1]
+        return s.spike(s.embed(x).reshape(T, s.batch, 3))
+
+    net = Net(run, embed=nn.Embedding(T * N, 3), spike=IFNode())
+    x = torch.arange(T * N).reshape(T, N)
+    assert torch.equal(capture(net, (x,))(x), net(x))
 
 
 class Settings:
