@@ -336,6 +336,19 @@ def test_state_outside_the_network_that_does_not_show() -> None:
     assert "as in a global" in found[0].found
 
 
+@pytest.mark.parametrize("children", [{}, {"spike": IFNode()}], ids=["no neuron", "a neuron"])
+def test_state_outside_the_network_that_shows_late(children: dict[str, nn.Module]) -> None:
+    """It is not put down to the neurons, of which there may be none."""
+    calls: list[int] = []
+
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return (s.spike(x) if children else x) * (1 if len(calls) < 5 else 2)
+
+    found = findings(Net(run, **children), rand(T, N, 3) + 1)
+    assert rules(found) == [("surviving-state", "")]
+
+
 def test_a_batch_size_kept_beside_integers() -> None:
     """Which no random numbers take the place of."""
 
