@@ -32,11 +32,28 @@ _OPAQUE = {*sys.stdlib_module_names, "torch", "numpy"}
 _MOST = 4096
 
 
+def modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by path, the :func:`hidden` ones too."""
+    yield from net.named_modules()
+    for path, module, _ in hidden(net):
+        yield from module.named_modules(prefix=path)
+
+
+def hidden(net: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Modules that torch does not know of, and whether a container holds them, or a plain object."""
+    registered = {id(m) for m in net.modules()}
+    for path, module in net.named_modules():
+        for name, value in held(module):
+            for way, part in walk(value):
+                if isinstance(part, nn.Module) and id(part) not in registered:
+                    contained = isinstance(value, (list, tuple, set, frozenset, dict))
+                    yield (f"{path}.{name}" if path else name) + way, part, contained
+
+
 def snapshot(net: nn.Module) -> Snapshot:
     """Every module's attributes and buffers, as they are now."""
     return {
-        path: {name: _parts(value) for name, value in held(module)}
-        for path, module in net.named_modules()
+        path: {name: _parts(value) for name, value in held(module)} for path, module in modules(net)
     }
 
 
@@ -61,8 +78,8 @@ def replaced(value: Any, by: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A deep copy with other tensors, which holds the same modules."""
     parts = [part for _, part in walk(value)]
     tensors = {id(part): by(part) for part in parts if isinstance(part, torch.Tensor)}
-    modules = {id(part): part for part in parts if isinstance(part, nn.Module)}
-    return copy.deepcopy(value, {**tensors, **modules})
+    same = {id(part): part for part in parts if isinstance(part, nn.Module)}
+    return copy.deepcopy(value, {**tensors, **same})
 
 
 def held(module: nn.Module) -> Iterator[tuple[str, Any]]:

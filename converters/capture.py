@@ -63,7 +63,7 @@ def capture(net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
     args = tuple(args)
     watched = watch(net, args)
     findings, tried = watched.findings, Tried()
-    if not any(f.rule == "forward-fails" for f in findings):
+    if watched.after:
         tried = try_out(net, args, watched)
         findings += tried.findings
     if findings:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import sources
-from .attributes import Snapshot, changes, differing, equal, replaced, snapshot
+from .attributes import Snapshot, changes, differing, equal, modules, replaced, snapshot
 from .errors import Finding
 from .watch import Watched, copies, evaluation_copy, undisturbed
 
@@ -139,10 +139,10 @@ def _places(
     net: nn.Module, written: Mapping[str, Iterable[str]]
 ) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
     """The dictionaries that hold the attributes now, and whose they are."""
-    modules = dict(net.named_modules())
+    known = dict(modules(net))
     for path, names in written.items():
         # A declared neuron's own parts are gone where a stand-in is in its place.
-        module: nn.Module | None = modules.get(path)
+        module: nn.Module | None = known.get(path)
         if module is None:
             continue
         for name in names:

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from . import sources
-from .attributes import Parts, Snapshot, changes, differing, equal, held, snapshot, walk
+from .attributes import Parts, Snapshot, changes, differing, equal, hidden, modules, snapshot
 from .errors import CaptureError, Finding, SpikeportError
 from .exported import HEADLINE, place
 from .sources import Memory, Reading
@@ -35,7 +35,7 @@ class Watched:
         kept: Its other layers with a state, by path.
         known: Paths of all modules that a source has something to say about.
         written: Names of the attributes that it wrote on other modules, by path.
-        after: All modules' attributes after the call.
+        after: All modules' attributes after the call, if it came to its end.
     """
 
     outputs: Any = None
@@ -69,8 +69,11 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
             module.register_forward_pre_hook(_tally(path, seen))
         else:
             seen.findings += reading
-    for path, module in _hidden(work):
-        module.register_forward_pre_hook(_tell_hidden(path, seen))
+    for path, module, contained in hidden(work):
+        # A plain object may hold an activation, or weights, which trace as they are.
+        if contained or [*sources.read_all(module)]:
+            module.register_forward_pre_hook(_tell_hidden(path, seen))
+            ids |= {id(m) for m in module.modules()}
     before, inputs = snapshot(work), copies(args)
     try:
         with undisturbed(work):
@@ -82,7 +85,7 @@ def watch(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Watched:
         _written(i) for i, (a, b) in enumerate(zip(args, inputs, strict=True)) if not equal(a, b)
     ]
     seen.after = snapshot(work)
-    seen.known = {path for path, module in work.named_modules() if id(module) in ids}
+    seen.known = {path for path, module in modules(work) if id(module) in ids}
     # What was not there before the first call is nothing that a call starts from.
     starts: dict[str, set[str]] = {}
     for path, names in changes(before, seen.after).items():
@@ -228,16 +231,6 @@ def _tally(path: str, seen: Watched) -> Callable[..., None]:
         seen.calls[path] = seen.calls.get(path, 0) + 1
 
     return hook
-
-
-def _hidden(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in plain containers and objects, which torch does not know of."""
-    registered = {id(m) for m in net.modules()}
-    for path, module in net.named_modules():
-        for name, value in held(module):
-            for way, part in walk(value):
-                if isinstance(part, nn.Module) and id(part) not in registered:
-                    yield (f"{path}.{name}" if path else name) + way, part
 
 
 def _tell_hidden(path: str, seen: Watched) -> Callable[..., None]:

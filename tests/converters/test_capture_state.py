@@ -312,6 +312,16 @@ def test_a_neuron_in_a_plain_object_is_refused_too() -> None:
     assert rules(findings(net, rand(T, N, 3))) == [("hidden-module", "helper.layers[0]")]
 
 
+def test_other_modules_in_a_plain_object() -> None:
+    """What keeps nothing traces as it is, and what does is seen."""
+    net = Net(lambda s, x: s.spike(s.helper.layer(x)), spike=LIFNode())
+    net.helper = SimpleNamespace(layer=nn.ReLU())
+    captured(net, rand(T, N, 3))
+    net.helper.layer = Memory("buffer")
+    found = findings(net, torch.zeros(T, N, 3))
+    assert rules(found) == [("surviving-state", "helper.layer")]
+
+
 def test_state_outside_the_network() -> None:
     calls: list[int] = []
 
