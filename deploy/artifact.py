@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
-from ..converters import watch
+from ..converters.attributes import equal
 from ..converters.errors import ArtifactCorruptError, ArtifactError
 from ..converters.verify import difference
 from . import store
@@ -128,21 +128,21 @@ class Artifact:
         recorded = self.manifest["samples"]
         if not recorded["calls"]:
             raise ArtifactError(f"{self.path} has no recorded inputs; convert from example inputs")
-        equal, largest, agreeing, rows = True, 0.0, 0, 0
+        same, largest, agreeing, rows = True, 0.0, 0, 0
         with self.load(device, target) as model:
             for k in range(recorded["calls"]):
                 inputs = _numbered(samples, f"{k}.input", len(model.inputs))
                 expected = _numbered(samples, f"{k}.output", len(model.outputs))
                 found, _ = pytree.tree_flatten(model(*inputs))
                 for a, b in zip(found, expected, strict=True):
-                    equal = equal and watch.equal(a, b)
+                    same = same and equal(a, b)
                     off = difference(a, b)
                     largest = max(largest, off.max().item() if off.numel() else 0.0)
                 if found[0].dim() == 2:
                     agreeing += int((classes(found[0]) == classes(expected[0])).sum())
                     rows += len(found[0])
         agreement = agreeing / rows if rows else None
-        return Verification(recorded["source"], recorded["calls"], equal, largest, agreement)
+        return Verification(recorded["source"], recorded["calls"], same, largest, agreement)
 
     def __str__(self) -> str:
         m = self.manifest
