@@ -293,7 +293,7 @@ class Loops(Stepwise):
                 and _settings(before) == _settings(n)
                 and self.step_at(before) == self.T - 3
             ):
-                return (*row[:-1], n)  # type: ignore[misc]
+                return (*row[:-1], n)
         return None
 
     def _history(self, n: Node, path: Sequence[int]) -> Row | None:
