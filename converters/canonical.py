@@ -237,6 +237,8 @@ class _Canonical(Builder):
             return self._joined(n, args, path)
         if target in _MATMULS:
             return self.call(aten.matmul.default, *args, path=path)
+        if target is aten.div.Tensor_mode:
+            return self._quotient(n, args, kwargs["rounding_mode"], path)
         if target in _ANY:
             return self._any(n, args[0], path)
         if target is aten.t.default:
@@ -269,6 +271,15 @@ class _Canonical(Builder):
         if value.meta["val"].dtype == dtype:
             return value
         return self.call(aten._to_copy.default, value, path=path, dtype=dtype)
+
+    def _quotient(self, n: fx.Node, args: Any, rounding: str | None, path: str) -> fx.Node:
+        """A quotient towards a whole number; floor division is not the floor of the rounded quotient."""
+        if rounding == "floor":
+            return self.call(aten.floor_divide.default, *args, path=path)
+        if rounding == "trunc" and not n.meta["val"].is_floating_point():
+            return self.call(n.target, *args, path=path, rounding_mode=rounding)
+        quotient = self.call(aten.div.Tensor, *args, path=path)
+        return quotient if rounding is None else self.call(aten.trunc.default, quotient, path=path)
 
     def _any(self, n: fx.Node, x: fx.Node, path: str) -> fx.Node:
         """Whether any is true, as the largest of them is."""

@@ -265,6 +265,8 @@ def _violations(program: Program, target: str, can: Capabilities) -> Iterator[Fi
 
 #: What to do about an operator that a target lacks and that has no other form there.
 _INSTEAD = {
+    "aten.floor_divide": "write torch.floor(x / y), which is another number only where the quotient rounds "
+    "up to a whole one; floor division by 2 and other powers of 2 is taken as it is",
     "aten.gelu": "train with nn.GELU(approximate='tanh'), which is computed from tanh",
     **dict.fromkeys(
         ("aten.log_softmax", "aten.argmax", "aten.topk", "aten.sort", "aten.argsort"),

@@ -130,6 +130,18 @@ def ceil(x: Term) -> Any:
     return nearest + (nearest < x).like(x)
 
 
+def floor_divide(x: Term, y: Term | float) -> Any:
+    """The floor of x / y where that division is exact: by a power of 2.
+
+    Other quotients may round up to a whole number that x / y is below. Of infinity it is NaN.
+    """
+    if isinstance(y, Term) or abs(math.frexp(y)[0]) != 0.5:
+        return None
+    if isinstance(y, int) and not x.dtype.is_floating_point:
+        return None
+    return floor(x / float(y)) - (x - x)
+
+
 def lerp(x: Term, y: Term, weight: Term | float) -> Any:
     """x + weight (y - x), from the nearer end as torch computes it."""
     from_x, from_y = x + (y - x) * weight, y - (y - x) * (1.0 - weight)
@@ -212,6 +224,7 @@ FORMULAS: dict[Any, Callable[..., Term | None]] = {
     aten.floor.default: floor,
     aten.ceil.default: ceil,
     aten.trunc.default: lambda x: where(x < 0.0, ceil(x), floor(x)),
+    aten.floor_divide.default: floor_divide,
     aten.lerp.Scalar: lerp,
     aten.lerp.Tensor: lerp,
     aten.addcmul.default: lambda x, a, b, value: x + a * b * value,

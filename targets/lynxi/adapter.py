@@ -19,7 +19,13 @@ from torch import fx, nn
 
 from ...converters import ops
 from ...converters.builder import Builder
-from ...converters.errors import CompileError, DeviceError, TargetUnavailableError, UsageError
+from ...converters.errors import (
+    CompileError,
+    DeviceError,
+    Finding,
+    TargetUnavailableError,
+    UsageError,
+)
 from ...converters.ops import Node, aten
 from ...converters.passes import (
     Pass,
@@ -70,6 +76,19 @@ class Lynxi:
         encode = (exact_encoder,) if dtype == torch.float16 else ()
         merge = merge_dimensions(can.max_rank or 4)
         return rewrites(dtype, decompose, merge, *encode, lower_neurons)
+
+    def inspect(self, program: Program) -> Iterator[Finding]:
+        """Division of whole numbers, which shares its name with that of others."""
+        for n in program.graph.find_nodes(op="call_function", target=aten.div.Tensor_mode):
+            yield Finding(
+                rule="operator",
+                where=where(n),
+                node=n.name,
+                target=self.name,
+                found=f"a division of {n.meta['val'].dtype} towards zero",
+                allowed="division of floating-point numbers",
+                fix="divide floating-point numbers: torch.div(x.float(), y, rounding_mode='trunc')",
+            )
 
     def _import(self, name: str) -> Any:
         if self.simulated:

@@ -69,19 +69,11 @@ def _reversed_sub(e: Emitter, n: Node) -> str:
     return e("Sub", e.value(n.args[1], dtype_of(n)), e.value(n.args[0], dtype_of(n)))
 
 
-def _division(e: Emitter, n: Node) -> str:
-    mode = n.kwargs.get("rounding_mode")
-    if mode == "floor":
-        return _floor_division(e, n)
-    quotient = _binary("Div")(e, n)
-    return _towards_zero(e, quotient) if mode == "trunc" else quotient
-
-
 def _floor_division(e: Emitter, n: Node) -> str:
     """floor(a / b) as torch computes it: from a less its remainder, which a multiple of b divides."""
     dtype = dtype_of(n)
     if not dtype.is_floating_point:
-        return _whole_division(e, n)
+        return _whole_floor(e, n)
     a, b = (e.value(x, dtype) for x in n.args[:2])
     rest = _modulus(e, n)
     quotient = e("Div", e("Sub", a, rest), b)
@@ -92,18 +84,29 @@ def _floor_division(e: Emitter, n: Node) -> str:
     return e("Where", e("Equal", b, e.value(0, dtype)), e("Div", a, b), floor)
 
 
-def _whole_division(e: Emitter, n: Node) -> str:
+def _whole_floor(e: Emitter, n: Node) -> str:
     """floor(a / b) of whole numbers, which ONNX's own division rounds towards zero."""
+    a, b, wide = _whole_operands(e, n)
+    opposite = _opposite(e, e("Mod", a, b, fmod=1), b, wide)
+    quotient = e("Sub", e("Div", a, b), e.cast(opposite, torch.bool, wide))
+    return e.cast(quotient, wide, dtype_of(n))
+
+
+def _whole_quotient(e: Emitter, n: Node) -> str:
+    """a / b of whole numbers towards zero; any other rounding has another spelling."""
+    a, b, wide = _whole_operands(e, n)
+    return e.cast(e("Div", a, b), wide, dtype_of(n))
+
+
+def _whole_operands(e: Emitter, n: Node) -> tuple[str, str, torch.dtype]:
+    """A whole number and a divisor that is known not to be 0, and their type."""
     divisor = n.args[1]
     known = e.tensor(divisor) if isinstance(divisor, fx.Node) else torch.tensor(divisor)
     if known is None or not known.all():
-        raise NotInOnnx("floor division of whole numbers by what is computed, and may be 0")
-    dtype = dtype_of(n)
-    wide = dtype if dtype == torch.int64 else torch.int32
+        raise NotInOnnx("division of whole numbers by what is computed, and may be 0")
+    wide = torch.int64 if dtype_of(n) == torch.int64 else torch.int32
     a, b = (e.value(x, wide) for x in n.args[:2])
-    opposite = _opposite(e, e("Mod", a, b, fmod=1), b, wide)
-    quotient = e("Sub", e("Div", a, b), e.cast(opposite, torch.bool, wide))
-    return e.cast(quotient, wide, dtype)
+    return a, b, wide
 
 
 def _opposite(e: Emitter, rest: str, divisor: str, dtype: torch.dtype) -> str:
@@ -237,9 +240,9 @@ POINTWISE: dict[Any, Exporter] = {
     aten.rsub.Tensor: _reversed_sub,
     aten.mul.Tensor: _binary("Mul"),
     aten.mul.Scalar: _binary("Mul"),
-    aten.div.Tensor: _division,
-    aten.div.Scalar: _division,
-    aten.div.Tensor_mode: _division,
+    aten.div.Tensor: _binary("Div"),
+    aten.div.Scalar: _binary("Div"),
+    aten.div.Tensor_mode: _whole_quotient,
     aten.floor_divide.default: _floor_division,
     aten.fmod.Scalar: _modulus,
     aten.fmod.Tensor: _modulus,

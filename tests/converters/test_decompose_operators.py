@@ -160,6 +160,12 @@ CASES = {
     "step": (lambda x: torch.heaviside(x.round(), x), IMAGE),
     "sign": (lambda x: x.round().sign(), IMAGE),
     "whole numbers": (lambda x: (3 * x).floor() + (5 * x).ceil() * 10 + (7 * x).trunc(), IMAGE),
+    "whole quotients": (
+        lambda x: (
+            torch.div(x, -0.25, rounding_mode="floor") + x // 2 + x.div(0.7, rounding_mode="trunc")
+        ),
+        IMAGE,
+    ),
     "between": (lambda x: torch.lerp(x, -x, 0.3) + torch.lerp(x, -x, 0.8), IMAGE),
     "between, by a tensor": (lambda x: torch.lerp(x, x * x, x[0]), IMAGE),
     "added product": (lambda x: torch.addcmul(x, x, x[0], value=0.5), IMAGE),
@@ -236,6 +242,7 @@ def test_formulas_where_arithmetic_ends() -> None:
         aten.celu.default: (0.7,),
         aten.threshold.default: (0.3, -2.0),
         aten.heaviside.default: (torch.tensor(0.5),),
+        aten.floor_divide.default: (-0.5,),
         aten.lerp.Scalar: (x + 1, 0.3),
         aten.lerp.Tensor: (x + 1, torch.tensor(0.7)),
         aten.addcmul.default: (x, x),

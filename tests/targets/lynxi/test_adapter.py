@@ -100,6 +100,28 @@ def test_whole_numbers_go_in_as_they_are(tmp_path, given, dtype, time, model_typ
     assert 0 < spikes.mean() < 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_a_division_that_it_would_round_otherwise_is_refused(dtype: torch.dtype) -> None:
+    """Lyngor takes the floor of the quotient: 3.5 / 0.7 is 5 there, and 3.5 // 0.7 is 4."""
+
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x // (0.7 if dtype.is_floating_point else 2)
+
+    (floor,) = deploy.check(Net(), (torch.ones(4, 6, dtype=dtype),), ["lynxi-sim"]).errors
+    assert floor.found == "aten.floor_divide"
+    assert "torch.floor(x / y)" in floor.fix
+
+
+def test_a_division_of_whole_numbers_towards_zero_is_refused() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.div(2, rounding_mode="trunc")
+
+    (found,) = deploy.check(Net(), (torch.ones(4, dtype=torch.int32),), ["lynxi-sim"]).errors
+    assert "torch.int32 towards zero" in found.found
+
+
 def test_another_form_than_lyngor_is_given_is_refused(program, tmp_path) -> None:
     with pytest.raises(UsageError, match="model_type is 'Keras'; allowed: Pytorch, ONNX"):
         targets.get("lynxi-sim").compile(program, tmp_path, {"model_type": "Keras"})

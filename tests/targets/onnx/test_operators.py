@@ -62,6 +62,7 @@ CASES: dict[str, Case] = {
     "div": lambda x, w: x / w["scale"].reshape(4, 1, 1),
     "div_floor": lambda x, w: torch.div(x, 0.3, rounding_mode="floor"),
     "div_trunc": lambda x, w: torch.div(x, 0.3, rounding_mode="trunc"),
+    "div_whole": lambda x, w: (10 * x).int().div(-3, rounding_mode="trunc"),
     "floor_divide": lambda x, w: x // -0.3 + x // w["scale"].reshape(4, 1, 1),
     "fmod": lambda x, w: x.fmod(0.3) + x.fmod(w["other"]),
     "remainder": lambda x, w: x % 0.3 + x % -0.3 + x % w["other"],
