@@ -95,7 +95,14 @@ class Builder:
         if node.op == "get_attr":
             return self.constant(node.target, self.program.tensor(node.target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        return self.call(node.target, *args, path=where(node), **kwargs)
+        return self.instead(node, *args, **kwargs)
+
+    def instead(self, node: Node, *args: Any, **kwargs: Any) -> fx.Node:
+        """The same operator with other arguments; neurons stay the layer that they are."""
+        made = self.call(node.target, *args, path=where(node), **kwargs)
+        if (site := node.meta.get("site")) is not None:
+            made.meta["site"] = site
+        return made
 
     def finish(
         self,
@@ -166,7 +173,11 @@ def seal(
 
 
 def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[Site, ...]:
-    """The sites of a graph whose neurons are still single nodes."""
+    """The sites of a graph whose neurons are still single nodes.
+
+    The first graph names them, by the order in which they come; the nodes keep these names through all that
+    is made of it, where the order may be another one.
+    """
     sites: list[Site] = []
     uses: dict[str, int] = {}
 
@@ -181,7 +192,7 @@ def neuron_sites(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> tuple[
     ) -> None:
         path = where(n)
         uses[path] = uses.get(path, 0) + 1
-        name = path if uses[path] == 1 else f"{path}#{uses[path]}"
+        name = n.meta.setdefault("site", path if uses[path] == 1 else f"{path}#{uses[path]}")
         neuron = Neuron.from_json(spec, (tensors[p.target] for p in params))
         sites.append(Site(name, path, neuron, T, layout, tuple(drives), tuple(spikes)))
 

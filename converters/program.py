@@ -487,6 +487,12 @@ class Program:
         return describe(self)
 
 
+def paired(captured: Program, program: Program) -> list[tuple[Site, Site]]:
+    """Each layer of a captured program, and what it is in one that was made of it."""
+    own = {site.name: site for site in program.sites}
+    return [(site, own[site.name]) for site in captured.sites]
+
+
 def where(node: fx.Node) -> str:
     """Path of the source module that a node came from."""
     path: str = node.meta.get("path", "")

@@ -32,7 +32,7 @@ from .errors import Finding, MismatchError, UnsupportedError
 from .passes.lower_neurons import lower_neurons
 from .passes.step_time import step_time
 from .probes import probe_inputs
-from .program import NEURON, PassReport, Program, Site, TensorSpec, Time, short, where
+from .program import NEURON, PassReport, Program, Site, TensorSpec, Time, paired, short, where
 from .rounding import CERTAINTY, Bounds
 from .sources import Reading
 
@@ -128,7 +128,7 @@ def _verify(program: Program, counts: Mapping[str, int]) -> VerificationEvidence
         source = Trace.of(captured, example)
         free = Trace.of(program, example, drives=False)
         _check_finite(program, source, free)
-        for site, mine in zip(captured.sites, program.sites, strict=True):
+        for site, mine in paired(captured, program):
             flips[site.name] += _differing(source.fired(site), free.fired(mine))
         difference = max([difference, *map(_largest, source.outputs, free.outputs)])
         del free  # its spikes are as many as those of the runs to come
@@ -363,7 +363,7 @@ def _compare_layers(
 ) -> None:
     captured = program.captured
     assert captured is not None
-    pairs = list(zip(captured.sites, program.sites, strict=True))
+    pairs = paired(captured, program)
     spikes = {mine.name: source.fired(theirs).to(program.dtype) for theirs, mine in pairs}
     local = Trace.of(program, example, spikes)
     bounds = Bounds(program, example, spikes)

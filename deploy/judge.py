@@ -21,7 +21,7 @@ from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import UsageError
 from ..converters.host import on_host
-from ..converters.program import Program, Site, Time
+from ..converters.program import Program, Site, Time, paired
 from ..converters.rounding import Bounds, charged
 from ..converters.verify import Trace, difference
 from .pipeline import rewrite_for
@@ -258,7 +258,7 @@ class Judge:
         }
         local = Trace.of(captured, padded, theirs)
         bounds = Bounds(program, padded, theirs)
-        for site, mine in zip(captured.sites, program.sites, strict=True):
+        for site, mine in paired(captured, program):
             spikes, dim = theirs[site.name] != 0, self._dims[site.name]
             differing = _cut(spikes != own[site.name], dim, count)
             by_step = differing.flatten(1).double().sum(1)

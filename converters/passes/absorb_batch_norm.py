@@ -117,4 +117,4 @@ def _scaled_neuron(
         for name, tensor in changed.tensors().items()
     ]
     x, _, _, layout, T = n.args
-    return build.call(NEURON, env[x], tensors, changed.to_json(), layout, T, path=where(n))
+    return build.instead(n, env[x], tensors, changed.to_json(), layout, T)

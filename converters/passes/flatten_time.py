@@ -199,7 +199,7 @@ class _Flatten(Builder):
         params = [self.env[p] for p in n.args[1]]
         layout = "static" if x.static else "flat"
         spec, index = n.args[2], n.args[5:]
-        node = self.call(n.target, x.node, params, spec, layout, x.T, *index, path=where(n))
+        node = self.instead(n, x.node, params, spec, layout, x.T, *index)
         return _Folded(node, x.T, x.N)
 
     def _expand(self, n: Node) -> Node | _Folded | None:

@@ -215,7 +215,7 @@ class _Merge(Builder):
         if n.target is NEURON:
             self.samples[self.program.site(n).name] = size[1:]
         own = [self._parameter(p, size[1:]) for p in params]
-        return self.emit(n.target, self.form(x, merged(size, self.most)), own, spec, layout, *rest)
+        return self.instead(n, self.form(x, merged(size, self.most)), own, spec, layout, *rest)
 
     def step(self, n: Node) -> Node:
         x, before, params, *rest = n.args
@@ -225,7 +225,7 @@ class _Merge(Builder):
         own = [self._parameter(p, size[1:]) for p in params]
         held = merged(size, self.most)
         state = self.form(before, [shape(before)[0], *held])
-        return self.emit(n.target, self.form(x, held), state, own, *rest)
+        return self.instead(n, self.form(x, held), state, own, *rest)
 
     def _parameter(self, p: Node, sample: tuple[int, ...]) -> Node:
         """What is broadcast over a sample, over one whose last dimensions are one."""

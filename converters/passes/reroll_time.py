@@ -270,6 +270,7 @@ class _Reroll(Builder):
         params = [self._value(p) for p in calls[0].args[2]]
         spec, path = calls[0].args[3], where(calls[0])
         node = self.call(NEURON, x, params, spec, "stepped", site.T, path=path)
+        node.meta["site"] = site.name
         parts: dict[int, Node] = {}
         for part in (u for call in calls for u in call.users):
             if part.args[1] == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,6 +258,60 @@ def test_a_wrong_stack_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         deploy.convert(
             Layers(collect(lambda n, x: n.lif1(x))), (rand(T, N, F),), target="reference"
         )
+
+
+class LastToFirst(nn.Module):
+    """Two layers of one neuron module; the second hears the first one's spikes of the step before."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, last)
+        self.lif = snn.Leaky(beta=0.9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = v1 = torch.zeros(x.shape[1], 6)
+        v2, spikes = torch.zeros(x.shape[1], self.fc2.out_features), []
+        for now in x:
+            last, v2 = self.lif(self.fc2(first), v2)
+            first, v1 = self.lif(self.fc1(now), v1)
+            spikes.append(last)
+        return torch.stack(spikes)
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("last", [6, 3])
+def test_layers_of_one_module_keep_their_names(last: int, time: Any, tmp_path: Path) -> None:
+    """Re-rolled, the layer that is called second comes first, as it needs nothing of the other."""
+    net, x = LastToFirst(last), rand(T, N, 4) * 4
+    program = deploy.convert(net, (x,), "lynxi-sim", dtype="float32", time=time)
+    assert program.captured is not None
+    for part in (program, program.captured):
+        shapes = {site.name: part.shape(site.drives[0])[-1] for site in part.sites}
+        assert shapes == {"lif": last, "lif#2": 6}
+    deploy.compile(program, tmp_path / "a", cache=False)
+    report = deploy.compare(net, deploy.load(tmp_path / "a"), [(x, torch.zeros(N))])
+    assert not any(any(layer.differing) or layer.unexplained for layer in report.layers)
+
+
+def test_a_reset_that_pools_otherwise_than_the_spikes_is_verified() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell = snn.SConv2dLSTM(
+                1, 2, 3, threshold=0.05, max_pool=2, reset_mechanism="subtract"
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            (syn, mem), spikes = self.cell.reset_mem(), []
+            for now in x:
+                spike, syn, mem = self.cell(now, syn, mem)
+                spikes.append(spike)
+            return torch.stack(spikes)
+
+    program = deploy.convert(Net(), (rand(3, 2, 1, 8, 8),), "reference")
+    assert [site.name for site in program.sites] == ["cell", "cell#2"]
 
 
 def test_the_graph_does_not_grow_with_time() -> None:
