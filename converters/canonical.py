@@ -23,15 +23,13 @@ from .neurons import Neuron
 from .ops import Node, aten, shape
 from .program import NEURON, NEURON_STEP, STATE, PassReport, Program, TensorSpec, short
 
-_PASS_THROUGH = frozenset(
-    {
-        aten.clone.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.contiguous.default,
-        aten.lift_fresh_copy.default,
-    }
-)
+#: Copies, which may lie otherwise in memory.
+_COPIES = frozenset({aten.clone.default, aten.contiguous.default})
+_PASS_THROUGH = _COPIES | {
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+}
 #: What writes its second argument into its first, whose type stays.
 _WRITES = frozenset(
     {
@@ -46,8 +44,16 @@ _NEURONS = {NEURON: 2, STATE: 2, NEURON_STEP: 3}
 _CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "_assert_async"})
 
 
-def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> Program:
+def to_program(
+    exported: Any, net: nn.Module, args: Sequence[torch.Tensor], layouts: bool = False
+) -> Program:
     """The exported graph as a program.
+
+    Args:
+        exported: What ``torch.export`` gave.
+        net: The network.
+        args: The example inputs.
+        layouts: Whether copies stay that lie in the order of their dimensions and their originals do not.
 
     Raises:
         UsageError: The network returns something else than tensors.
@@ -61,7 +67,7 @@ def to_program(exported: Any, net: nn.Module, args: Sequence[torch.Tensor]) -> P
     values = {**dict(exported.state_dict), **exported.constants}
     specs = []
     empty = Program(fx.GraphModule({}, fx.Graph()), (), (), exported.call_spec.out_spec)
-    build = _Canonical(empty, net)
+    build = _Canonical(empty, net, layouts)
     used = live(exported.graph)
     placeholders = exported.graph.find_nodes(op="placeholder")
     held = [n for n in placeholders if n.name in attributes]
@@ -121,8 +127,9 @@ def _floating(inputs: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> t
 class _Canonical(Builder):
     """Copies exported nodes, with one spelling for what ATen spells in several ways."""
 
-    def __init__(self, program: Program, net: nn.Module) -> None:
+    def __init__(self, program: Program, net: nn.Module, layouts: bool) -> None:
         super().__init__(program)
+        self._layouts = layouts
         self._modules = dict(net.named_modules(remove_duplicate=False))
         self.env: dict[fx.Node, Any] = {}
         self.findings: list[Finding] = []
@@ -151,6 +158,10 @@ class _Canonical(Builder):
             if not isinstance(args[0].meta["val"], (tuple, list)) and args[1] == 0:
                 self.env[n] = args[0]
                 return
+        elif self._layouts and target in _COPIES and _moved_in_memory(n):
+            form = torch.contiguous_format
+            self.env[n] = self.call(aten.clone.default, args[0], path=path, memory_format=form)
+            return
         elif (
             target in _PASS_THROUGH
             or idle(n)
@@ -610,6 +621,16 @@ def _is_constant(n: Node) -> bool:
 def _put_in(x: Node, dim: int) -> bool:
     """Whether a dimension of 1 was put in there."""
     return x.target is aten.unsqueeze.default and ops.dim(x, x.args[1]) == dim
+
+
+def moves_in_memory(exported: Any) -> bool:
+    """Whether an exported graph has copies that lie otherwise in memory than their originals."""
+    return any(n.target in _COPIES and _moved_in_memory(n) for n in exported.graph.nodes)
+
+
+def _moved_in_memory(n: Node) -> bool:
+    """Whether a copy lies in the order of its dimensions, and what it is a copy of does not."""
+    return bool(n.meta["val"].is_contiguous() and not n.args[0].meta["val"].is_contiguous())
 
 
 def _same(x: fx.Node, kwargs: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ _WHOLE = frozenset(
         aten.amax.default,
         aten.amin.default,
         aten.cat.default,
+        aten.clone.default,
         aten.expand.default,
         aten.index_select.default,
         aten.mul.Tensor,

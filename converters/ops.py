@@ -26,6 +26,7 @@ _UNTAGGED = frozenset(
     {
         *SELECT,
         aten._to_copy.default,
+        aten.clone.default,
         aten.__and__.Scalar,
         aten.__or__.Scalar,
         aten.__xor__.Scalar,

@@ -41,6 +41,7 @@ _EXACT = frozenset(
         ops.RESHAPE,
         aten.slice.Tensor,
         aten.cat.default,
+        aten.clone.default,
         aten.stack.default,
         aten.select.int,
         aten.unsqueeze.default,

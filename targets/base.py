@@ -19,6 +19,7 @@ from ..converters.passes import (
     Pass,
     absorb_batch_norm,
     cast_float16,
+    drop_copies,
     drop_unused_steps,
     flatten_time,
     fold_batch_norm,
@@ -155,7 +156,8 @@ def rewrites(dtype: torch.dtype, *lowering: Pass) -> tuple[Pass, ...]:
     For float16 a batch norm is absorbed rather than folded where that is possible, because folding rounds
     the weights once more, and the cast comes last.
     """
-    layout = (drop_unused_steps, fold_constants, reroll_time, hoist_time_invariant, flatten_time)
+    first = (drop_copies, drop_unused_steps, fold_constants)
+    layout = (*first, reroll_time, hoist_time_invariant, flatten_time)
     if dtype == torch.float16:
         return (*layout, absorb_batch_norm, fold_batch_norm, *lowering, cast_float16)
     return (*layout, fold_batch_norm, *lowering)

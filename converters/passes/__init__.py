@@ -11,6 +11,7 @@ from ..program import Program
 from .absorb_batch_norm import absorb_batch_norm
 from .cast_float16 import cast_float16
 from .decompose_operators import decompose_operators, unroll_recurrences
+from .drop_copies import drop_copies
 from .drop_unused_steps import drop_unused_steps
 from .exact_encoder import exact_encoder
 from .flatten_time import flatten_time
@@ -45,10 +46,10 @@ def stepped(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
 def keeping_rounding(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
     """A target's passes without those that let layers round otherwise and that it can do without.
 
-    Batch norms stay out of weights, and an operator has the rows that it has in the network: on others
-    a library may add up in another order.
+    Batch norms stay out of weights, and an operator has the rows that it has in the network, as they lie in
+    memory there: on others a library may add up in another order.
     """
-    left: list[Pass] = [absorb_batch_norm, fold_batch_norm, hoist_time_invariant]
+    left: list[Pass] = [absorb_batch_norm, drop_copies, fold_batch_norm, hoist_time_invariant]
     if step_time not in passes:  # it takes apart again what re-rolling puts together
         left.append(reroll_time)
     return tuple(one for one in passes if one not in left)
@@ -59,6 +60,7 @@ __all__ = [
     "absorb_batch_norm",
     "cast_float16",
     "decompose_operators",
+    "drop_copies",
     "drop_unused_steps",
     "exact_encoder",
     "flatten_time",

@@ -20,6 +20,7 @@
     log(1 + x)                     of log1p, less exact near 0
     where(x != x, 0, x)            of nan_to_num, and likewise for infinities
     a != b                         of the exclusive or
+    x                              of its copy
     their steps                    of LSTM, GRU and RNN (converters/recurrences.py)
     formulas                       of elementwise operators (converters/passes/formulas.py)
     conv2d, pool2d, upsample2d     of those over [N, C, D, H, W] (converters/passes/volumes.py)
@@ -429,6 +430,9 @@ class _Decompose(Builder):
             return None
         return self.emit(aten.ne.Tensor, a, b)
 
+    def copied(self, n: Node) -> Node:
+        return self.given(n)[0]
+
     def recurrent(self, n: Node) -> list[Node] | None:
         return recurrent(self, n, self.given(n), self.path)
 
@@ -639,6 +643,7 @@ _RULES: dict[Any, Callable[[_Decompose, Node], Node | list[Node] | None]] = {
     aten.upsample_nearest2d.vec: _Decompose.resampled,
     aten._upsample_nearest_exact2d.vec: _Decompose.resampled,
     aten.amin.default: _Decompose.amin,
+    aten.clone.default: _Decompose.copied,
     aten.constant_pad_nd.default: _Decompose.padded,
     aten.log_softmax.int: _Decompose.log_softmax,
     aten.rms_norm.default: _Decompose.rms_norm,

@@ -15,6 +15,7 @@ from torch import nn
 
 from spikeport import deploy
 from spikeport.converters.neurons import IF, IFNode, Node
+from spikeport.converters.verify import Trace
 from spikeport.deploy import cli
 from spikeport.targets.lynxi.simulator import options
 
@@ -130,6 +131,48 @@ def test_a_loop_over_time_rounds_step_by_step(target: str, time: Any, tmp_path: 
         deploy.compile(program, tmp_path / "made", probe=False)
         with deploy.load(tmp_path / "made") as model:
             assert torch.equal(model(x), net(x))
+
+
+class Moved(nn.Module):
+    """[T, N, C, 6, 6] -> spikes, and the drives of a norm that has the channels first, as MS-ResNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bn, self.neuron = nn.BatchNorm3d(16), IFNode(v_threshold=0.5)
+        self.bn.running_mean.normal_()
+        self.bn.running_var.uniform_(0.3, 1.3)
+        nn.init.uniform_(self.bn.weight, 0.7, 1.7)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.transpose(0, 2).contiguous().transpose(0, 1).contiguous()
+        x = self.bn(x).transpose(0, 1).contiguous().transpose(0, 2)
+        return self.neuron(x), x
+
+
+@pytest.mark.parametrize("returned", [slice(0, 2), slice(0, 1)], ids=["drives", "spikes"])
+@pytest.mark.parametrize("target", [*TARGETS, "onnx"])
+def test_what_rounds_as_it_lies_in_memory(target: str, returned: slice, tmp_path: Path) -> None:
+    """torch's batch norm rounds otherwise where the copies are left out, which each target may."""
+
+    class Net(Moved):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return super().forward(x)[returned]
+
+    generator = torch.Generator().manual_seed(0)
+    net, x = Net(), torch.randn(4, N, 16, 6, 6, generator=generator)
+    for keep in (False, True):
+        program = deploy.convert(net, (x,), target, dtype="float32", keep_rounding=keep)
+        assert program.captured is not None
+        with options(storage="float32"), torch.no_grad():
+            drive = Trace.of(program.captured, (x,)).drive(program.captured.sites[0])
+            assert torch.equal(drive, Moved.forward(net, x)[1])
+            deploy.compile(program, tmp_path / str(keep), probe=False)
+            with deploy.load(tmp_path / str(keep)) as model:
+                made = model(x)
+        tolerance = 0.0 if keep and target in TARGETS else 1e-5
+        torch.testing.assert_close(made, net(x), rtol=tolerance, atol=tolerance)
 
 
 def test_the_manifest_and_the_cache_tell_them_apart(tmp_path: Path) -> None:

@@ -189,9 +189,9 @@ def test_float32_of_a_network_in_another_precision_is_refused() -> None:
 def test_the_history_says_what_each_pass_did() -> None:
     program = convert(Net(), (X,), "lynxi-sim")
     assert [r.name for r in program.history] == [
-        "capture", "drop_unused_steps", "fold_constants", "reroll_time", "hoist_time_invariant",
-        "flatten_time", "absorb_batch_norm", "fold_batch_norm", "decompose_operators", "merge_dimensions",
-        "exact_encoder", "lower_neurons", "cast_float16",
+        "capture", "drop_copies", "drop_unused_steps", "fold_constants", "reroll_time",
+        "hoist_time_invariant", "flatten_time", "absorb_batch_norm", "fold_batch_norm",
+        "decompose_operators", "merge_dimensions", "exact_encoder", "lower_neurons", "cast_float16",
     ]  # fmt: skip
     captured = convert(Net(), (X,), "lynxi-sim").captured
     assert captured is not None
