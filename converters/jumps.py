@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from .ops import RESHAPE, Node, aten
+from .ops import RESHAPE, SELECT, Node, aten
 from .program import NEURON, NEURON_STEP, Program
 
 _COMPARISONS = frozenset(
@@ -72,7 +72,5 @@ def _as_number(user: Node) -> bool:
     if user.target is aten._to_copy.default or user.target is aten.mul.Tensor:
         return bool(user.meta["val"].is_floating_point())
     sides: Any = user.args[1:]
-    return user.target is aten.where.Scalar or (
-        user.target is aten.where.self
-        and all(isinstance(s, fx.Node) and s.op == "get_attr" for s in sides)
-    )
+    constants = all(not isinstance(s, fx.Node) or s.op == "get_attr" for s in sides)
+    return user.target in SELECT and constants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from .ops import Node, aten, shape
 
 #: Runs of an index that are taken out as slices; more than these as a selection.
 _MOST_RUNS = 8
+#: Sums to one place that are written one after the other, where there is an operator for all of them.
+_MOST_TURNS = 64
 
 
 def moved(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
@@ -27,6 +30,23 @@ def moved(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | 
     """
     rule = _RULES.get(n.target)
     return None if rule is None else rule(build, n, args, path)
+
+
+def known(build: Builder, n: Node) -> torch.Tensor | None:
+    """The value of what follows from constants alone, which are folded once the graph is there."""
+    if n.op == "get_attr":
+        return build.tensors[str(n.target)]
+    if getattr(n.target, "namespace", "") != "aten" or not n.all_input_nodes:
+        return None
+    values: dict[Node, torch.Tensor] = {}
+    for a in n.all_input_nodes:
+        if (value := known(build, a)) is None:
+            return None
+        values[a] = value
+    args, kwargs = fx.map_arg((n.args, n.kwargs), values.__getitem__)
+    with torch.no_grad():
+        made: Any = n.target(*args, **kwargs)
+    return made if isinstance(made, torch.Tensor) else None
 
 
 def pieces(build: Builder, x: Node, dim: int, start: int, end: int, path: str) -> list[Node]:
@@ -105,10 +125,9 @@ def _padded(place: Callable[[int, int], int]) -> Callable[..., Node]:
 def _index(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
     x, indices = args
     given = [(d, index) for d, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or given[0][1].op != "get_attr":
+    if len(given) != 1 or (places := known(build, given[0][1])) is None:
         return None
-    at, index = given[0]
-    places = build.tensors[str(index.target)]
+    at = given[0][0]
     if places.dtype == torch.bool:
         return None
     rows = [i % shape(x)[at] for i in places.flatten().tolist()]
@@ -121,9 +140,9 @@ def _index(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node |
 
 def _index_select(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
     x, at, index = args
-    if index.op != "get_attr":
+    if (places := known(build, index)) is None:
         return None
-    return _taken(build, x, ops.dim(x, at), build.tensors[str(index.target)].tolist(), path)
+    return _taken(build, x, ops.dim(x, at), places.flatten().tolist(), path)
 
 
 def _embedding(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node:
@@ -163,24 +182,87 @@ def _diagonal(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Nod
     return _taken(build, x, rank - 2, index, path)
 
 
-def _numbered(
-    write: Callable[[Builder, fx.Node, Node, int, list[int], Any, str], Node],
-) -> Callable[..., Node | None]:
+_Write = Callable[[Builder, fx.Node, Node, int, list[int], Any, str], Node]
+
+
+def _numbered(write: _Write) -> Callable[..., Node | None]:
     """What writes to the places of a constant index along a dimension."""
 
     def rule(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
         x, dim, index, new = args
-        if index.op != "get_attr":
+        if (places := known(build, index)) is None:
             return None
         dim = ops.dim(x, dim)
-        places = [int(i) % shape(x)[dim] for i in build.tensors[str(index.target)].flatten()]
-        return write(build, n, x, dim, places, new, path)
+        rows = [int(i) % shape(x)[dim] for i in places.flatten()]
+        return write(build, n, x, dim, rows, new, path)
 
     return rule
 
 
-@_numbered
-def _index_copy(
+def _index_put(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    """Writes of one value where a mask is true, and of rows to the places of a constant index."""
+    x, indices, new, *rest = args
+    given = [(d, index) for d, index in enumerate(indices) if index is not None]
+    accumulates = bool(rest and rest[0])
+    if len(given) != 1 or n.meta["val"].dtype == torch.bool:
+        return None
+    at, index = given[0]
+    if index.meta["val"].dtype == torch.bool:
+        return _masked(build, x, at, index, new, accumulates, path)
+    if (places := known(build, index)) is None:
+        return None
+    size = shape(x)
+    rows = [int(i) % size[at] for i in places.flatten()]
+    if accumulates and _turns(rows) > _MOST_TURNS:
+        return None
+    whole = [*size[:at], *places.shape, *size[at + 1 :]]
+    if list(shape(new)) != whole:
+        new = build.call(aten.expand.default, new, whole, path=path)
+    new = build.reshaped(new, [*size[:at], len(rows), *size[at + 1 :]], path)
+    return (_add_rows if accumulates else _copy_rows)(build, n, x, at, rows, new, path)
+
+
+def _masked(
+    build: Builder, x: Node, at: int, mask: Node, new: Node, accumulates: bool, path: str
+) -> Node | None:
+    if new.meta["val"].numel() != 1:
+        return None
+    behind = len(shape(x)) - at - len(shape(mask))
+    mask = build.reshaped(mask, [*shape(mask), *[1] * behind], path)
+    value: Any = known(build, new)
+    other: Any = build.call(aten.add.Tensor, x, new, path=path) if accumulates else value
+    if isinstance(other, torch.Tensor):
+        chosen: Node = build.call(aten.where.ScalarSelf, mask, other.item(), x, path=path)
+        return chosen
+    other = build.reshaped(new, [], path) if other is None else other
+    return build.call(aten.where.self, mask, other, x, path=path)
+
+
+def _scatter_add(build: Builder, n: fx.Node, args: Sequence[Any], path: str) -> Node | None:
+    """Sums to the places of a constant index that is the same for all rows, as one of places alone."""
+    x, dim, index, source = args
+    dim = ops.dim(x, dim)
+    if (places := known(build, index)) is None or places.shape != source.meta["val"].shape:
+        return None
+    others = [d for d in range(places.dim()) if d != dim]
+    first = places
+    for d in others:
+        first = first.narrow(d, 0, 1)
+    whole = all(places.shape[d] == shape(x)[d] for d in others)
+    if not whole or not torch.equal(first.expand_as(places), places):
+        return None
+    rows = [int(i) for i in first.flatten()]
+    if _turns(rows) > _MOST_TURNS:
+        return None
+    return _add_rows(build, n, x, dim, rows, source, path)
+
+
+def _turns(rows: Sequence[int]) -> int:
+    """How many sums there are to a place at most."""
+    return max(Counter(rows).values(), default=0)
+
+
+def _copy_rows(
     build: Builder, n: fx.Node, x: Node, dim: int, places: list[int], source: Any, path: str
 ) -> Node:
     size = shape(x)[dim]
@@ -189,8 +271,7 @@ def _index_copy(
     return _taken(build, both, dim, [rows.get(i, i) for i in range(size)], path)
 
 
-@_numbered
-def _index_add(
+def _add_rows(
     build: Builder, n: fx.Node, x: Node, dim: int, places: list[int], source: Any, path: str
 ) -> Node:
     """One sum for each time that a place comes in the index, in whose order torch adds too."""
@@ -212,8 +293,7 @@ def _index_add(
     return x
 
 
-@_numbered
-def _index_fill(
+def _fill_rows(
     build: Builder, n: fx.Node, x: Node, dim: int, places: list[int], value: Any, path: str
 ) -> Node:
     chosen = torch.zeros(shape(x)[dim], dtype=torch.bool)
@@ -233,9 +313,11 @@ _RULES: dict[Any, Callable[..., Node | None]] = {
     aten.flip.default: _flip,
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
-    aten.index_add.default: _index_add,
-    aten.index_copy.default: _index_copy,
-    aten.index_fill.int_Scalar: _index_fill,
+    aten.index_add.default: _numbered(_add_rows),
+    aten.index_copy.default: _numbered(_copy_rows),
+    aten.index_fill.int_Scalar: _numbered(_fill_rows),
+    aten.index_put.default: _index_put,
+    aten.scatter_add.default: _scatter_add,
     aten.diagonal.default: _diagonal,
     aten.embedding.default: _embedding,
     aten.unfold.default: _windows,

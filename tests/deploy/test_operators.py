@@ -49,6 +49,34 @@ def one_weight_in_many_roles(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.lif2(image.unflatten(0, x.shape[:2]))
 
 
+def written_by_masks(s: Any, x: torch.Tensor) -> torch.Tensor:
+    spikes, x = torch.zeros_like(x), x.clone()
+    spikes[x > 0.5] = 1.0
+    x[x > 0.5] = 0.0
+    x[x.amax(-1) < 0.4] = 0.75  # a whole row
+    x[:, :, torch.arange(6) > 4] = 0.25
+    return s.lif(x + spikes)
+
+
+EDGES = torch.tensor([[0, 2, 1, 1, 5], [1, 0, 2, 2, 1]])
+
+
+def written_with_their_sum(s: Any, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[x > 0.5] = x.sum()
+    return s.lif(x)
+
+
+def along_edges(s: Any, x: torch.Tensor) -> torch.Tensor:
+    source, to = EDGES
+    sums = torch.zeros_like(x).index_add(2, to, x[:, :, source])
+    sums = sums.scatter_add(2, EDGES[1].expand(*x.shape[:2], -1), s.lif(x)[:, :, source])
+    nodes = sums.permute(2, 0, 1)
+    nodes = nodes.index_put((EDGES[0] % 2,), nodes[:5], accumulate=True).permute(1, 2, 0).clone()
+    nodes[:, :, EDGES[1, :2] + 3] = 0.5
+    return s.lif2(nodes)
+
+
 #: Of each the shape of the input and the forward.
 CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "fancy index": (ROWS, lambda s, x: s.lif(x)[:, :, [2, 0, 1]]),
@@ -56,6 +84,9 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "index_select": (ROWS, lambda s, x: s.lif(x).index_select(2, torch.tensor([1, 1, 3]))),
     "embedding": (ROWS, lambda s, x: s.lif(s.table((x > 0).long().sum(-1)))),
     "masked_fill": (ROWS, lambda s, x: s.lif(x.masked_fill(x < 0, 0.25))),
+    "written by masks": (ROWS, written_by_masks),
+    "written with their sum": (ROWS, written_with_their_sum),
+    "along edges": (ROWS, along_edges),
     "roll": (ROWS, lambda s, x: s.lif(x.roll(2, -1))),
     "flip": (ROWS, lambda s, x: s.lif(x.flip(-1))),
     "einsum": (ROWS, lambda s, x: s.lif(torch.einsum("tni,oi->tno", x, s.fc.weight))),
@@ -158,7 +189,7 @@ NOT_ON_LYNXI = (
     *("embedding", "count of truth values", "argmax", "one_hot", "remainders"),
     *("activations", "log1p", "logsumexp"),
 )
-UNROLLED = ("cumsum over time", "roll over time", "deviation over time")
+UNROLLED = ("written with their sum", "cumsum over time", "roll over time", "deviation over time")
 
 
 #: What the networks have, made when they first ask for it.
