@@ -8,14 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from .ops import RESHAPE, SELECT, Node, aten
+from .ops import COMPARISONS, RESHAPE, SELECT, Node, aten
 from .program import NEURON, NEURON_STEP, Program
 
-_COMPARISONS = frozenset(
-    getattr(getattr(aten, name), kind)
-    for name in ("gt", "ge", "lt", "le")
-    for kind in ("Scalar", "Tensor")
-)
 _STEPS = frozenset({aten.heaviside.default, aten.sign.default})
 #: Operators that give whole numbers of whole numbers.
 _WHOLE = frozenset(
@@ -53,7 +48,7 @@ def undeclared(program: Program) -> Iterator[Node]:
         if n.op != "call_function":
             continue
         known = all(a in whole for a in n.all_input_nodes)
-        if n.target in _COMPARISONS or n.target in _STEPS:
+        if n.target in COMPARISONS or n.target in _STEPS:
             whole.add(n)
             if not known and (n.target in _STEPS or any(map(_as_number, n.users))):
                 yield n

@@ -21,6 +21,13 @@ SELECT = (
     aten.where.Scalar,
 )
 
+#: Comparisons by size.
+COMPARISONS = frozenset(
+    getattr(getattr(aten, name), kind)
+    for name in ("gt", "ge", "lt", "le")
+    for kind in ("Scalar", "Tensor")
+)
+
 #: Pointwise operators that torch does not tag as such, in some release.
 _UNTAGGED = frozenset(
     {

@@ -79,13 +79,6 @@ _LAYERS = frozenset(
 )
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 
-_COMPARISONS = frozenset(
-    {
-        getattr(getattr(aten, op), of)
-        for op in ("ge", "gt", "le", "lt")
-        for of in ("Scalar", "Tensor")
-    }
-)
 #: Operators on truth values, which are 0 and 1 here.
 _LOGIC = frozenset(
     {
@@ -246,7 +239,7 @@ class Bounds(fx.Interpreter):
             return value, _ordered(n, *first, value)
         if isinstance(value, tuple):
             return value, self._perturbed_parts(target, typed, errors, options, value)
-        if target in _COMPARISONS:
+        if target in ops.COMPARISONS:
             return value, _doubt(args[0], args[1], sum(p[1] for p in pairs))
         if target in ops.SELECT:
             return value, _selected((typed[0], *args[1:]), errors)

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from . import sources
 from .builder import Builder
 from .errors import Finding, MismatchError, UnsupportedError
+from .ops import COMPARISONS
 from .passes.lower_neurons import lower_neurons
 from .passes.step_time import step_time
 from .probes import probe_inputs
@@ -235,25 +236,33 @@ def _check_finite(program: Program, source: Trace, free: Trace) -> None:
     if source.overflowed:
         return
     findings: dict[str, Finding] = {}
+    half = program.dtype == torch.float16
+    drives = {name for site in program.sites for name in site.drives}
     for n in program.graph.nodes:
         if n.name not in free.overflowed:
             continue
+        if n.name not in drives and all(map(_asks_for_sign, n.users)):
+            continue  # infinity has the sign of what it stands for, as 1 / -0 has
         layer = where(n)
         findings.setdefault(
             layer,
             Finding(
-                rule="float16-overflow",
+                rule="float16-overflow" if half else "overflow",
                 where=layer,
                 node=n.name,
                 found=f"{short(n.target)} gives {free.overflowed[n.name]} values that are "
                 f"not finite in {program.dtype}, finite in the source",
                 allowed=f"magnitudes up to {torch.finfo(program.dtype).max:.6g}",
-                fix="scale the layer and its threshold down by the same factor, or convert with "
-                'dtype="float32"',
+                fix="scale the layer and its threshold down by the same factor"
+                + (', or convert with dtype="float32"' if half else ""),
             ),
         )
     if findings:
         raise UnsupportedError("activations overflow:", findings.values())
+
+
+def _asks_for_sign(n: fx.Node) -> bool:
+    return n.target in COMPARISONS and bool(n.args[1] == 0)
 
 
 # 1. Neurons alone

@@ -86,6 +86,7 @@ CASES: dict[str, tuple[tuple[int, ...], Run]] = {
     "masked_fill": (ROWS, lambda s, x: s.lif(x.masked_fill(x < 0, 0.25))),
     "written by masks": (ROWS, written_by_masks),
     "written with their sum": (ROWS, written_with_their_sum),
+    "sign of both zeros": (ROWS, lambda s, x: s.lif(x.copysign((2 * x - 1).round() / 2))),
     "along edges": (ROWS, along_edges),
     "roll": (ROWS, lambda s, x: s.lif(x.roll(2, -1))),
     "flip": (ROWS, lambda s, x: s.lif(x.flip(-1))),
@@ -302,8 +303,10 @@ def test_attention_that_sees_nothing_is_not_given_what_it_does_not_see() -> None
         return F.scaled_dot_product_attention(s.lif(x), x, x, (x @ x.mT) > 0.5)
 
     net, x = Net(run, lif=LIFNode()), rand(*ROWS)
-    with pytest.raises(UnsupportedError, match="not finite"):
+    with pytest.raises(UnsupportedError, match="not finite") as caught:
         deploy.convert(net, (x,), "onnx", dtype="float32")
+    assert {f.rule for f in caught.value.findings} == {"overflow"}
+    assert "float32" not in caught.value.findings.errors[0].fix
     assert torch.allclose(deploy.convert(net, (x,), "reference")(x), net(x))
 
 
