@@ -22,6 +22,7 @@ from .neuron_ops import path_and_spec
 from .neurons import Neuron
 from .ops import Node, aten, shape
 from .program import NEURON, NEURON_STEP, STATE, PassReport, Program, TensorSpec, short
+from .returned import nesting, refused
 
 #: Copies, which may lie otherwise in memory.
 _COPIES = frozenset({aten.clone.default, aten.contiguous.default})
@@ -56,7 +57,7 @@ def to_program(
         layouts: Whether copies stay that lie in the order of their dimensions and their originals do not.
 
     Raises:
-        UsageError: The network returns something else than tensors.
+        UsageError: The network returns something else than tensors and constants.
     """
     signature = exported.graph_signature
     attributes = {
@@ -89,9 +90,11 @@ def to_program(
     if build.findings:
         raise CaptureError(HEADLINE, build.findings)
     results = exported.graph.output_node().args[0]
-    constant = [str(r) for r in results if not isinstance(r, fx.Node)]
-    if constant:
-        raise UsageError(f"the network returns {', '.join(constant)}; outputs must be tensors")
+    out_spec = exported.call_spec.out_spec
+    if (reason := refused(out_spec, results, args)) is not None:
+        raise UsageError(reason)
+    structure = nesting(out_spec, results)
+    results = [r for r in results if isinstance(r, fx.Node)]
     outputs = []
     for i, result in enumerate(results):
         value = build.env[result].meta["val"]
@@ -107,6 +110,7 @@ def to_program(
         report,
         inputs=tuple(specs),
         outputs=tuple(outputs),
+        structure=structure,
         dtype=floating,
         source={
             "class": f"{kind.__module__}.{kind.__qualname__}",

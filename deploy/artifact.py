@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch.utils import _pytree as pytree
 
 from ..converters.attributes import equal
 from ..converters.errors import ArtifactCorruptError, ArtifactError
+from ..converters.returned import tensors
 from ..converters.verify import difference
 from . import store
 from .manifest import read_manifest, understood
@@ -133,7 +133,7 @@ class Artifact:
             for k in range(recorded["calls"]):
                 inputs = _numbered(samples, f"{k}.input", len(model.inputs))
                 expected = _numbered(samples, f"{k}.output", len(model.outputs))
-                found, _ = pytree.tree_flatten(model(*inputs))
+                found = tensors(model(*inputs))
                 for a, b in zip(found, expected, strict=True):
                     same = same and equal(a, b)
                     off = difference(a, b)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ..converters import sources
 from ..converters.errors import UsageError
+from ..converters.returned import tensors
 from ..converters.verify import difference
 from .judge import ORIGIN, Divergence, Judge, LayerReport, OutputReport, Runs, taken
 from .model import classes
@@ -151,7 +151,7 @@ def compare(
                 seconds[0] += time.perf_counter() - middle
                 seconds[1] += middle - start
                 ours, theirs = (_predicted(outputs, model) for outputs in (expected, given))
-                off = max([off, *map(_largest, *map(pytree.tree_leaves, (expected, given)))])
+                off = max([off, *map(_largest, *map(tensors, (expected, given)))])
                 if not len(ours) == len(theirs) == len(labels):
                     raise UsageError(
                         f"{len(labels)} samples, of which the source classifies {len(ours)} and the "
@@ -274,10 +274,10 @@ def predictions(
     Raises:
         UsageError: The first output has another shape.
     """
-    found, _ = pytree.tree_flatten(outputs)
+    found = tensors(outputs)
     if not found:
         raise UsageError("the network returns no tensor, so there are no classes to read")
-    scores: torch.Tensor = found[0]
+    scores = found[0]
     at = scores.dim() - 2 if batch_dim is None else batch_dim
     if scores.dim() == 3 and at < 2:
         if time_dim is None:

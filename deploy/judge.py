@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .. import targets as registry
 from ..converters.capture import capture
 from ..converters.errors import UsageError
 from ..converters.host import on_host
 from ..converters.program import Program, Site, Time, paired
+from ..converters.returned import tensors
 from ..converters.rounding import Bounds, charged
 from ..converters.verify import Trace, difference
 from .pipeline import rewrite_for
@@ -268,7 +268,7 @@ class Judge:
             self._layer(
                 site, local.drive(site), spikes, bounds.at(mine), program.dtype, dim, count, start
             )
-        pairs = zip(pytree.tree_leaves(outputs), self._model.output_dims, strict=True)
+        pairs = zip(tensors(outputs), self._model.output_dims, strict=True)
         for i, (output, dim) in enumerate(pairs):
             spec = captured.outputs[i]
             expected = _cut(local.outputs[i].reshape(spec.shape), dim, count)

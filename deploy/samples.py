@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..converters.program import Program, TensorSpec
+from ..converters.returned import tensors
 from ..converters.verify import Trace
 from .ports import in_call
 
@@ -143,7 +143,7 @@ def _moved(program: Program, dims: Dims) -> list[set[int]]:
     for example in inputs_like(program.examples[0]):
         rolled = [x if d is None else x.roll(1, d) for x, d in zip(example, dims, strict=True)]
         with torch.no_grad():
-            pair = [pytree.tree_leaves(captured(*inputs)) for inputs in (example, rolled)]
+            pair = [tensors(captured(*inputs)) for inputs in (example, rolled)]
         for left, before, after in zip(found, *pair, strict=True):
             left &= {d for d in (0, 1) if d < before.dim() and _alike(before.roll(1, d), after)}
         if all(len(left) < 2 for left in found):

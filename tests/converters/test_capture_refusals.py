@@ -312,10 +312,17 @@ def test_a_bare_tensor_as_inputs() -> None:
         capture(nn.Sequential(IFNode()), rand(T, N, 3))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("extra", [None, 3, "text"])
-def test_outputs_that_are_no_tensors(extra: Any) -> None:
-    with pytest.raises(UsageError, match="outputs must be tensors"):
-        capture(Net(lambda s, x: (s.spike(x), extra), spike=IFNode()), (rand(T, N, 3),))
+def test_a_size_among_the_outputs() -> None:
+    """Of a smaller last batch, or of other steps, it would be another one."""
+    with pytest.raises(UsageError, match=rf"{N} at output\[1\]\['size'\].*leave these out of"):
+        capture(
+            Net(lambda s, x: (s.spike(x), {"size": x.shape[1]}), spike=IFNode()), (rand(T, N, 3),)
+        )
+
+
+def test_outputs_without_a_tensor() -> None:
+    with pytest.raises(UsageError, match="returns None; outputs must be tensors"):
+        capture(Net(lambda s, x: [s.spike(x), None][1], spike=IFNode()), (rand(1, 1, 1),))
 
 
 def test_a_single_neuron() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from spikeport import deploy
 from spikeport.converters.errors import CaptureError, UnsupportedError, UsageError
 from spikeport.converters.neurons import IFNode, LIFNode
 from spikeport.deploy.pipeline import check, convert, rewrite_for
@@ -184,6 +186,31 @@ def test_float32_of_a_network_in_another_precision_is_refused() -> None:
     """float32 turns the cast off; a graph in float64 is not one in float32."""
     with pytest.raises((UnsupportedError, UsageError), match="float64"):
         convert(Net().double(), (X.double(),), "lynxi-sim", dtype="float32")
+
+
+@pytest.mark.parametrize("time", ["unrolled", "stepped"])
+@pytest.mark.parametrize("target", ["reference", "onnx", "lynxi-sim", "ipu-sim"])
+def test_constants_among_the_outputs_stay_there(target: str, time: Any, tmp_path: Path) -> None:
+    """As in Spike-driven Transformer, whose forward returns (x, hook), hook being None."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(4, 3), IFNode()
+
+        def forward(self, x: torch.Tensor, hook: Any = None) -> Any:
+            return {"hook": hook, "scores": [0.5, self.lif(self.fc(x)).mean(0), "mean", 7, True]}
+
+    net, x = Hooked(), torch.rand(3, 2, 4) * 4
+    program = convert(net, (x,), target, time=time)
+    artifact = deploy.compile(program, tmp_path / "made", cache=False)
+    with torch.no_grad(), artifact.load() as model:
+        expected = net(x)["scores"][1]
+        for found in (program(x), model(x)):
+            assert torch.allclose(found["scores"].pop(1), expected, atol=1e-3)
+            assert found == {"hook": None, "scores": [0.5, "mean", 7, True]}
+        assert deploy.compare(net, model, [(x, torch.zeros(2))]).samples == 2
+    assert artifact.verify().equal
 
 
 def test_the_history_says_what_each_pass_did() -> None:

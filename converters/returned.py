@@ -1,0 +1,77 @@
+"""What a network returns: tensors, nested, and constants between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+#: The constant's name in an artifact.
+CONSTANT = "spikeport.constant"
+
+
+class Constant:
+    """A container of nothing in a nesting, in whose place a constant stands."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _flatten(constant: Constant) -> tuple[list[Any], Any]:
+    return [], constant.value
+
+
+def _unflatten(_: Any, value: Any) -> Any:
+    return value
+
+
+if hasattr(pytree, "register_pytree_node"):
+    pytree.register_pytree_node(
+        Constant,
+        _flatten,
+        _unflatten,
+        serialized_type_name=CONSTANT,
+        to_dumpable_context=json.dumps,
+        from_dumpable_context=json.loads,
+    )
+else:  # beside an old SDK
+    pytree._register_pytree_node(Constant, _flatten, _unflatten)
+
+
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of what a network returns, in order."""
+    return [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
+
+
+def nesting(structure: pytree.TreeSpec, results: Sequence[Any]) -> pytree.TreeSpec:
+    """The nesting of those results that are nodes of a graph, with the others in their places."""
+    leaves = [r if isinstance(r, fx.Node) else Constant(r) for r in results]
+    return pytree.tree_structure(pytree.tree_unflatten(leaves, structure))
+
+
+def refused(
+    structure: pytree.TreeSpec, results: Sequence[Any], inputs: Sequence[torch.Tensor]
+) -> str | None:
+    """Why results cannot be returned, and what to do; None if they can."""
+    if not any(isinstance(r, fx.Node) for r in results):
+        given = ", ".join(map(repr, results)) or "nothing"
+        return f"the network returns {given}; outputs must be tensors, one at least"
+    sizes = {size for x in inputs for size in x.shape}
+    numbered = pytree.tree_unflatten([*range(len(results))], structure)
+    places, _ = pytree.tree_flatten_with_path(numbered)
+    wrong = [
+        f"{results[i]!r} at output{pytree.keystr(place)}"
+        for place, i in places
+        if type(results[i]) is int and results[i] in sizes
+    ]
+    if not wrong:
+        return None
+    return (
+        f"the network returns {', '.join(wrong)}: whole numbers that are sizes of the example inputs, and "
+        "may be others for others; outputs must be tensors, None, texts or numbers that do not follow from "
+        "the inputs: leave these out of what forward returns"
+    )
