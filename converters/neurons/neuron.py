@@ -34,13 +34,21 @@ def _lower(s: torch.Tensor, h: torch.Tensor, by: Any) -> torch.Tensor:
     return torch.addcmul(h, s, by, value=-1) if isinstance(by, torch.Tensor) else h.sub(s, alpha=by)
 
 
+class ParameterError(UsageError):
+    """A parameter has a value that no neuron can compute with."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+        super().__init__(f"{name} is {value!r}; allowed: a finite number or a tensor")
+
+
 def _number(name: str, value: Any) -> Any:
     """A parameter's value as a float, a flag or a tensor, or a symbol for one."""
     if isinstance(value, (bool, torch.Tensor, Symbol)):
         return value
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
-    raise UsageError(f"{name} is {value!r}; allowed: a finite number or a tensor")
+    raise ParameterError(name, value)
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ its layer, what is flushed to zero is counted.
 
 A threshold is rounded towards the side where nothing changes: for every float16 number h,
 ``h >= c`` holds exactly if ``h >= ceil(c)`` does, and ``h > c`` if ``h > floor(c)`` does, with ceil and
-floor to the next float16.
+floor to the next float16. So it does for thresholds above all of them, of neurons that never fire.
 
 A neuron that is still one operator computes in float32, so its parameters and states stay as they are.
 """
@@ -48,7 +48,7 @@ def cast_float16(program: Program) -> Program:
                 kept.add(n.target)
                 continue
             if value.is_floating_point():
-                findings += _overflow(n, value)
+                findings += [] if _only_compared_with(n) else _overflow(n, value)
                 half = value.to(torch.float16)
                 if (half != value).any():
                     rounded.add(n.target)
@@ -93,6 +93,11 @@ def _only_of_neurons(n: Node) -> bool:
     return all(u.target in (NEURON, NEURON_STEP, STATE) and u.args[0] is not n for u in n.users)
 
 
+def _only_compared_with(n: Node) -> bool:
+    """Whether a tensor is nothing but the second side of comparisons."""
+    return all(u.target in _TOWARDS and u.args[0] is not n for u in n.users)
+
+
 #: Where the second side of a comparison is rounded to: up, or down.
 _TOWARDS = {
     aten.ge.Scalar: math.inf,
@@ -128,7 +133,8 @@ def _threshold(
 def _directed(value: torch.Tensor, towards: float) -> torch.Tensor:
     """The next float16 on this side, or the value itself if it is one."""
     exact = value.detach().double().numpy()
-    half = exact.astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16)
     short = half < exact if towards > 0 else half > exact
     return torch.from_numpy(np.where(short, np.nextafter(half, np.float16(towards)), half))
 
@@ -151,7 +157,10 @@ def _overflow(n: Node, value: torch.Tensor) -> list[Finding]:
 
 
 def _overflowing_scalars(n: Node) -> list[Finding]:
-    """Constants of the node's own that are finite and no float16 is as large as."""
+    """Constants of the node's own that are finite and no float16 is as large as.
+
+    What a value is compared with may be larger than all float16 numbers: it then is on their other side.
+    """
     value = n.meta["val"]
     if not hasattr(n.target, "_schema") or not isinstance(value, torch.Tensor):
         return []
@@ -160,7 +169,7 @@ def _overflowing_scalars(n: Node) -> list[Finding]:
     numbers = [a.name for a in n.target._schema.arguments if "int" not in str(a.type)]
     scalars = [given[name] for name in numbers if isinstance(given[name], (int, float))]
     big = [a for a in scalars if math.isfinite(a) and abs(a) > _MAX]
-    floating = value.is_floating_point() or n.target in _TOWARDS
+    floating = value.is_floating_point()
     return [_too_big(n, where(n), f"{short(n.target)} with {a:.6g}") for a in big if floating]
 
 

@@ -7,6 +7,7 @@ itself is not needed here. Whatever only resembles a known neuron is reported, n
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..errors import Finding, UsageError
 from ..neurons import Alpha
+from ..neurons.neuron import ParameterError
 from ..surrogates import Surrogate
 from .base import Cell, Fires, Learning, Memory, Read, Reading, Source
 from .native import Native
@@ -65,7 +67,9 @@ def _read(source: Source, module: nn.Module, path: str) -> Read | None:
         reading = source.read(module, path)
     except UsageError as error:
         found, _, allowed = str(error).partition("; allowed: ")
-        return [_parameter(module, path, found, allowed or "what its declaration takes")]
+        cause = (error.name, error.value) if isinstance(error, ParameterError) else None
+        fix = _SILENT if cause == ("v_threshold", math.inf) else _LOOK
+        return [_parameter(module, path, found, allowed or "what its declaration takes", fix)]
     if not isinstance(reading, Reading) or reading.neuron.dynamics is Alpha:
         return reading  # Alpha's tau is a factor
     times = {n: v for n, v in reading.neuron.params.items() if n == "tau" or n.startswith("tau_")}
@@ -76,15 +80,20 @@ def _read(source: Source, module: nn.Module, path: str) -> Read | None:
     ] or reading
 
 
-def _parameter(module: nn.Module, path: str, found: str, allowed: str) -> Finding:
+_LOOK = "look at what set it: the network's code, or a training run that diverged"
+_SILENT = (
+    "take a threshold that it does not reach, such as 1e9, for neurons that never fire; for float16 with a "
+    "hard reset (v_reset=0.0), since a soft one takes the threshold off the potential"
+)
+
+
+def _parameter(module: nn.Module, path: str, found: str, allowed: str, fix: str = _LOOK) -> Finding:
     return Finding(
         rule="parameter",
         where=path,
         found=f"{found} in this {type(module).__name__}",
         allowed=allowed,
-        fix="take a threshold that it does not reach, such as 1e9, for neurons that never fire"
-        if "threshold is inf" in found
-        else "look at what set it: the network's code, or a training run that diverged",
+        fix=fix,
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from spikeport.converters.capture import capture
 from spikeport.converters.errors import UnsupportedError
-from spikeport.converters.neurons import IFNode
+from spikeport.converters.neurons import IF, IFNode, Node
 from spikeport.converters.passes import cast_float16
 from spikeport.converters.program import Program
 
@@ -39,10 +39,21 @@ def test_the_cast_names_every_layer_that_overflows() -> None:
 
 
 def test_the_cast_refuses_a_scalar_that_overflows() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), IFNode(v_threshold=1e5))
+    net = nn.Sequential(nn.Linear(3, 3), IFNode(v_threshold=1e5, v_reset=None))
     with pytest.raises(UnsupportedError) as caught:
         cast_float16(lowered(net, rand(T, N, 3)))
     assert [(f.rule, f.where) for f in caught.value.findings] == [("float16-overflow", "1")]
+
+
+@pytest.mark.parametrize("threshold", [1e9, torch.tensor([1e9, 0.5, 1e5])])
+@pytest.mark.parametrize("fires", [">=", ">"])
+def test_a_threshold_that_no_potential_reaches(fires: Any, threshold: Any) -> None:
+    """As for neurons that never fire, of which the potential is read; a hard reset takes nothing off."""
+    net = nn.Sequential(nn.Linear(3, 3), Node(IF, v_threshold=threshold, fires=fires))
+    x = rand(T, N, 3) * 1000
+    spikes = cast_float16(lowered(net, x))(x)
+    assert torch.equal(spikes, net(x))
+    assert spikes.any() == isinstance(threshold, torch.Tensor)
 
 
 def test_the_cast_takes_no_place_or_size_for_a_value() -> None:

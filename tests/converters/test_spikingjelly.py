@@ -260,6 +260,28 @@ def test_half_precision_networks() -> None:
     assert torch.equal(capture(net, (x,))(x), reference(net, x))
 
 
+def test_neurons_that_never_fire() -> None:
+    """As StereoSpike's readout, of which the potential is read; what the refusal advises converts."""
+
+    class Readout(nn.Module):
+        def __init__(self, threshold: float) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 3)
+            self.integrate = neuron.IFNode(v_threshold=threshold, step_mode="m")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.integrate(self.fc(x))
+            return self.integrate.v  # type: ignore[no-any-return]
+
+    with pytest.raises(CaptureError, match="such as 1e9, for neurons that never fire"):
+        capture(Readout(float("inf")), (rand(T, N, 5),))
+    net = Readout(1e9)
+    for dtype in ("float32", "float16"):
+        program = deploy.convert(net, (rand(T, N, 5),), "lynxi-sim", dtype=dtype)
+        expected = reference(net, rand(T, N, 5, seed=1))
+        torch.testing.assert_close(program(rand(T, N, 5, seed=1)), expected, rtol=0, atol=2e-2)
+
+
 def test_converters_never_import_spikingjelly() -> None:
     code = (
         "import sys; sys.modules['spikingjelly'] = None\n"
