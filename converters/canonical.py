@@ -57,7 +57,7 @@ def to_program(
         layouts: Whether copies stay that lie in the order of their dimensions and their originals do not.
 
     Raises:
-        UsageError: The network returns something else than tensors and constants.
+        UsageError: The network returns something else than tensors and None.
     """
     signature = exported.graph_signature
     attributes = {
@@ -91,7 +91,7 @@ def to_program(
         raise CaptureError(HEADLINE, build.findings)
     results = exported.graph.output_node().args[0]
     out_spec = exported.call_spec.out_spec
-    if (reason := refused(out_spec, results, args)) is not None:
+    if (reason := refused(out_spec, results)) is not None:
         raise UsageError(reason)
     structure = nesting(out_spec, results)
     results = [r for r in results if isinstance(r, fx.Node)]

@@ -19,7 +19,7 @@ from torch import fx
 from . import ops
 from .errors import Finding
 from .labels import Labels
-from .ops import Node, aten
+from .ops import Node, aten, shape
 from .program import NEURON_STEP, Program, short, where
 
 #: What capture calls the tensors that a forward makes out of nothing.
@@ -101,7 +101,8 @@ def _operands(n: Node, constants: dict[Node, _Constant]) -> Iterator[tuple[Node,
         if (
             layer
             or n.target in _JOINS
-            or (n.target in _SUMS and (several or not fill))
+            # What a sum spreads out has another shape than a value of an earlier step.
+            or (n.target in _SUMS and (not fill or (several and shape(a) == shape(n))))
             or (n.target is aten.mul.Tensor and not fill)
         ):
             yield a, fill, True

@@ -50,6 +50,8 @@ def export(net: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         raise CaptureError(HEADLINE, [_failed(error)]) from error
     signature = program.graph_signature
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    # Older releases of torch take no parameter for something that is written.
+    mutated += [*getattr(signature, "parameters_to_mutate", {}).values()]
     findings += [_written(name) for name in mutated]
     findings += list(_undetermined(program.graph))
     if findings:

@@ -1,4 +1,4 @@
-"""What a network returns: tensors, nested, and constants between them."""
+"""What a network returns: tensors, nested, and None between them."""
 
 from __future__ import annotations
 
@@ -53,25 +53,21 @@ def nesting(structure: pytree.TreeSpec, results: Sequence[Any]) -> pytree.TreeSp
     return pytree.tree_structure(pytree.tree_unflatten(leaves, structure))
 
 
-def refused(
-    structure: pytree.TreeSpec, results: Sequence[Any], inputs: Sequence[torch.Tensor]
-) -> str | None:
+def refused(structure: pytree.TreeSpec, results: Sequence[Any]) -> str | None:
     """Why results cannot be returned, and what to do; None if they can."""
     if not any(isinstance(r, fx.Node) for r in results):
         given = ", ".join(map(repr, results)) or "nothing"
         return f"the network returns {given}; outputs must be tensors, one at least"
-    sizes = {size for x in inputs for size in x.shape}
     numbered = pytree.tree_unflatten([*range(len(results))], structure)
     places, _ = pytree.tree_flatten_with_path(numbered)
     wrong = [
         f"{results[i]!r} at output{pytree.keystr(place)}"
         for place, i in places
-        if type(results[i]) is int and results[i] in sizes
+        if not isinstance(results[i], fx.Node) and results[i] is not None
     ]
     if not wrong:
         return None
     return (
-        f"the network returns {', '.join(wrong)}: whole numbers that are sizes of the example inputs, and "
-        "may be others for others; outputs must be tensors, None, texts or numbers that do not follow from "
-        "the inputs: leave these out of what forward returns"
+        f"the network returns {', '.join(wrong)}, which may follow from the sizes of the example inputs; "
+        "outputs must be tensors or None: leave it out of what forward returns"
     )

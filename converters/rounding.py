@@ -465,7 +465,9 @@ def charged(
     state = tuple(_Bounded(v, torch.zeros_like(v), unit) for v in neuron.initial(x_seq[0]))
     h_seq, bound = torch.empty_like(x_seq), torch.empty_like(x_seq)
     for t, (x, error) in enumerate(zip(x_seq, reach, strict=True)):
-        given, before = fired[t].instead, fired[max(t - 1, 0)].instead
+        given = fired[t].instead
+        # A reset that is taken ahead follows from the potential that it was taken from.
+        before = neuron.fired if neuron.reset_at == "ahead" else fired[max(t - 1, 0)].instead
         drive = _Bounded(x, error, unit)
         _, state, h = neuron.step(state, drive, given, _Bounded.select, t, due=before)
         h_seq[t], bound[t] = h.value, h.error

@@ -91,7 +91,7 @@ def _survivors(
         # A few spikes may hide that an earlier value is read: others in its place would show.
         given, fresh = runs[others[-1]].given, alone[others[-1]]
         varying = found or _apart(((other, alone[0]) for other in alone), written)
-        for value in (torch.nan, torch.inf) if varying else ():
+        for value in (torch.nan, torch.inf, -torch.inf) if varying else ():
             _overwrite(work, varying, value)
             run = _attempt(work, given, watched)
             depends |= not _alike(run, fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -11,13 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ..converters import sources
 from ..converters.errors import UsageError
 from ..converters.returned import tensors
 from ..converters.verify import difference
-from .judge import ORIGIN, Divergence, Judge, LayerReport, OutputReport, Runs, taken
+from .judge import (
+    ORIGIN,
+    Divergence,
+    Judge,
+    LayerReport,
+    OutputReport,
+    Runs,
+    largest_of,
+    taken,
+)
 from .model import classes
 
 
@@ -66,7 +77,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        return {**asdict(self), "explained": self.explained}
+        data: dict[str, Any] = pytree.tree_map(_in_json, asdict(self))
+        return {**data, "explained": self.explained}
 
     def __str__(self) -> str:
         lines = [
@@ -142,14 +154,15 @@ def compare(
     try:
         with tqdm(unit=" samples", disable=None if progress else True) as bar, torch.no_grad():
             for part, labels in _parts(loader, model):
-                if samples < layers and model.has_probes:
-                    judge.add(part, samples)
                 start = time.perf_counter()
                 given = model(*part)
                 middle = time.perf_counter()
                 expected = _source(net, part, model)
                 seconds[0] += time.perf_counter() - middle
                 seconds[1] += middle - start
+                _check_outputs(expected, given)
+                if samples < layers and model.has_probes:
+                    judge.add(part, samples)
                 ours, theirs = (_predicted(outputs, model) for outputs in (expected, given))
                 off = max([off, *map(_largest, *map(tensors, (expected, given)))])
                 if not len(ours) == len(theirs) == len(labels):
@@ -297,11 +310,42 @@ def _predicted(outputs: Any, model: Runs) -> torch.Tensor:
     return predictions(outputs, *first).cpu()
 
 
-def _largest(a: Any, b: Any) -> float:
-    """The largest difference of two outputs; 0 for what is no tensor or has another shape."""
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape):
-        return 0.0
-    return difference(a.cpu(), b.cpu()).max().item() if a.numel() else 0.0
+def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference of two outputs; those of other shapes are not compared."""
+    return largest_of(difference(a.cpu(), b.cpu())) if a.shape == b.shape else 0.0
+
+
+def _in_json(value: Any) -> Any:
+    """A number as JSON has it, which knows no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_outputs(expected: Any, given: Any) -> None:
+    """Make sure that network and artifact return tensors of the same kinds in the same places."""
+    ours, theirs = (
+        {pytree.keystr(place): _kind(y) for place, y in pytree.tree_flatten_with_path(outputs)[0]}
+        for outputs in (expected, given)
+    )
+    differ = [
+        f"output{place}: the network gives {ours.get(place, 'nothing')}, the artifact "
+        f"{theirs.get(place, 'nothing')}"
+        for place in {**ours, **theirs}
+        if ours.get(place) != theirs.get(place)
+    ]
+    if not differ and [*ours] != [*theirs]:
+        differ = [f"outputs {', '.join(ours)} in this order, the artifact's {', '.join(theirs)}"]
+    if differ:
+        raise UsageError(
+            f"the artifact was compiled from another network: {'; '.join(differ)}; {ORIGIN}"
+        )
+
+
+def _kind(output: Any) -> str:
+    if not isinstance(output, torch.Tensor):
+        return repr(output)
+    if output.is_floating_point():
+        return "floating-point numbers"
+    return "truth values" if output.dtype == torch.bool else "whole numbers"
 
 
 def _source(net: nn.Module, inputs: Sequence[torch.Tensor], model: Runs) -> Any:

@@ -329,7 +329,7 @@ class Judge:
             )
         off = difference(output, expected)
         outside = int((~((off == 0) | (off <= bound))).sum())
-        largest = off.max().item() if off.numel() else 0.0
+        largest = largest_of(off)
         before = self._outputs.get(name, OutputReport(name, 0.0, 0))
         self._outputs[name] = OutputReport(
             name, max(before.difference, largest), before.unexplained + outside
@@ -350,6 +350,11 @@ class Judge:
     def outputs(self) -> tuple[OutputReport, ...]:
         """The outputs in their order."""
         return tuple(self._outputs.values())
+
+
+def largest_of(differences: torch.Tensor) -> float:
+    """The largest; infinite where one side alone is no number."""
+    return differences.nan_to_num(nan=math.inf).max().item() if differences.numel() else 0.0
 
 
 def _cut(x: torch.Tensor, dim: int | None, count: int) -> torch.Tensor:

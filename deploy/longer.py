@@ -33,6 +33,7 @@ _FAILURES = (
     AttributeError,
     LookupError,
     RuntimeError,
+    SystemExit,
     TypeError,
     ValueError,
 )

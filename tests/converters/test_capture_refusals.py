@@ -15,7 +15,7 @@ from torch import nn
 
 from spikeport.converters import sources
 from spikeport.converters.capture import capture
-from spikeport.converters.errors import UsageError
+from spikeport.converters.errors import CaptureError, UsageError
 from spikeport.converters.neurons import IF, LIF, IFNode, LIFNode, Neuron, Node, ParametricLIFNode
 from spikeport.converters.program import short
 from spikeport.converters.sources import Reading
@@ -312,12 +312,23 @@ def test_a_bare_tensor_as_inputs() -> None:
         capture(nn.Sequential(IFNode()), rand(T, N, 3))  # type: ignore[arg-type]
 
 
-def test_a_size_among_the_outputs() -> None:
-    """Of a smaller last batch, or of other steps, it would be another one."""
-    with pytest.raises(UsageError, match=rf"{N} at output\[1\]\['size'\].*leave these out of"):
-        capture(
-            Net(lambda s, x: (s.spike(x), {"size": x.shape[1]}), spike=IFNode()), (rand(T, N, 3),)
-        )
+@pytest.mark.parametrize("constant", ["x.shape[1]", "1 / len(x)", "f'{len(x)} steps'", "7"])
+def test_a_constant_among_the_outputs(constant: str) -> None:
+    """Of a smaller last batch, or of other steps, it may be another one."""
+    net = Net(lambda s, x: (s.spike(x), {"size": eval(constant)}), spike=IFNode())
+    with pytest.raises(UsageError, match=r" at output\[1\]\['size'\].*leave it out of"):
+        capture(net, (rand(T, N, 3),))
+
+
+def test_a_weight_that_the_forward_writes() -> None:
+    def run(s: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            s.fc.weight.clamp_(-0.1, 0.1)
+        spikes: torch.Tensor = s.spike(s.fc(x))
+        return spikes
+
+    with pytest.raises(CaptureError, match="fc: the forward writes to fc.weight"):
+        capture(Net(run, fc=nn.Linear(3, 3), spike=IFNode()), (rand(T, N, 3),))
 
 
 def test_outputs_without_a_tensor() -> None:

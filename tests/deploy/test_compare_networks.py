@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -232,6 +233,79 @@ def test_a_flip_that_others_hear_is_told_from_a_wrong_loop(tmp_path: Path) -> No
     assert found[1.0].explained
     assert 0 < right.flips < sum(right.differing) * 64 * 80
     assert wrong.unexplained > 100
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (
+            lambda y: (y, y),
+            lambda y: (y,),
+            r"output\[1\]: the network gives floating-point numbers",
+        ),
+        (
+            lambda y: (y,),
+            lambda y: (y, y),
+            r"output\[1\]: the network gives nothing, the artifact fl",
+        ),
+        (
+            lambda y: {"a": y, "b": y},
+            lambda y: {"b": y, "a": y},
+            r"outputs \['a'\], \['b'\] in this",
+        ),
+        (
+            lambda y: (y, None),
+            lambda y: (y, y),
+            "the network gives None, the artifact floating-point",
+        ),
+        (
+            lambda y: y > 0,
+            lambda y: y,
+            "the network gives truth values, the artifact floating-point",
+        ),
+    ],
+    ids=["fewer", "more", "other order", "None", "other numbers"],
+)
+def test_outputs_of_another_network(ours: Any, theirs: Any, said: str, tmp_path: Path) -> None:
+    data = [(lines(BATCH), torch.zeros(BATCH))]
+    with (
+        made(Lines(lambda s: theirs(s.mean(0))), tmp_path).load() as model,
+        pytest.raises(UsageError, match=f"compiled from another network: .*{said}"),
+    ):
+        compare(Lines(lambda s: ours(s.mean(0))).eval(), model, data, layers=0)
+
+
+def test_no_number_differs_from_one_by_infinity(tmp_path: Path) -> None:
+    data = [(lines(BATCH), torch.zeros(BATCH))]
+    with made(Lines(lambda s: s.mean(0)), tmp_path).load() as model:
+        report = compare(Lines(lambda s: s.mean(0) * torch.nan).eval(), model, data)
+    assert report.explained is False
+    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (told["difference"], told["outputs"][0]["difference"]) == ("inf", "inf")
+
+
+class Ahead(nn.Module):
+    """Neurons whose reset is taken at the next step, and ahead of it; a constant drive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, CLASSES)
+        neuron = Neuron(LIF, {"tau": 2.0, "v_rest": 0.0}, reset="soft", reset_at="ahead")
+        self.spike = Cell(neuron, True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.spike(1.5 + 0 * self.fc(now)) for now in x]).mean(0)
+
+
+@pytest.mark.parametrize("time", get_args(Time))
+def test_a_reset_ahead_of_its_step(time: Time, tmp_path: Path) -> None:
+    net, x = Ahead().eval(), torch.rand(12, BATCH, 6)
+    program = deploy.convert(net, (x,), "reference", time=time)
+    with deploy.compile(program, tmp_path / "ahead", probe=True).load() as model:
+        report = compare(net, model, [(x, torch.zeros(BATCH))])
+        fired = model.probe(x)[1]["spike"].mean()
+    assert 0 < fired < 1
+    assert [(layer.flips, layer.unexplained) for layer in report.layers] == [(0, 0)]
 
 
 def test_outputs_without_the_scores_of_a_sample_are_refused(tmp_path: Path) -> None:
