@@ -10,36 +10,33 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-#: The constant's name in an artifact.
-CONSTANT = "spikeport.constant"
+#: The name of None in an artifact.
+NONE = "spikeport.none"
 
 
-class Constant:
-    """A container of nothing in a nesting, in whose place a constant stands."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+class Nothing:
+    """A container of nothing in a nesting, which None takes the place of."""
 
 
-def _flatten(constant: Constant) -> tuple[list[Any], Any]:
-    return [], constant.value
+def _flatten(_: Nothing) -> tuple[list[Any], None]:
+    return [], None
 
 
-def _unflatten(_: Any, value: Any) -> Any:
-    return value
+def _unflatten(_: Any, __: None) -> None:
+    return None
 
 
 if hasattr(pytree, "register_pytree_node"):
     pytree.register_pytree_node(
-        Constant,
+        Nothing,
         _flatten,
         _unflatten,
-        serialized_type_name=CONSTANT,
+        serialized_type_name=NONE,
         to_dumpable_context=json.dumps,
         from_dumpable_context=json.loads,
     )
 else:  # beside an old SDK
-    pytree._register_pytree_node(Constant, _flatten, _unflatten)
+    pytree._register_pytree_node(Nothing, _flatten, _unflatten)
 
 
 def tensors(outputs: Any) -> list[torch.Tensor]:
@@ -48,8 +45,8 @@ def tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 def nesting(structure: pytree.TreeSpec, results: Sequence[Any]) -> pytree.TreeSpec:
-    """The nesting of those results that are nodes of a graph, with the others in their places."""
-    leaves = [r if isinstance(r, fx.Node) else Constant(r) for r in results]
+    """The nesting of those results that are nodes of a graph, with None in the places of the others."""
+    leaves = [r if isinstance(r, fx.Node) else Nothing() for r in results]
     return pytree.tree_structure(pytree.tree_unflatten(leaves, structure))
 
 

@@ -466,7 +466,6 @@ def to_threshold(
     h: torch.Tensor,
     drive: torch.Tensor,
     dtype: torch.dtype,
-    reach: torch.Tensor | float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far h is from the threshold, and how far rounding can carry it.
 
@@ -476,7 +475,6 @@ def to_threshold(
         h: Membrane potential [T, N, ...].
         drive: Its input [T, N, ...].
         dtype: The arithmetic.
-        reach: By how much the drive may be off besides, [T, k].
 
     Returns:
         |h - v_threshold| and the reach of rounding, both [T, k].
@@ -487,7 +485,7 @@ def to_threshold(
     unit = torch.finfo(dtype).eps / 2
     scale = torch.maximum(h.abs(), drive.abs()).cummax(0).values
     steps = torch.arange(1, site.T + 1).reshape(-1, 1)
-    slack = CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs()) + reach
+    slack = CERTAINTY * unit * steps * torch.maximum(scale, threshold.abs())
     # A bound that is infinite, where a potential has left all numbers, explains nothing.
     slack = torch.where(slack.isfinite(), slack, 0.0)
     return (h - threshold).abs().nan_to_num(nan=math.inf), slack

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .. import targets as registry
 from ..converters.errors import DeviceError, Finding, UnsupportedError, UsageError
 from ..converters.program import Time, fold, unfold
-from ..converters.returned import CONSTANT, Constant
+from ..converters.returned import NONE, Nothing
 from ..converters.stepping import COUNTER, State, Stepping
 from ..targets import Loaded, Target
 from .manifest import understood
@@ -486,7 +486,7 @@ def _older_structure(node: Any) -> pytree.TreeSpec:
     if node["type"] is None:
         return pytree.LeafSpec()
     kinds = {"builtins.tuple": tuple, "builtins.list": list, "builtins.dict": dict}
-    kind = {**kinds, CONSTANT: Constant}[node["type"]]
+    kind = {**kinds, NONE: Nothing}[node["type"]]
     parts = [_older_structure(part) for part in node["children_spec"]]
     return pytree.TreeSpec(kind, json.loads(node["context"]), parts)
 
